@@ -1,0 +1,281 @@
+"""The nouns of the runtime: plain values that every floor above shares. No torch, no I/O.
+
+Lengths are derived properties, never stored twice. `Request` goes into the engine, `TokenOutput` comes out;
+both are plain and picklable, so that a process can stand between server and engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peqa_runtime.errors import InvalidRequest, InvalidTaskName
+
+BASE_TASK = "base"
+"""The reserved task name that means "no scale set": every scale is 1."""
+
+BASE_REVISION = ""
+"""The revision of the base: no scale set, bank row 0."""
+
+ScaleKind = Literal["channel", "channel+input", "group"]
+SCALE_KINDS: tuple[ScaleKind, ...] = ("channel", "channel+input", "group")
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def check_task_name(name: str) -> str:
+    """Return `name` when it can name a task; raise `InvalidTaskName` (with what would be right) when not."""
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
+        raise InvalidTaskName(
+            f"task name {str(name)[:80]!r} is not valid: use 1 to 64 characters of a-z, 0-9, '.', '_', '-', "
+            "starting with a letter or digit"
+        )
+    if name == BASE_TASK:
+        raise InvalidTaskName(
+            f"{BASE_TASK!r} is reserved for the model without a scale set; choose another name"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of one quantized linear: codes `[out_features, in_features]`, scales `[out_features, groups]`."""
+
+    out_features: int
+    in_features: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class BaseManifest:
+    """What a scale set must fit: the identity of a base and the shapes of its quantized linears."""
+
+    model_id: str
+    base_digest: str
+    linears: Mapping[str, LinearShape]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. Values outside their range raise `InvalidRequest`.
+
+    `logprobs` / `prompt_logprobs`: how many alternatives to report per generated / prompt token (0 = only the
+    token itself, None = none). `temperature` 0 is greedy. `seed` None draws one at random on admission.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every range; the message names the field and the allowed values."""
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("max_tokens", self.max_tokens >= 0, "at least 0"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "greater than 0 and at most 1"),
+            ("top_k", self.top_k >= -1, "-1 or 0 (off) or a positive number"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "greater than 0 and at most 100"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "between 0 and 20",
+            ),
+        )
+        for name, ok, allowed in checks:
+            if not ok:
+                raise InvalidRequest(f"{name} must be {allowed}, got {getattr(self, name)!r}", param=name)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken."""
+        return self.temperature < 1e-5
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation, as it crosses into the engine. `revision` is pinned: an upload never changes it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    task: str = BASE_TASK
+    revision: str = BASE_REVISION
+    kind: ScaleKind = "channel"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of one token and of the most likely alternatives at its place, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One step's result for one request. `token_id` is None when the step only ended the request.
+
+    `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None.
+    """
+
+    request_id: str
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True for the last output of a request."""
+        return self.finish_reason is not None
+
+
+SequenceStatus = Literal["waiting", "running", "finished"]
+
+
+@dataclass
+class Sequence:
+    """A request in work. Tokens `[0, num_computed_tokens)` have their K/V in the blocks of `block_table`.
+
+    [ computed ............ | to compute ...... ]
+    0        num_computed_tokens       num_tokens
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    status: SequenceStatus = "waiting"
+    row: int = 0
+    group_row: int = 0
+    holds_row: bool = False
+    num_preemptions: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """Identity of the request."""
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose K/V is still to be computed."""
+        return self.num_tokens - self.num_computed_tokens
+
+
+@dataclass(frozen=True)
+class BankWrite:
+    """Put the set with this revision into this row before the step's forward."""
+
+    revision: str
+    row: int
+    group_row: int = 0
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """One sequence's share of a step: compute tokens `[start, start + num_tokens)`; sample when it reaches the end."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """True when this step computes the sequence's last known token, so that the next one can be sampled."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's plan: who computes how many tokens, and which bank rows are written first. No tensors."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    bank_writes: tuple[BankWrite, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What is known of a task's current revision. `created` is Unix time in seconds."""
+
+    task: str
+    revision: str
+    kind: ScaleKind
+    num_bytes: int
+    created: float
+    base_digest: str
+    prompt_format: str = ""
+    note: Mapping[str, object] = field(default_factory=dict)
+    num_revisions: int = 1
+
+
+@dataclass(frozen=True)
+class RevisionInfo:
+    """One entry of a task's history."""
+
+    revision: str
+    kind: ScaleKind
+    num_bytes: int
+    created: float
+    current: bool
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A pinned revision of a task: valid until released, whatever is uploaded or deleted meanwhile."""
+
+    task: str
+    revision: str
+    kind: ScaleKind = "channel"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a revision lives on the device. `write`: its tensors must be copied into the row first."""
+
+    row: int
+    group_row: int = 0
+    write: bool = False
