@@ -60,6 +60,24 @@ class BaseManifest:
 
 
 @dataclass(frozen=True)
+class FusedLinear:
+    """One launch of the model: the sibling linears that it computes (`names`, in order) and their output sizes.
+
+    A linear that has no siblings is a group of one. All siblings share `in_features` and `groups`.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    in_features: int
+    groups: int
+
+    @property
+    def out_features(self) -> int:
+        """Output features of the launch: the siblings' together."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when generation ends. Values outside their range raise `InvalidRequest`.
 
