@@ -48,8 +48,8 @@ class LinearBank:
     """One linear's device rows: each row holds one task's scales relative to the base (1.0 = base).
 
     Row 0 of each tensor is the base and always ones. Fused siblings (q/k/v, gate/up) share one LinearBank:
-    `segments` are their output sizes, and each segment has an input scale of its own. Tensors are allocated once
-    and only ever copied into; `in_scale` and `group_scale` stay None until a set needs them.
+    `segments` are their output sizes, and each segment has an input scale of its own. Tensors are allocated
+    once and only ever copied into; `in_scale` and `group_scale` stay None until a set needs them.
     """
 
     segments: tuple[int, ...]  # sum = N

@@ -1,0 +1,59 @@
+# Everything starts here: each target does all the set-up it needs on a fresh machine (Python 3.10+, git, make).
+#   make serve   a server on $(HOST):$(PORT) with the demo model and three tasks; MODEL=DIR|FILE.gguf serves that instead
+#   make test    the tests (ALL=1: the slow ones too, as CI does)
+#   make lint    ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+PEQA_HOME ?= $(CURDIR)/.peqa
+export PEQA_HOME
+TORCH_VERSION ?= 2.13.0
+
+BIN := $(VENV)/bin
+# A stamp is touched only when its step is complete, so an interrupted set-up is repeated by the next run.
+STAMP := $(VENV)/.installed
+STAMP_DEV := $(VENV)/.installed-dev
+SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/*.h kernels/native/build_backend.py)
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: serve test lint format setup setup-dev clean
+
+serve: $(STAMP)
+	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMP_DEV)
+	$(BIN)/python -m pytest $(if $(ALL),-m "not gpu",-m "not slow and not gpu") $(ARGS)
+
+lint: $(STAMP_DEV)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: $(STAMP_DEV)
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+setup: $(STAMP)
+setup-dev: $(STAMP_DEV)
+
+$(STAMP_DEV): $(STAMP)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+# torch: the CUDA build where an NVIDIA GPU is found (PyPI's default on Linux), else the CPU build, which is 15 times
+# smaller. It is looked for in the configured package index first, then in PyTorch's own.
+$(STAMP): $(SOURCES)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || \
+	  { echo "No virtual environment could be made: on Debian, 'apt install python3-venv' first." >&2; rm -rf $(VENV); exit 1; }; }
+	@echo "Installing torch$(if $(GPU), for CUDA, for the CPU) and the server into $(VENV) …"
+	@$(BIN)/python -c 'import torch' >/dev/null 2>&1 || \
+	  if [ -n "$(GPU)" ] || [ "$$(uname)" = Darwin ]; then $(PIP) 'torch>=$(TORCH_VERSION),<3'; \
+	  else $(PIP) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null || \
+	       $(PIP) 'torch==$(TORCH_VERSION)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu; fi
+	$(PIP) -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .peqa build *.egg-info kernels/native/*.so

@@ -1,0 +1,142 @@
+"""The house keeps its floors: who may import whom, what stays free of torch, and names that must not clash."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "kernels": "peqa_kernels",
+    "peqa_runtime": "peqa_runtime",
+    "server": "peqa_server",
+    "loadtest": "peqa_loadtest",
+}
+MAY_IMPORT = {
+    "kernels": {"peqa_kernels"},
+    "peqa_runtime": {"peqa_kernels", "peqa_runtime"},
+    "server": {"peqa_runtime", "peqa_server"},
+    "loadtest": {"peqa_loadtest"},
+}
+FORBIDDEN = {  # outside packages that a floor must not know
+    "kernels": {"transformers", "safetensors", "fastapi", "pydantic", "uvicorn", "typer", "rich"},
+    "peqa_runtime": {"fastapi", "pydantic", "uvicorn", "prometheus_client"},
+    "server": {"torch", "triton"},
+    "loadtest": {"torch", "transformers", "pydantic"},
+}
+WITHOUT_TORCH = [
+    "peqa_runtime/core.py",
+    "peqa_runtime/errors.py",
+    "peqa_runtime/scales/task_registry.py",
+    "peqa_runtime/scales/scale_store.py",
+    "peqa_runtime/engine/block_manager.py",
+    "peqa_runtime/engine/scheduler.py",
+]
+# room of peqa_runtime -> rooms that it must not import
+ROOMS_APART = {
+    "model": {"engine", "training", "cli"},
+    "scales": {"engine", "model", "training", "cli"},
+    "engine": {"training", "cli"},
+    "training": {"cli"},
+}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full dotted names that a file imports anywhere, type-checking imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by full name, not relatively"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_imports_go_down_only(folder: str) -> None:
+    ours = set(PACKAGES.values())
+    for path in sources(folder):
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not (tops & ours) - MAY_IMPORT[folder], f"{path} imports an upper floor"
+        assert not tops & FORBIDDEN[folder], f"{path} imports {tops & FORBIDDEN[folder]}"
+
+
+@pytest.mark.parametrize("file", WITHOUT_TORCH)
+def test_policy_is_free_of_torch(file: str) -> None:
+    done: set[str] = set()
+    todo = [file]
+    while todo:  # follow our own imports too
+        path = todo.pop()
+        done.add(path)
+        names = imported(ROOT / path)
+        assert "torch" not in {name.split(".")[0] for name in names}, f"{file} reaches torch through {path}"
+        for name in names:
+            candidate = name.replace(".", "/") + ".py"
+            if (ROOT / candidate).is_file() and candidate not in done:
+                todo.append(candidate)
+
+
+@pytest.mark.parametrize("room", ROOMS_APART)
+def test_rooms_of_the_runtime_stay_apart(room: str) -> None:
+    for path in sources(f"peqa_runtime/{room}"):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "peqa_runtime" and len(parts) > 1:
+                assert parts[1] not in ROOMS_APART[room], f"{path} imports {name}"
+
+
+def test_server_uses_public_names_of_the_runtime_only() -> None:
+    for path in sources("server"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peqa_runtime"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{path} imports private names {private}"
+
+
+def test_local_kernels_do_not_look_like_the_hub_package() -> None:
+    code = (
+        "import kernels, peqa_kernels, transformers.utils.import_utils as u; "
+        "assert not hasattr(kernels, '__version__'); assert not u.is_kernels_available()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_import_neither_triton_nor_transformers() -> None:
+    code = (
+        "import sys, peqa_kernels.quant_matmul, peqa_kernels.paged_attention, peqa_kernels.packing; "
+        "assert not {'triton', 'transformers', 'pydantic', 'fastapi'} & set(sys.modules), 'imported too much'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_runtime_imports_no_server_package() -> None:
+    code = (
+        "import sys, peqa_runtime, peqa_runtime.model, peqa_runtime.scales, peqa_runtime.engine; "
+        "assert not {'pydantic', 'fastapi', 'uvicorn'} & set(sys.modules), 'imported too much'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_package_marker_under_tests() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_package_is_listed_in_pyproject() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for folder, name in PACKAGES.items():
+        for marker in (ROOT / folder).rglob("__init__.py"):
+            dotted = ".".join([name, *marker.parent.relative_to(ROOT / folder).parts])
+            assert f'"{dotted}"' in text, f"{dotted} is missing from [tool.setuptools] packages"
