@@ -1,0 +1,271 @@
+"""Paged attention: every path against the reference, bits independent of the company, nothing foreign is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from peqa_kernels import paged_attention as op
+from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
+from torch import Tensor
+
+BLOCK_SIZE = 16
+
+
+@dataclass
+class Case:
+    """A filled cache and the queries of one call."""
+
+    q: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    owned: Tensor  # bool [blocks, block_size]: slots that belong to some sequence
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        return (self.q, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.seq_lens)
+
+
+def make_case(
+    sequences: list[tuple[int, int]],  # (new tokens, length with them)
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    d: int = 64,
+    d_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    poison: bool = True,
+    device: str = "cpu",
+) -> Case:
+    """Sequences in scattered blocks; what nobody owns is NaN, and table entries that nobody needs point at it."""
+    gen = torch.Generator().manual_seed(seed)
+    d_v = d_v or d
+    needed = [-(-length // BLOCK_SIZE) for _, length in sequences]
+    blocks = sum(needed) + 3
+    order = torch.randperm(blocks - 1, generator=gen) + 1  # block 0 belongs to nobody
+    shape = (blocks, BLOCK_SIZE, kv_heads)
+    key_cache = torch.randn(*shape, d, generator=gen)
+    value_cache = torch.randn(*shape, d_v, generator=gen)
+    owned = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.bool)
+    tables = torch.zeros(len(sequences), max(needed) + 2, dtype=torch.int32)
+    at = 0
+    for s, (_, length) in enumerate(sequences):
+        tables[s, : needed[s]] = order[at : at + needed[s]].int()
+        for p in range(length):
+            owned[tables[s, p // BLOCK_SIZE], p % BLOCK_SIZE] = True
+        at += needed[s]
+    if poison:
+        key_cache[~owned], value_cache[~owned] = float("nan"), float("nan")
+    new = torch.tensor([0] + [n for n, _ in sequences])
+    q = torch.randn(int(new.sum()), heads, d, generator=gen)
+    return Case(
+        q.to(dtype).to(device),
+        key_cache.to(dtype).to(device),
+        value_cache.to(dtype).to(device),
+        tables.to(device),
+        new.cumsum(0).int().to(device),
+        torch.tensor([length for _, length in sequences], dtype=torch.int32, device=device),
+        owned,
+    )
+
+
+def close(got: Tensor, want: Tensor, ratio: float) -> None:
+    """RMS of the error against RMS of the signal."""
+    got, want = got.double().cpu(), want.double().cpu()
+    error = ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
+    assert error <= ratio, f"relative error {error:.2e} > {ratio:.0e}"
+
+
+MIX = [(1, 1), (1, 130), (7, 7), (5, 40), (1, 33), (19, 147)]
+OPTIONS = [
+    {},
+    {"sliding_window": 9},
+    {"sliding_window": 1},
+    {"softcap": 1.5},
+    {"sinks": True},
+    {"sliding_window": 20, "softcap": 2.0, "sinks": True},
+]
+
+
+def options_for(case: Case, options: dict) -> dict:
+    """Fill in the sinks: one different value per head."""
+    options = {"scaling": case.q.shape[-1] ** -0.5, **options}
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-1.0, 2.0, case.q.shape[1], device=case.q.device)
+    return options
+
+
+def dense(case: Case, options: dict) -> Tensor:
+    """Attention of each sequence alone by torch's own function: an independent check of the reference."""
+    out = []
+    for s in range(len(case.seq_lens)):
+        first, last = case.query_starts[s : s + 2].tolist()
+        length = int(case.seq_lens[s])
+        slots = [
+            int(case.block_tables[s, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)
+        ]
+        k = case.key_cache.flatten(0, 1)[slots].transpose(0, 1)
+        v = case.value_cache.flatten(0, 1)[slots].transpose(0, 1)
+        seen = torch.ones(last - first, length, dtype=torch.bool).tril(length - (last - first))
+        if window := options.get("sliding_window"):
+            seen &= ~torch.ones(last - first, length, dtype=torch.bool).tril(length - (last - first) - window)
+        y = torch.nn.functional.scaled_dot_product_attention(
+            case.q[first:last].transpose(0, 1)[None],
+            k[None],
+            v[None],
+            seen,
+            scale=options["scaling"],
+            enable_gqa=True,
+        )
+        out.append(y[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_reference_is_torch_attention(options: dict) -> None:
+    case = make_case(MIX)
+    options = options_for(case, options)
+    close(op.paged_attention_reference(*case.args, **options), dense(case, options), 1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (9, 3), (5, 1)])
+def test_cpu_equals_reference(options: dict, heads: int, kv_heads: int) -> None:
+    case = make_case(MIX, heads=heads, kv_heads=kv_heads)
+    options = options_for(case, options)
+    want = op.paged_attention_reference(*case.args, **options)
+    close(paged_attention_cpu(*case.args, **options), want, 1e-6)
+    close(op.paged_attention(*case.args, **options), want, 1e-6)
+
+
+@pytest.mark.parametrize(("d", "d_v"), [(64, 32), (96, 96), (128, 64), (80, 80), (256, 256)])
+def test_head_sizes(d: int, d_v: int) -> None:
+    case = make_case(MIX, d=d, d_v=d_v)
+    options = options_for(case, {"sliding_window": 30})
+    want = op.paged_attention_reference(*case.args, **options)
+    assert want.shape == (case.q.shape[0], 6, d_v)
+    close(paged_attention_cpu(*case.args, **options), want, 1e-6)
+    close(op.paged_attention(*case.args, **options), want, 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
+def test_half_types(dtype: torch.dtype, ratio: float) -> None:
+    case = make_case(MIX, dtype=dtype)
+    got = op.paged_attention(*case.args, scaling=0.125)
+    assert got.dtype == dtype
+    close(got, op.paged_attention_reference(*case.args, scaling=0.125), ratio)
+
+
+@pytest.mark.parametrize("path", ["op", "torch"])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[5]], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (4, 4, 128)])
+def test_bits_do_not_depend_on_company_or_chunks(
+    path: str, options: dict, heads: int, kv_heads: int, d: int
+) -> None:
+    """Each token alone (as a decode step), in chunks of many sizes, and in one mixed call: the same bits."""
+    run = op.paged_attention if path == "op" else paged_attention_cpu
+    case = make_case(
+        [(n, n) for n in (3, 70, 141, 1, 22, 9, 16, 5, 2, 31)], heads=heads, kv_heads=kv_heads, d=d
+    )
+    options = options_for(case, options)
+    whole = run(*case.args, **options)
+    assert not whole.isnan().any()
+    for s in (1, 2, 4):
+        first, last = case.query_starts[s : s + 2].tolist()
+        for chunk in (1, 2, 5, 16, 64):
+            for at in range(0, last - first, chunk if chunk > 1 else 13):
+                end = min(at + chunk, last - first)
+                part = run(
+                    case.q[first + at : first + end],
+                    case.key_cache,
+                    case.value_cache,
+                    case.block_tables[s : s + 1],
+                    torch.tensor([0, end - at], dtype=torch.int32),
+                    torch.tensor([end], dtype=torch.int32),
+                    **options,
+                )
+                assert torch.equal(part, whole[first + at : first + end]), (s, chunk, at)
+
+
+def test_bits_do_not_depend_on_what_others_hold() -> None:
+    case = make_case(MIX)
+    other = make_case(MIX, seed=1)
+    want = op.paged_attention(*case.args, scaling=0.125)
+    first, last = case.query_starts[3:5].tolist()
+    blocks = case.block_tables[3, :3].long()
+    keys, values, q = case.key_cache * 50, case.value_cache * 50, other.q.clone()
+    keys[blocks], values[blocks] = case.key_cache[blocks], case.value_cache[blocks]
+    q[first:last] = case.q[first:last]
+    changed = replace(case, q=q, key_cache=keys, value_cache=values)
+    assert torch.equal(op.paged_attention(*changed.args, scaling=0.125)[first:last], want[first:last])
+
+
+def test_a_neighbour_full_of_nan_changes_nothing() -> None:
+    case = make_case(MIX)
+    want = op.paged_attention(*case.args, scaling=0.125)
+    bad = case.block_tables[5, :10].long()
+    case.key_cache[bad], case.value_cache[bad] = float("nan"), float("nan")
+    first, last = case.query_starts[5:7].tolist()
+    case.q[first:last] = float("nan")
+    got = op.paged_attention(*case.args, scaling=0.125)
+    assert got[first:last].isnan().all()
+    assert torch.equal(got[:first], want[:first])
+
+
+def test_blocks_behind_the_window_are_not_read() -> None:
+    case = make_case([(1, 100), (3, 100)])
+    want = op.paged_attention_reference(*case.args, scaling=0.125, sliding_window=20)
+    case.block_tables[:, :4] = 0  # positions 0..63 given back: block 0 is NaN
+    close(op.paged_attention(*case.args, scaling=0.125, sliding_window=20), want, 1e-6)
+    close(paged_attention_cpu(*case.args, scaling=0.125, sliding_window=20), want, 1e-6)
+
+
+@pytest.mark.parametrize("write", [op.write_kv, write_kv_cpu], ids=["op", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_write_kv(write, dtype: torch.dtype) -> None:
+    kv = torch.randn(2, 7, 3, 64)
+    key, value = kv[0], kv[1, :, :, :32].contiguous()
+    packed = torch.randn(7, 5, 64)
+    packed[:, 1:4] = key
+    slots = torch.tensor([5, 31, -1, 16, 0, -1, 47])
+    caches = [torch.zeros(3, BLOCK_SIZE, 3, 64, dtype=dtype), torch.zeros(3, BLOCK_SIZE, 3, 32, dtype=dtype)]
+    want = [cache.clone() for cache in caches]
+    op.write_kv_reference(key, value, *want, slots)
+    write(
+        packed[:, 1:4].to(dtype), value.to(dtype), *caches, slots
+    )  # key comes as a view, as from a fused q/k/v
+    assert torch.equal(caches[0], want[0])
+    assert torch.equal(caches[1], want[1])
+    assert int((caches[0] != 0).any(-1).any(-1).sum()) == 5
+
+
+def test_no_token_is_no_work() -> None:
+    case = make_case([(0, 5), (0, 20)])
+    assert op.paged_attention(*case.args, scaling=1.0).shape == (0, 6, 64)
+
+
+def test_a_sequence_without_new_tokens_is_skipped() -> None:
+    case = make_case([(2, 9), (0, 5), (3, 20)])
+    want = op.paged_attention_reference(*case.args, scaling=0.125)
+    close(op.paged_attention(*case.args, scaling=0.125), want, 1e-6)
+
+
+def test_compiles_as_one_graph() -> None:
+    case = make_case(MIX)
+    key, value = torch.randn(2, 2, 64), torch.randn(2, 2, 64)
+    slots = torch.tensor([3, -1])
+
+    def step(*args: Tensor) -> Tensor:
+        op.write_kv(key, value, args[1], args[2], slots)
+        return op.paged_attention(*args, scaling=0.125) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    again = replace(case, key_cache=case.key_cache.clone(), value_cache=case.value_cache.clone())
+    assert torch.equal(compiled(*case.args), step(*again.args))
+    assert torch.equal(case.key_cache.nan_to_num(), again.key_cache.nan_to_num())
+    assert torch.equal(case.key_cache[0, 3], key[0])
