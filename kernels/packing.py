@@ -1,8 +1,8 @@
 """Codes to packed bytes and back: the only place that knows the bit order.
 
 A row of codes is one dense bit stream along K, little endian, lowest bit first: code k occupies bits
-k * bits .. k * bits + bits - 1, and bit i of the stream is bit i % 8 of byte i // 8. Read as little-endian int32
-words this is GPTQ's order (AutoGPTQ `qweight`, there transposed to [K, N]).
+k * bits .. k * bits + bits - 1, and bit i of the stream is bit i % 8 of byte i // 8. Read as little-endian
+int32 words this is GPTQ's order (AutoGPTQ `qweight`, there transposed to [K, N]).
 """
 
 from __future__ import annotations
