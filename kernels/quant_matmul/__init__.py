@@ -1,1 +1,156 @@
-"""To come."""
+"""The op: a quantized linear of which every activation row may belong to another task.
+
+    y[m, n] = b[n] + out[row[m], n] * sum_g s[m, n, g] * sum_{k in g} (x[m, k] * in[row[m], k]) * (q[n, k] - z[n, g])
+    s[m, n, g] = s0[n, g] * group_scale[group_row[m], g, n]
+
+q, z and s0 are frozen; a task owns only `out`, `in` and `group_scale`, kept in the rows of a LinearBank. The inner
+sum never depends on the task, so one launch serves a batch of many tasks. Importing this loads no triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .cpu import NativeCpu, TorchCpu
+from .reference import dequantize, quant_matmul_reference
+from .weight import LinearBank, QuantizedWeight
+
+__all__ = [
+    "BACKENDS",
+    "LinearBank",
+    "PreparedWeight",
+    "QuantizedWeight",
+    "dequantize",
+    "prepare",
+    "quant_matmul",
+    "quant_matmul_reference",
+]
+
+BACKENDS = ("reference", "torch", "native", "gpu")
+
+
+class Backend(Protocol):
+    """One way to compute the formula on one weight in that way's own layout."""
+
+    def matmul(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        bank: LinearBank | None,
+        row: Tensor | None,
+        group_row: Tensor | None,
+    ) -> Tensor:
+        """Give [M, N], in fp32 or x.dtype."""
+        ...
+
+
+class PreparedWeight:
+    """A quantized weight in the layout of the backend that multiplies it. Opaque: made by `prepare` only."""
+
+    def __init__(self, weight: QuantizedWeight, segments: tuple[int, ...], backend: str) -> None:
+        """Lay the weight out for `backend`; RuntimeError when that one is not to be had here."""
+        self.weight = weight
+        self.segments = segments
+        self.backend = backend
+        self.out_features = weight.out_features
+        self.in_features = weight.in_features
+        self._dense: dict[torch.dtype, Tensor] = {}
+        self.impl = self._make(backend)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give the dequantized base weight [N, K], kept per dtype until `drop_dense`."""
+        found = self._dense.get(dtype)
+        if found is None:
+            found = self._dense[dtype] = dequantize(self.weight).to(dtype)
+        return found
+
+    def drop_dense(self) -> None:
+        """Free the dense copies; the next `dense` makes them anew."""
+        self._dense.clear()
+
+    def _make(self, backend: str) -> Backend:
+        if backend == "reference":
+            return _Reference(self.weight)
+        if backend == "torch":
+            return TorchCpu(self.dense, self.segments)
+        if backend == "native":
+            ops = _native_ops()
+            if ops is None:
+                raise RuntimeError("the compiled CPU kernels are not there: use backend='torch'")
+            return NativeCpu(ops, ops.pack(self.weight, self.segments))
+        if backend == "gpu":
+            from .gpu import TritonGpu
+
+            return TritonGpu(self.weight, self.segments)
+        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+
+
+def prepare(
+    weight: QuantizedWeight, *, segments: tuple[int, ...] | None = None, backend: str | None = None
+) -> PreparedWeight:
+    """Lay a weight out for its device.
+
+    `segments` are the output sizes of fused siblings (q/k/v), which may have different input scales; their sum is N.
+    `backend` is one of BACKENDS; None chooses: Triton on a CUDA device, on the CPU the compiled kernels if they were
+    built and torch alone if not. Raises RuntimeError when a named backend is not to be had, ValueError for another
+    name.
+    """
+    segments = (weight.out_features,) if segments is None else tuple(segments)
+    assert sum(segments) == weight.out_features, (segments, weight.out_features)
+    if backend is None:
+        if weight.qweight.device.type == "cuda":
+            backend = "gpu"
+        else:
+            backend = "torch" if _native_ops() is None else "native"
+    return PreparedWeight(weight, segments, backend)
+
+
+def quant_matmul(
+    x: Tensor,  # [M, K]
+    prepared: PreparedWeight,
+    *,
+    bias: Tensor | None = None,  # [N]
+    bank: LinearBank | None = None,
+    row: Tensor | None = None,  # int32 [M]
+    group_row: Tensor | None = None,  # int32 [M]
+) -> Tensor:
+    """Multiply each row of x by the frozen weight under its own task's scales; [M, N] in x.dtype.
+
+    `row[m]` is the bank row of activation m for output and input scales, `group_row[m]` the one for group scales;
+    None (or no bank) means the base. Row 0 is the base too, and gives the same bits as None. No gradient flows: for
+    training see `backward.scaled_linear`.
+    """
+    assert x.dim() == 2, x.shape
+    assert x.shape[1] == prepared.in_features, (x.shape, prepared.in_features)
+    assert bank is None or bank.segments == prepared.segments, (bank.segments, prepared.segments)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("quant_matmul has no gradient: use scaled_linear, or torch.no_grad()")
+    y = prepared.impl.matmul(x, bias, bank, row, group_row)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+class _Reference:
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self._weight = weight
+
+    def matmul(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        bank: LinearBank | None,
+        row: Tensor | None,
+        group_row: Tensor | None,
+    ) -> Tensor:
+        return quant_matmul_reference(x, self._weight, bias, bank, row, group_row)
+
+
+def _native_ops() -> Any:
+    """Give the compiled kernels (NativeOps), or None where they were not built."""
+    try:
+        from ..native import load
+    except ImportError:
+        return None
+    return load()
