@@ -6,7 +6,10 @@ offset p % block_size; slot = block * block_size + offset. Decode steps and pref
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from peqa_kernels import native
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
 from peqa_kernels.paged_attention.reference import paged_attention_reference, write_kv_reference
 from torch import Tensor
@@ -133,7 +136,8 @@ def _paged_attention(
     if q.is_cuda:
         from peqa_kernels.paged_attention.gpu import paged_attention_gpu as path
     else:
-        path = paged_attention_cpu
+        path = _native() if q.dtype == torch.float32 == key_cache.dtype else None
+        path = path or paged_attention_cpu
     return path(
         q,
         key_cache,
@@ -146,6 +150,13 @@ def _paged_attention(
         softcap,
         sinks,
     )
+
+
+def _native() -> Callable[..., Tensor] | None:
+    """The compiled CPU kernel, where a compiler was found at installation."""
+    load = getattr(native, "load", None)
+    ops = load() if load is not None else None
+    return getattr(ops, "paged_attention", None)
 
 
 def _write_kv(

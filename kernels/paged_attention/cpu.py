@@ -105,10 +105,10 @@ class _Step:
         for i, tile in enumerate(tiles):
             rows = torch.arange(tile.first - tile.start, tile.last - tile.start)
             token[i, rows] = torch.arange(tile.token, tile.token + len(rows))
-            key_from = 0 if sliding_window is None else max(0, tile.first - sliding_window + 1)
-            bounds[i] = torch.tensor([tile.sequence, tile.start, key_from, tile.last])
+            oldest = 0 if sliding_window is None else max(0, tile.first - sliding_window + 1)
+            bounds[i] = torch.tensor([tile.sequence, tile.start, oldest, tile.last])
         sequence, start, key_from, key_to = bounds.unbind(1)
-        lowest = min(int(key_from[i]) for i in range(len(tiles)))
+        lowest = int(key_from[: len(tiles)].min())
         return _Step(
             sequence=sequence,
             position=start[:, None] + torch.arange(QUERY_TILE),

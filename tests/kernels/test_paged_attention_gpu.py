@@ -1,0 +1,90 @@
+"""The Triton kernels: under Triton's interpreter, compiled for GPUs that are not there, and on one that is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+CHECKS = Path(__file__).with_name("paged_attention_triton_checks.py")
+
+
+def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
+    """The attention kernel's machine code for a GPU that need not be there."""
+    import triton
+    from peqa_kernels.paged_attention import gpu
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    rows, warps = gpu.tile_shape(4096 if prefill else 8, 8, repeat, d, torch_dtype)
+    constants = {
+        **{"heads": repeat * 4, "repeat": repeat, "block_size": 16, "d": d, "d_v": d},
+        **{"has_sinks": False, "has_softcap": True, "has_window": True},
+        **{"QUERIES": rows // repeat, "ROWS": rows, "KEYS": gpu.KEY_TILE},
+        **{"D": triton.next_power_of_2(d), "D_V": triton.next_power_of_2(d)},
+    }
+    kernel = gpu._attend
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in ("table_ptr", "query_starts_ptr", "seq_lens_ptr"):
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "fp32" if name in ("scaling", "softcap") else "i32"
+        if name.endswith(("_ptr", "_stride")):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, "num_stages": 2},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "d", "repeat"),
+    [("bf16", 64, 3), ("bf16", 96, 1), ("bf16", 128, 4), ("bf16", 256, 2), ("fp32", 64, 3), ("fp32", 128, 4)],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_without_spills(
+    arch: int, dtype: str, d: int, repeat: int, prefill: bool, tmp_path: Path
+) -> None:
+    import triton.backends.nvidia
+
+    cubin = tmp_path / "attend.cubin"
+    cubin.write_bytes(compile_attend(arch, dtype, d, repeat, prefill).asm["cubin"])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert "REG:" in usage
+    assert "STACK:0 " in usage, usage
+
+
+def test_under_the_interpreter() -> None:
+    # Triton reads the switch when it is imported: a process of its own.
+    done = subprocess.run(
+        [sys.executable, str(CHECKS), "cpu"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "checks passed" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu() -> None:
+    done = subprocess.run([sys.executable, str(CHECKS), "cuda"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
