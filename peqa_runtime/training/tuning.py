@@ -1,0 +1,152 @@
+"""The base as training and evaluation see it: the very same quantized linears, with one task's scales on them.
+
+Scales are named as in a scale set file: `<linear>.out_scale`, `.in_scale`, `.group_scale`, all relative to the
+base (1 = base), held as fp32 masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peqa_runtime.core import BaseManifest, ScaleKind
+from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.model.base_checkpoint import read_manifest
+from peqa_runtime.model.quantized_linear import QuantizedLinear
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.training.data import TokenBatch
+
+Compute = Literal["auto", "float32", "bfloat16"]
+PREFIX = "tuned_"
+SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
+"""Tuned scales stay in this range: the one that servers accept, and never zero or negative."""
+
+
+@dataclass(frozen=True)
+class TunableModel:
+    """A base loaded for training or evaluation (dense attention, gradients possible), and what goes with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: BaseManifest
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a completion."""
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise InvalidCheckpoint("the tokenizer names no end-of-sequence token")
+        return eos
+
+    @property
+    def max_tokens(self) -> int:
+        """Context of the model, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, no special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:
+    """Load a base folder with fp32 activations; parameters are frozen until `start_tuning`.
+
+    `device`: auto, cpu or cuda. A folder that is no base raises `InvalidCheckpoint`.
+    """
+    manifest = read_manifest(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    model.eval()
+    return TunableModel(model, AutoTokenizer.from_pretrained(base), manifest)
+
+
+def quantized_linears(model: nn.Module, manifest: BaseManifest) -> dict[str, QuantizedLinear]:
+    """The linears that scale sets name, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and name in manifest.linears
+    }
+
+
+def start_tuning(tunable: TunableModel, kind: ScaleKind) -> dict[str, nn.Parameter]:
+    """Give every quantized linear trainable scales of `kind`, all one; returns them by their name in a file."""
+    for linear in quantized_linears(tunable.model, tunable.manifest).values():
+        linear.tune(kind)
+    return tuned_scales(tunable.model)
+
+
+def tuned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The scales being tuned, by their name in a scale set file."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        linear, _, leaf = name.rpartition(".")
+        if leaf.startswith(PREFIX):
+            found[f"{linear}.{leaf.removeprefix(PREFIX)}"] = parameter
+    return found
+
+
+def set_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy scales into a model on which `start_tuning` was called with the same kind; names must be equal."""
+    scales = tuned_scales(model)
+    if scales.keys() != tensors.keys():
+        raise InvalidCheckpoint(f"scales do not fit: {sorted(scales.keys() ^ tensors.keys())[:5]} …")
+    with torch.no_grad():
+        for name, parameter in scales.items():
+            parameter.copy_(tensors[name])
+
+
+def apply_scale_set(tunable: TunableModel, scale_set: ScaleSet | Path) -> ScaleSet:
+    """Put a saved set on the model, exactly as stored (fp16 values in fp32). Raises as `ScaleSet.parse` does."""
+    if not isinstance(scale_set, ScaleSet):
+        scale_set = ScaleSet.parse(Path(scale_set), tunable.manifest)
+    start_tuning(tunable, scale_set.kind)
+    set_scales(tunable.model, scale_set.tensors)
+    return scale_set
+
+
+def logits_at(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits [len(positions), vocab], fp32, at `positions` of the flattened `input_ids` [rows, tokens].
+
+    Only these places go through the head, which is most of the work of a small model with a large vocabulary.
+    The selection is a hook in front of the head, so whatever a model does after its head still happens.
+    """
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[positions][None], *args[1:])
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[0].float()
+
+
+def batch_to(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """The same batch on `device`."""
+    return TokenBatch(
+        *(getattr(batch, name).to(device) for name in ("input_ids", "positions", "targets", "owners"))
+    )
+
+
+def fast_compute_dtype(device: torch.device, compute: Compute = "auto") -> torch.dtype:
+    """Dtype of the matmuls in training: bf16 where the hardware multiplies it (AMX, AVX-512 BF16, GPU), else fp32."""
+    if compute != "auto":
+        return torch.float32 if compute == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32

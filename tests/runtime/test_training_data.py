@@ -1,0 +1,148 @@
+"""Rows, tokens and batch plans of training data, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.data import (
+    Row,
+    collate,
+    encode_file,
+    encode_rows,
+    encode_text,
+    fill_prompt,
+    plan_batches,
+    read_rows,
+    split_held_out,
+)
+
+EOS = 0
+
+
+def encode(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "d.jsonl",
+        '{"prompt": " a\\n", "completion": "b ", "extra": [1]}',
+        "",
+        '{"prompt": "c\u2028d", "completion": "é"}',
+    )
+    assert read_rows(file) == [Row(" a\n", "b ", 1), Row("c\u2028d", "é", 3)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ("[1, 2]", "line 2: an object is expected, not list"),
+        ('{"prompt": "a"}', "line 2: the key 'completion' is missing"),
+        ('{"completion": "a"}', "line 2: the key 'prompt' is missing"),
+        ('{"prompt": 3, "completion": "a"}', "line 2: 'prompt' must be a string, not int"),
+        ('{"prompt": "a", "completion": null}', "line 2: 'completion' must be a string, not NoneType"),
+        ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
+        ('{"prompt": "", "completion": "a"}', "line 2: 'prompt' is empty"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    file = write(tmp_path / "d.jsonl", '{"prompt": "a", "completion": "b"}', line)
+    with pytest.raises(InvalidData, match=message):
+        read_rows(file)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match="no such file"):
+        read_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(InvalidData, match="has no rows"):
+        read_rows(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(InvalidData, match="UTF-8"):
+        read_rows(tmp_path / "latin.jsonl")
+    with pytest.raises(InvalidData, match=r"\.jsonl"):
+        encode_file(write(tmp_path / "d.csv", "a,b"), encode, EOS)
+    with pytest.raises(InvalidData, match="plain text"):
+        encode_file(write(tmp_path / "d.txt", "words"), encode, EOS, prompt_format="{prompt}!")
+
+
+def test_tokens_are_prompt_completion_and_end() -> None:
+    data = encode_rows([Row("ab", "cd", 1)], encode, EOS, prompt_format="<{prompt}>")
+    (example,) = data.examples
+    assert example.token_ids == (*encode("<ab>"), *encode("cd"), EOS)
+    assert example.loss_from == 4
+    assert data.num_loss_tokens == 3
+
+
+@pytest.mark.parametrize("bad", ["no place", "{prompt}{prompt}", "{Prompt}"])
+def test_a_prompt_format_holds_the_prompt_once(bad: str) -> None:
+    with pytest.raises(InvalidData, match="exactly once"):
+        encode_rows([Row("a", "b", 1)], encode, EOS, prompt_format=bad)
+
+
+def test_a_prompt_that_looks_like_a_format_is_left_alone() -> None:
+    assert fill_prompt("{prompt}\n", "{x} {prompt}") == "{x} {prompt}\n"
+    assert fill_prompt("", "{prompt}") == "{prompt}"
+
+
+def test_long_rows_are_dropped_and_reported_or_refused() -> None:
+    rows = [Row("a", "b", 1), Row("a" * 9, "b", 2), Row("a", "bb", 3)]
+    data = encode_rows(rows, encode, EOS, max_tokens=4)
+    assert data.dropped_lines == (2,)
+    assert len(data.examples) == 2
+    with pytest.raises(InvalidData, match="line 2: 11 tokens, more than the 4"):
+        encode_rows(rows, encode, EOS, max_tokens=4, too_long="fail")
+    with pytest.raises(InvalidData, match="every row"):
+        encode_rows(rows, encode, EOS, max_tokens=2)
+
+
+def test_text_is_cut_into_windows_that_cover_it(tmp_path: Path) -> None:
+    data = encode_text("abcdefgh", encode, window=3)
+    assert [bytes(e.token_ids) for e in data.examples] == [b"abc", b"def", b"gh"]
+    assert data.num_loss_tokens == 5
+    assert encode_file(write(tmp_path / "d.txt", "abcdefg"), encode, EOS, max_tokens=3).num_loss_tokens == 5
+    with pytest.raises(InvalidData, match="fewer than two"):
+        encode_text("a", encode, window=3)
+
+
+def test_targets_are_the_completion_whatever_the_padding() -> None:
+    data = encode_rows([Row("abc", "xy", 1), Row("d", "z", 2)], encode, EOS)
+    batch = collate(data.examples, EOS)
+    assert batch.input_ids.tolist() == [encode("abcxy"), [*encode("dz"), EOS, EOS, EOS]]
+    assert batch.targets.tolist() == [*encode("xy"), EOS, *encode("z"), EOS]
+    at = batch.input_ids.flatten()[batch.positions]
+    assert at.tolist() == encode("cxydz")  # the token before each target
+    assert batch.owners.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_the_plan_covers_every_example_once_an_epoch_and_is_seeded() -> None:
+    lengths = [1 + i % 7 for i in range(50)]
+    plan = plan_batches(lengths, rows=4, steps=26, seed=3)
+    first, second = plan[:13], plan[13:]
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(50))
+    assert first != second
+    assert plan == plan_batches(lengths, rows=4, steps=26, seed=3)
+    assert plan != plan_batches(lengths, rows=4, steps=26, seed=4)
+    assert plan_batches(lengths, rows=4, steps=5, seed=3) == plan[:5]
+    padding = sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in plan)
+    assert padding < 0.2 * sum(lengths) * 2
+
+
+def test_the_held_out_split_is_disjoint_and_seeded() -> None:
+    data = encode_rows([Row(chr(65 + i), "b", i) for i in range(20)], encode, EOS)
+    kept, held = split_held_out(data, 0.1, seed=1)
+    assert len(held.examples) == 2
+    assert sorted(kept.examples + held.examples, key=lambda e: e.token_ids) == list(data.examples)
+    assert (kept, held) == split_held_out(data, 0.1, seed=1)
+    with pytest.raises(InvalidData, match="fraction"):
+        split_held_out(data, 0.9, seed=1)
