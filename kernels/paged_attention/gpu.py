@@ -10,6 +10,8 @@ are found from `query_starts` on the device: the grid depends on shapes only, so
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +22,22 @@ DECODE_ROWS = 16  # least M of tl.dot; a decode step has heads / kv_heads real r
 PREFILL_ROWS = 64  # rows of a tile when sequences bring many tokens each
 
 
-def tile_shape(tokens: int, seqs: int, repeat: int, d: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and warps of one tile; each combination compiles without register spills for sm_80 and sm_90."""
-    rows = DECODE_ROWS if tokens <= 2 * seqs else PREFILL_ROWS
-    if dtype == torch.float32:
-        rows = DECODE_ROWS  # tf32x3 holds each operand twice
-    elif d > 128:
-        rows = min(rows, 32)
-    rows = max(rows, triton.next_power_of_2(repeat))
-    return rows, 8 if rows * d >= 64 * 128 else 4
+class TileShape(NamedTuple):
+    """One step of the kernel's loop: `rows` (queries × heads) against `keys`, by `warps`."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+def tile_shape(tokens: int, seqs: int, repeat: int, d: int, dtype: torch.dtype) -> TileShape:
+    """The tile for a call; a test compiles each for sm_80 and sm_90 and finds no register spill."""
+    least = triton.next_power_of_2(repeat)
+    if dtype == torch.float32:  # tf32x3 holds each operand twice
+        return TileShape(max(DECODE_ROWS, least), 32, 8)
+    rows = DECODE_ROWS if tokens <= 2 * seqs else PREFILL_ROWS if d <= 128 else PREFILL_ROWS // 2
+    rows = max(rows, least)
+    return TileShape(rows, KEY_TILE, 8 if rows * d > 64 * 64 else 4)
 
 
 def paged_attention_gpu(
@@ -54,8 +63,8 @@ def paged_attention_gpu(
     assert key_cache.stride(3) == value_cache.stride(3) == block_tables.stride(1) == 1
     out = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device)
     repeat = heads // kv_heads
-    rows, warps = tile_shape(tokens, seqs, repeat, max(d, d_v), q.dtype)
-    queries = rows // repeat  # queries of a tile; rows - queries * repeat rows stay empty
+    tile = tile_shape(tokens, seqs, repeat, max(d, d_v), q.dtype)
+    queries = tile.rows // repeat  # queries of a tile; what is left of its rows stays empty
     grid = (
         tokens // queries + seqs,
         kv_heads,
@@ -87,11 +96,11 @@ def paged_attention_gpu(
         has_softcap=softcap is not None,
         has_window=sliding_window is not None,
         QUERIES=queries,
-        ROWS=rows,
-        KEYS=KEY_TILE,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
         D=triton.next_power_of_2(d),
         D_V=triton.next_power_of_2(d_v),
-        num_warps=warps,
+        num_warps=tile.warps,
         num_stages=2,
     )
     return out

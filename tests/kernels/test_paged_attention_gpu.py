@@ -22,11 +22,11 @@ def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
     from triton.compiler import ASTSource
 
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    rows, warps = gpu.tile_shape(4096 if prefill else 8, 8, repeat, d, torch_dtype)
+    tile = gpu.tile_shape(4096 if prefill else 8, 8, repeat, d, torch_dtype)
     constants = {
         **{"heads": repeat * 4, "repeat": repeat, "block_size": 16, "d": d, "d_v": d},
         **{"has_sinks": False, "has_softcap": True, "has_window": True},
-        **{"QUERIES": rows // repeat, "ROWS": rows, "KEYS": gpu.KEY_TILE},
+        **{"QUERIES": tile.rows // repeat, "ROWS": tile.rows, "KEYS": tile.keys},
         **{"D": triton.next_power_of_2(d), "D_V": triton.next_power_of_2(d)},
     }
     kernel = gpu._attend
@@ -46,7 +46,7 @@ def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": 2},
+        options={"num_warps": tile.warps, "num_stages": 2},
     )
 
 
@@ -54,7 +54,7 @@ def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "d", "repeat"),
-    [("bf16", 64, 3), ("bf16", 96, 1), ("bf16", 128, 4), ("bf16", 256, 2), ("fp32", 64, 3), ("fp32", 128, 4)],
+    [("bf16", 64, 3), ("bf16", 96, 1), ("bf16", 128, 4), ("bf16", 256, 2), ("fp32", 64, 3), ("fp32", 256, 4)],
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills(
