@@ -1,0 +1,317 @@
+"""One task's scales as an immutable value, with every check that a file from outside has to pass.
+
+All scales are relative to the base (1.0 = the base) and positive, `in_scale` too: training starts at 1 and
+moves by small steps, so a scale that is zero or negative is a fault of whoever wrote it, and one sign rule
+leaves nothing to reason about in the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from peqa_runtime.core import SCALE_KINDS, BaseManifest, LinearShape, ScaleKind, check_task_name
+from peqa_runtime.errors import InvalidScaleSet, InvalidTaskName, WrongBase
+from peqa_runtime.scales.atomic_file import write_atomic
+from peqa_runtime.scales.set_file import (
+    SetHeader,
+    content_digest,
+    header_end,
+    header_limit,
+    parse_header,
+    parse_json_object,
+    write_set_file,
+)
+
+FORMAT = "peqa-scale-set"
+FORMAT_VERSION = "1"
+DEFAULT_MAX_RATIO = 16.0
+"""A scale further than this factor from the base's is no tuning result: such a set is refused."""
+
+_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"channel": ("out_scale",), "channel+input": ("out_scale", "in_scale"), "group": ("group_scale",)}
+)
+_METADATA_KEYS = ("format", "format_version", "kind", "task", "base_digest", "prompt_format", "note")
+_DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleSet:
+    """One task's tensors and metadata. Two sets with equal tensors have the same `revision` (a hex SHA-256).
+
+    `tensors` maps `<linear>.out_scale` [N], `<linear>.in_scale` [K] or `<linear>.group_scale` [N, G] to CPU
+    tensors (float16 or float32) that nobody may change. `task` is the name noted by whoever saved the set (it may
+    be empty, and an upload may use another); `prompt_format` and `note` are passed on as they are.
+    """
+
+    kind: ScaleKind
+    base_digest: str
+    tensors: Mapping[str, Tensor]
+    revision: str
+    task: str = ""
+    prompt_format: str = ""
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensors take in host memory."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @classmethod
+    def parse(
+        cls, data: bytes | Path, manifest: BaseManifest, *, max_ratio: float = DEFAULT_MAX_RATIO
+    ) -> ScaleSet:
+        """Return the set in `data` (a file's bytes, or its path) after checking all of it against `manifest`.
+
+        Raises `InvalidScaleSet` with what is wrong and what would be right, `WrongBase` when the set was tuned on
+        another base.
+        """
+        if isinstance(data, Path):
+            data = read_set_file(data, manifest)
+        header = check_header(data, len(data), manifest)
+        try:
+            tensors = safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise InvalidScaleSet(f"not a readable safetensors file: {str(error)[:200]}") from None
+        _check_values(tensors, max_ratio)
+        metadata = header.metadata
+        return cls(
+            kind=_kind_of(metadata),
+            base_digest=metadata["base_digest"],
+            tensors=MappingProxyType(tensors),
+            revision=content_digest(header, data),
+            task=metadata.get("task", ""),
+            prompt_format=metadata.get("prompt_format", ""),
+            note=MappingProxyType(parse_json_object(metadata.get("note") or "{}", "the metadata's note")),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        kind: ScaleKind,
+        tensors: Mapping[str, Tensor],
+        manifest: BaseManifest,
+        *,
+        task: str = "",
+        prompt_format: str = "",
+        note: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float16,
+        max_ratio: float = DEFAULT_MAX_RATIO,
+    ) -> ScaleSet:
+        """Make a set for `manifest`'s base from `<linear>.<out_scale|in_scale|group_scale>` tensors, saved as `dtype`.
+
+        The result has gone through the very checks of `parse`, and holds the rounded values that a file of it has.
+        """
+        if dtype not in _DTYPE_NAMES:
+            raise InvalidScaleSet(f"a scale set is saved as float16 or float32, not {dtype}")
+        unchecked = cls(
+            kind=kind,
+            base_digest=manifest.base_digest,
+            tensors={
+                name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+                for name, tensor in tensors.items()
+            },
+            revision="",
+            task=task,
+            prompt_format=prompt_format,
+            note=note or {},
+        )
+        return cls.parse(unchecked.to_bytes(), manifest, max_ratio=max_ratio)
+
+    def to_bytes(self, *, task: str | None = None) -> bytes:
+        """Return the safetensors file; the same set gives the same bytes. `task` replaces the noted name."""
+        try:
+            note = json.dumps(dict(self.note), sort_keys=True, allow_nan=False, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidScaleSet(f"the note must be JSON (numbers finite, keys strings): {error}") from None
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "task": self.task if task is None else task,
+            "base_digest": self.base_digest,
+            "prompt_format": self.prompt_format,
+            "note": note,
+        }
+        return write_set_file(
+            metadata,
+            (
+                (name, _DTYPE_NAMES[t.dtype], tuple(t.shape), t.contiguous().numpy().tobytes())
+                for name, t in self.tensors.items()
+            ),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the file to `path`: a reader sees the file that was there before or all of this one."""
+        write_atomic(Path(path), self.to_bytes())
+
+
+def expected_shapes(kind: ScaleKind, manifest: BaseManifest) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that a set of this kind has, no more and no less."""
+    return {
+        f"{linear}.{suffix}": _shape_of(suffix, shape)
+        for linear, shape in manifest.linears.items()
+        for suffix in _SUFFIXES[kind]
+    }
+
+
+def max_file_bytes(manifest: BaseManifest) -> int:
+    """Return the size in bytes that no valid scale set file for this base exceeds, whatever its kind."""
+    most = max(
+        sum(_elements(shape) for shape in expected_shapes(kind, manifest).values()) for kind in SCALE_KINDS
+    )
+    return 8 + header_limit(_expected_tensors(manifest)) + 4 * most
+
+
+def read_set_file(path: Path, manifest: BaseManifest) -> bytes:
+    """Return the bytes of the file at `path`, of which no more than a sound header promises are read.
+
+    Raises `InvalidScaleSet` as `check_header` does, and when the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            end = header_end(head, total, header_limit(_expected_tensors(manifest)))
+            head += file.read(end - 8)
+            check_header(head, total, manifest)
+            data = head + file.read(total - end)
+    except OSError as error:
+        raise InvalidScaleSet(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) != total:
+        raise InvalidScaleSet(f"{path} became shorter while it was read; upload it again")
+    return data
+
+
+def check_header(data: bytes, total_bytes: int, manifest: BaseManifest) -> SetHeader:
+    """Check everything that the header of a file of `total_bytes` says; `data` must reach to the header's end.
+
+    Order: lengths, JSON and offsets, metadata, base, names, dtypes and shapes. No tensor is touched.
+    Raises `InvalidScaleSet` / `WrongBase`.
+    """
+    end = header_end(data[:8], total_bytes, header_limit(_expected_tensors(manifest)))
+    header = parse_header(data[:end], total_bytes)
+    _check_metadata(header.metadata)
+    base_digest = header.metadata["base_digest"]
+    if base_digest != manifest.base_digest:
+        raise WrongBase(
+            f"the set was tuned on base {_short(base_digest)}, this base is {_short(manifest.base_digest)} "
+            f"({manifest.model_id}); tune it on this base, or serve the base that it belongs to"
+        )
+    kind = _kind_of(header.metadata)
+    expected = expected_shapes(kind, manifest)
+    missing = [name for name in expected if name not in header.tensors]
+    extra = [name for name in header.tensors if name not in expected]
+    if missing:
+        raise InvalidScaleSet(
+            f"the set lacks {len(missing)} of the {len(expected)} tensors of kind {kind!r}: {_some(missing)}"
+        )
+    if extra:
+        raise InvalidScaleSet(
+            f"the set has {len(extra)} tensors that kind {kind!r} does not have on this base: {_some(extra)}"
+        )
+    wrong = [
+        f"{name} is {list(header.tensors[name].shape)}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if header.tensors[name].shape != shape
+    ]
+    if wrong:
+        raise InvalidScaleSet(f"{len(wrong)} tensors have the wrong shape: {_some(wrong)}")
+    return header
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    unknown = sorted(set(metadata) - set(_METADATA_KEYS))
+    if unknown:
+        raise InvalidScaleSet(f"unknown metadata: {_some(unknown)}; known: {', '.join(_METADATA_KEYS)}")
+    if metadata.get("format") != FORMAT:
+        raise InvalidScaleSet(
+            f"the metadata's format is {metadata.get('format', '')[:40]!r}, a scale set has {FORMAT!r}"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise InvalidScaleSet(
+            f"format_version {metadata.get('format_version', '')[:40]!r} is not supported, "
+            f"this version reads {FORMAT_VERSION!r}"
+        )
+    _kind_of(metadata)
+    if not metadata.get("base_digest"):
+        raise InvalidScaleSet("the metadata has no base_digest: it says which base the set was tuned on")
+    if metadata.get("task"):
+        try:
+            check_task_name(metadata["task"])
+        except InvalidTaskName as error:
+            raise InvalidScaleSet(f"the metadata's {error}") from None
+    parse_json_object(metadata.get("note") or "{}", "the metadata's note")
+
+
+def _kind_of(metadata: Mapping[str, str]) -> ScaleKind:
+    for kind in get_args(ScaleKind):
+        if metadata.get("kind") == kind:
+            return kind
+    raise InvalidScaleSet(
+        f"the metadata's kind is {metadata.get('kind', '')[:40]!r}, must be one of {', '.join(SCALE_KINDS)}"
+    )
+
+
+def _check_values(tensors: Mapping[str, Tensor], max_ratio: float) -> None:
+    flat = torch.cat([t.reshape(-1).float() for t in tensors.values()]) if tensors else torch.ones(1)
+    if _reason(flat, max_ratio) is None:  # one pass over all is much cheaper than a few per tensor
+        return
+    wrong = [
+        f"{name} {reason}"
+        for name, tensor in tensors.items()
+        if (reason := _reason(tensor.float(), max_ratio)) is not None
+    ]
+    raise InvalidScaleSet(
+        f"{len(wrong)} tensors have values that cannot be scales: {_some(wrong)}; every scale is relative to the "
+        f"base (1.0 = the base), finite, greater than 0 and within [1/{max_ratio:g}, {max_ratio:g}]"
+    )
+
+
+def _reason(values: Tensor, max_ratio: float) -> str | None:
+    if not bool(torch.isfinite(values).all()):
+        return "has NaN or Inf"
+    smallest, largest = float(values.min()), float(values.max())
+    if smallest <= 0:
+        return f"has {smallest:g}"
+    if smallest < 1 / max_ratio or largest > max_ratio:
+        return f"reaches from {smallest:g} to {largest:g}"
+    if largest > torch.finfo(torch.float16).max or float(values.min().half()) == 0:
+        return f"reaches from {smallest:g} to {largest:g}, which float16 cannot hold"
+    return None
+
+
+def _shape_of(suffix: str, shape: LinearShape) -> tuple[int, ...]:
+    if suffix == "out_scale":
+        return (shape.out_features,)
+    if suffix == "in_scale":
+        return (shape.in_features,)
+    return (shape.out_features, shape.groups)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def _expected_tensors(manifest: BaseManifest) -> int:
+    return len(manifest.linears) * max(len(suffixes) for suffixes in _SUFFIXES.values())
+
+
+def _short(digest: str) -> str:
+    return f"{digest[:12]}…" if len(digest) > 13 else digest
+
+
+def _some(names: list[str]) -> str:
+    """At most five of the names, so that an error stays readable whatever the file holds."""
+    shown = ", ".join(name if len(name) <= 120 else name[:117] + "..." for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

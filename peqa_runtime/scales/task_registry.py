@@ -1,0 +1,187 @@
+"""Who may use which revision, and which revision has which device row. Pure policy: no torch, no I/O.
+
+One registry is the single source of truth. Three rules, each under one lock:
+
+- `acquire` looks a task up *and* pins its revision in one step, so that no upload or delete comes between.
+- A revision keeps its row while anybody holds a lease on it; rows of leased revisions are never given away.
+- Deleting a task (or replacing its revision) is two-phase: the name changes at once, the old revision's row is
+  free when its last lease is released.
+
+A revision is the digest of its content, so a name that is used again can never meet another version's row, and
+two tasks with equal content share one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+
+from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Placement, ScaleKind
+from peqa_runtime.errors import UnknownTask
+
+
+@dataclass(frozen=True)
+class RegistryCounts:
+    """Sizes at one moment, for metrics. `rows` and `group_rows` do not count the base's row 0."""
+
+    tasks: int
+    leases: int
+    rows: int
+    rows_used: int
+    group_rows: int
+    group_rows_used: int
+
+
+class TaskRegistry:
+    """Names, leases and rows. `rows` and `group_rows` count row 0, which is the base and never given away."""
+
+    def __init__(self, *, rows: int, group_rows: int = 1) -> None:
+        assert rows >= 1
+        assert group_rows >= 1
+        self._lock = threading.Lock()
+        self._rows = rows
+        self._group_rows = group_rows
+        self._current: dict[str, tuple[str, ScaleKind]] = {}
+        self._names: Counter[str] = Counter()  # revision -> tasks that have it as their current one
+        self._holders: Counter[str] = Counter()  # revision -> leases
+        self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
+        self._unwritten: set[str] = set()  # resident, but the content of the row is not known to be right
+        self._free = list(range(rows - 1, 0, -1))
+        self._free_group = list(range(group_rows - 1, 0, -1))
+
+    def set_current(self, task: str, revision: str, kind: ScaleKind) -> None:
+        """Make `revision` what `acquire(task)` gives from now on. Leases on the one before stay valid."""
+        assert task != BASE_TASK
+        assert revision != BASE_REVISION
+        with self._lock:
+            before = self._current.get(task)
+            self._current[task] = (revision, kind)
+            self._names[revision] += 1
+            if before is not None:
+                self._forget_name(before[0])
+
+    def delete(self, task: str) -> None:
+        """Remove the name; who holds a lease keeps it. Raises `UnknownTask`."""
+        with self._lock:
+            if task not in self._current:
+                raise self._unknown(task)
+            self._forget_name(self._current.pop(task)[0])
+
+    def acquire(self, task: str) -> Lease:
+        """Pin and return the task's current revision (the base: `BASE_REVISION`). Raises `UnknownTask`."""
+        with self._lock:
+            if task == BASE_TASK:
+                lease = Lease(task, BASE_REVISION)
+            elif task in self._current:
+                lease = Lease(task, *self._current[task])
+            else:
+                raise self._unknown(task)
+            self._holders[lease.revision] += 1
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back, exactly once. The row stays warm while a task still has this revision."""
+        with self._lock:
+            assert self._holders[lease.revision] > 0, f"released more often than acquired: {lease}"
+            self._holders[lease.revision] -= 1
+            if not self._holders[lease.revision]:
+                del self._holders[lease.revision]
+                self._free_if_stale(lease.revision)
+
+    def place(self, revision: str, kind: ScaleKind) -> Placement | None:
+        """Return the row of a leased revision, giving it a free or the least recently used unpinned one if need be.
+
+        None: every row that could serve is pinned; try again when a lease was released. `write` is true exactly
+        once per placement: the caller copies the set into the row before the next forward, whatever else happens
+        to the sequence it asked for (or calls `mark_unwritten`). A "group" set gets a row of both banks.
+        """
+        if revision == BASE_REVISION:
+            return Placement(row=0)
+        with self._lock:
+            assert self._holders[revision] > 0, "place() needs a lease: acquire the task first"
+            if revision in self._resident:
+                self._resident.move_to_end(revision)
+                row, group_row = self._resident[revision]
+                write = revision in self._unwritten
+                self._unwritten.discard(revision)
+                return Placement(row, group_row, write)
+            if kind == "group" and not self._free_group and not self._evict(with_group_row=True):
+                return None
+            if not self._free and not self._evict(with_group_row=False):
+                return None
+            group_row = self._free_group.pop() if kind == "group" else 0
+            row = self._free.pop()
+            self._resident[revision] = (row, group_row)
+            return Placement(row, group_row, write=True)
+
+    def mark_unwritten(self, revision: str | None = None) -> None:
+        """Have the next `place` of this revision (None: of every one) ask for the write again, into the same row."""
+        with self._lock:
+            self._unwritten.update(r for r in self._resident if revision in (None, r))
+
+    def can_ever_place(self, kind: ScaleKind) -> bool:
+        """True when a set of this kind gets a row once nobody else holds one."""
+        return self._rows > 1 and (kind != "group" or self._group_rows > 1)
+
+    def current(self, task: str) -> tuple[str, ScaleKind] | None:
+        """The task's current revision and kind; None when it has none."""
+        with self._lock:
+            return self._current.get(task)
+
+    def tasks(self) -> list[str]:
+        """All names, sorted."""
+        with self._lock:
+            return sorted(self._current)
+
+    def holders(self, revision: str) -> int:
+        """Leases on this revision."""
+        with self._lock:
+            return self._holders.get(revision, 0)
+
+    def resident(self) -> dict[str, Placement]:
+        """Revisions that have a row, least recently used first."""
+        with self._lock:
+            return {revision: Placement(*rows) for revision, rows in self._resident.items()}
+
+    def counts(self) -> RegistryCounts:
+        """Numbers for metrics, all of one moment."""
+        with self._lock:
+            return RegistryCounts(
+                tasks=len(self._current),
+                leases=sum(self._holders.values()),
+                rows=self._rows - 1,
+                rows_used=len(self._resident),
+                group_rows=self._group_rows - 1,
+                group_rows_used=self._group_rows - 1 - len(self._free_group),
+            )
+
+    def _evict(self, *, with_group_row: bool) -> bool:
+        for revision, (_, group_row) in self._resident.items():
+            if not self._holders.get(revision) and (group_row or not with_group_row):
+                self._free_rows(revision)
+                return True
+        return False
+
+    def _forget_name(self, revision: str) -> None:
+        self._names[revision] -= 1
+        if not self._names[revision]:
+            del self._names[revision]
+            self._free_if_stale(revision)
+
+    def _free_if_stale(self, revision: str) -> None:
+        """Second phase of delete and replace: nobody can ask for this revision any more, nobody runs on it."""
+        if revision in self._resident and not self._names.get(revision) and not self._holders.get(revision):
+            self._free_rows(revision)
+
+    def _free_rows(self, revision: str) -> None:
+        row, group_row = self._resident.pop(revision)
+        self._unwritten.discard(revision)
+        self._free.append(row)
+        if group_row:
+            self._free_group.append(group_row)
+
+    def _unknown(self, task: str) -> UnknownTask:
+        known = [BASE_TASK, *sorted(self._current)]
+        listed = ", ".join(known[:6]) + (f" and {len(known) - 6} more" if len(known) > 6 else "")
+        return UnknownTask(f"there is no task {str(task)[:80]!r}; known: {listed}")
