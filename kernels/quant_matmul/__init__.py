@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .backward import scaled_linear
 from .cpu import NativeCpu, TorchCpu
 from .reference import dequantize, quant_matmul_reference
 from .weight import LinearBank, QuantizedWeight
@@ -27,6 +28,7 @@ __all__ = [
     "prepare",
     "quant_matmul",
     "quant_matmul_reference",
+    "scaled_linear",
 ]
 
 BACKENDS = ("reference", "torch", "native", "gpu")
@@ -120,14 +122,18 @@ def quant_matmul(
     """Multiply each row of x by the frozen weight under its own task's scales; [M, N] in x.dtype.
 
     `row[m]` is the bank row of activation m for output and input scales, `group_row[m]` the one for group scales;
-    None (or no bank) means the base. Row 0 is the base too, and gives the same bits as None. No gradient flows: for
-    training see `backward.scaled_linear`.
+    None (or no bank) means the base. Row 0 is the base too, and gives the same bits as None. A gradient reaches x where
+    no row is given; tasks are trained by `scaled_linear`. Raises RuntimeError when x wants a gradient through rows.
     """
     assert x.dim() == 2, x.shape
     assert x.shape[1] == prepared.in_features, (x.shape, prepared.in_features)
     assert bank is None or bank.segments == prepared.segments, (bank.segments, prepared.segments)
     if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("quant_matmul has no gradient: use scaled_linear, or torch.no_grad()")
+        if bank is not None and (row is not None or group_row is not None):
+            raise RuntimeError(
+                "quant_matmul with task rows has no gradient: use scaled_linear, or torch.no_grad()"
+            )
+        return scaled_linear(x, prepared, bias)
     y = prepared.impl.matmul(x, bias, bank, row, group_row)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 

@@ -251,6 +251,19 @@ def test_dense_is_kept_per_dtype_until_dropped() -> None:
     assert prepared.dense(torch.bfloat16) is not dense
 
 
+def test_a_gradient_is_right_or_refused() -> None:
+    weight = make_weight(16, 32, 2, 4)
+    prepared, bank = prepare(weight, backend="torch"), make_bank(weight, "channel")
+    x, row = make_x(3, 32).requires_grad_(), make_rows(3, "channel")[0]
+    quant_matmul(x, prepared, bank=bank).sum().backward()
+    assert x.grad is not None
+    assert_close("gradient of x", x.grad, dequantize(weight).sum(0).expand(3, 32), 1e-6)
+    with pytest.raises(RuntimeError, match="scaled_linear"):
+        quant_matmul(x, prepared, bank=bank, row=row)
+    with torch.no_grad():
+        quant_matmul(x, prepared, bank=bank, row=row)
+
+
 def test_refuses_unknown_backends() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         prepare(make_weight(16, 32, 2, 4), backend="tpu")

@@ -1,0 +1,122 @@
+"""scaled_linear: outputs and every gradient against autograd through the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peqa_kernels.packing import pack_codes
+from peqa_kernels.quant_matmul import PreparedWeight, QuantizedWeight, dequantize, prepare, scaled_linear
+
+SCALES = ("out", "in", "group")
+KINDS = {"channel": ("out",), "channel+input": ("out", "in"), "group": ("group",), "all": SCALES, "base": ()}
+
+
+def make_prepared(n: int, k: int, groups: int) -> PreparedWeight:
+    g = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8)
+    scales = 0.01 + 0.05 * torch.rand((n, groups), generator=g)
+    zeros = 4 + 8 * torch.rand((n, groups), generator=g)
+    return prepare(QuantizedWeight(pack_codes(codes, 4), scales, zeros, 4, k), backend="torch")
+
+
+def make_inputs(
+    prepared: PreparedWeight, kind: str, dtype: torch.dtype, m: int, bias: float
+) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(m)
+    n, k = prepared.out_features, prepared.in_features
+    shapes = {"out": (n,), "in": (k,), "group": (prepared.weight.groups, n)}
+    inputs = {"x": torch.randn((m, k), generator=g).to(dtype)}
+    inputs |= {name: 0.5 + torch.rand(shapes[name], generator=g) for name in KINDS[kind]}
+    if bias:
+        inputs["bias"] = bias * torch.randn(n, generator=g)
+    return inputs
+
+
+def formula(prepared: PreparedWeight, t: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same function in plain operations, differentiable by autograd."""
+    w = dequantize(prepared.weight).double()
+    n, k = w.shape
+    if "group" in t:
+        w = (w.view(n, -1, k // t["group"].shape[0]) * t["group"].t().unsqueeze(-1)).view(n, k)
+    y = (t["x"] * t["in"] if "in" in t else t["x"]) @ w.t()
+    y = y * t["out"] if "out" in t else y
+    return y + t["bias"] if "bias" in t else y
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("bias", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 128, 4), (33, 35, 1), (600, 640, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_autograd(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, bias: float
+) -> None:
+    prepared = make_prepared(*shape)
+    inputs = make_inputs(prepared, kind, dtype, 700, bias)
+    ours = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
+    y = scaled_linear(
+        ours["x"], prepared, ours.get("bias"), ours.get("out"), ours.get("in"), ours.get("group")
+    )
+    want = formula(prepared, exact)
+    limit = (
+        2e-6 if dtype == torch.float32 else 1e-2
+    )  # bfloat16 rounds weights, outputs and gradients by 2**-9
+    assert y.dtype == dtype
+    assert relative_rms(y.detach(), want.detach()) <= limit
+
+    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y.backward(dy)
+    want.backward(dy.double())
+    for name, value in ours.items():
+        other = exact[name].grad
+        assert value.grad is not None
+        assert other is not None
+        assert value.grad.dtype == value.dtype
+        error = relative_rms(value.grad, other)
+        assert error <= limit, f"gradient of {name}: relative RMS error {error:.2e}"
+
+
+def test_a_small_change_of_scale_survives_bfloat16() -> None:
+    """A scale of 1.001 is 1 in bfloat16; its effect on the outputs must not be lost on average."""
+    prepared = make_prepared(64, 128, 1)
+    x = torch.randn((512, 128), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    base = scaled_linear(x, prepared).double()
+    moved = scaled_linear(x, prepared, None, torch.full((64,), 1.001)).double()
+    change = float((moved * base).sum() / base.square().sum()) - 1
+    assert abs(change - 1e-3) < 2e-4
+
+
+def test_leading_dimensions_and_frozen_inputs() -> None:
+    prepared = make_prepared(24, 32, 2)
+    out = torch.full((24,), 1.5, requires_grad=True)
+    x = torch.randn((2, 5, 32), generator=torch.Generator().manual_seed(1))
+    y = scaled_linear(x, prepared, None, out)
+    assert y.shape == (2, 5, 24)
+    y.sum().backward()
+    assert x.grad is None
+    assert out.grad is not None
+    assert relative_rms(out.grad, (x @ dequantize(prepared.weight).t()).sum((0, 1)).double()) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "keeps_x"), [("channel", False), ("group", True), ("base", False)])
+def test_what_is_kept_for_the_backward_pass(kind: str, keeps_x: bool) -> None:
+    """`channel` keeps neither x nor anything of the size of the weight; `group` keeps x but no [N, K] tensor."""
+    prepared = make_prepared(96, 128, 4)
+    inputs = {
+        name: value.requires_grad_()
+        for name, value in make_inputs(prepared, kind, torch.float32, 50, 0.0).items()
+    }
+    kept: list[torch.Size] = []
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        scaled_linear(inputs["x"], prepared, None, inputs.get("out"), inputs.get("in"), inputs.get("group"))
+    assert ((50, 128) in kept) == keeps_x
+    assert (96, 128) not in kept
