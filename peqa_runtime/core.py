@@ -175,12 +175,15 @@ class TokenOutput:
 SequenceStatus = Literal["waiting", "running", "finished"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request in work. Tokens `[0, num_computed_tokens)` have their K/V in the blocks of `block_table`.
 
     [ computed ............ | to compute ...... ]
     0        num_computed_tokens       num_tokens
+
+    `arrival` orders sequences by age; `seed` is the request's, or the one drawn for it; `prompt_logprobs` grows
+    with the prompt's chunks and outlives a preemption. Compared by identity.
     """
 
     request: Request
@@ -192,6 +195,9 @@ class Sequence:
     group_row: int = 0
     holds_row: bool = False
     num_preemptions: int = 0
+    arrival: int = 0
+    seed: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:
@@ -241,6 +247,18 @@ class ScheduledSequence:
         """True when this step computes the sequence's last known token, so that the next one can be sampled."""
         return self.start + self.num_tokens == self.sequence.num_tokens
 
+    @property
+    def prompt_logprob_positions(self) -> range:
+        """Positions of this share whose logits give log-probabilities of prompt tokens not yet reported.
+
+        The logits at position i are about token i + 1; entry 0 of `prompt_logprobs` (None) stands for no position.
+        """
+        sequence = self.sequence
+        if sequence.request.params.prompt_logprobs is None:
+            return range(0)
+        first = max(self.start, len(sequence.prompt_logprobs) - 1)
+        return range(first, min(self.start + self.num_tokens, sequence.num_prompt_tokens - 1))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -253,6 +271,20 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave for one scheduled sequence. `token_id` is None when nothing was sampled.
+
+    `prompt_logprobs` are those of the prompt tokens whose predecessors this step computed. `finite` is False when
+    a row of logits held NaN or infinity: the numbers are then worthless and the request ends.
+    """
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finite: bool = True
 
 
 @dataclass(frozen=True)

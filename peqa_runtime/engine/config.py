@@ -1,0 +1,32 @@
+"""Settings of an engine, checked once and never written to again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine does at once. Values out of range raise `ValueError` (they come from the operator).
+
+    `num_blocks` None: as many as the memory allows (see `kv_cache.fitting_blocks`). `max_model_len` None: what
+    the model was trained for. `max_prompt_logprob_rows` bounds the rows of logits that prompt log-probabilities
+    may ask of one step: 256 rows of a 50 000-token vocabulary are 50 MB, and log-softmax holds them twice.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    max_model_len: int | None = None
+    task_rows: int = 64
+    group_rows: int = 4
+    max_waiting: int = 1024
+    max_prompt_logprob_rows: int = 256
+    max_step_failures: int = 3
+
+    def __post_init__(self) -> None:
+        """Every number is a count of at least one; rows include row 0, the base."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")

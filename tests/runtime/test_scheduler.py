@@ -1,0 +1,316 @@
+"""The scheduler under random workloads and an oracle, and its rules one by one. No torch, no model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from peqa_runtime.core import (
+    BASE_REVISION,
+    Batch,
+    Placement,
+    Request,
+    SamplingParams,
+    ScaleKind,
+    Sequence,
+    StepResult,
+    TokenLogprobs,
+    TokenOutput,
+)
+from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.scheduler import Scheduler
+
+EOS = 0
+
+
+@dataclass
+class Rows:
+    """As many rows as `limit`; `pinned` revisions keep theirs, others are evicted."""
+
+    limit: int
+    placed: dict[str, int] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
+
+    def place(self, revision: str, kind: ScaleKind) -> Placement | None:
+        write = revision not in self.placed
+        if write:
+            idle = [r for r in self.placed if r not in self.pinned]
+            if len(self.placed) < self.limit:
+                row = len(self.placed) + 1
+            elif idle:
+                row = self.placed.pop(idle[0])
+            else:
+                return None
+            self.placed[revision] = row
+        self.pinned.add(revision)
+        return Placement(self.placed[revision], 0, write)
+
+
+def sequence(name: str, prompt: int, revision: str = BASE_REVISION, **params: object) -> Sequence:
+    params.setdefault("max_tokens", 4)
+    tokens = tuple(range(1, prompt + 1))
+    request = Request(name, tokens, SamplingParams(**params), revision=revision)  # type: ignore[arg-type]
+    return Sequence(request, list(tokens))
+
+
+def scheduler(blocks: int = 64, block_size: int = 4, rows: Rows | None = None, **limits: int) -> Scheduler:
+    return Scheduler(BlockManager(blocks, block_size), rows or Rows(4), eos_token_ids=(EOS,), **limits)
+
+
+def results(batch: Batch, token: int = 7) -> list[StepResult]:
+    """What a model would give: the same token to everyone who samples, prompt log-probabilities to who asks."""
+    out = []
+    for item in batch.scheduled:
+        samples = item.samples and item.sequence.request.params.max_tokens > 0
+        prompt = tuple(TokenLogprobs(p, -1.0) for p in item.prompt_logprob_positions)
+        out.append(StepResult(token if samples else None, prompt_logprobs=prompt))
+    return out
+
+
+def step(s: Scheduler, token: int = 7) -> tuple[dict[str, int], list[TokenOutput]]:
+    batch = s.schedule()
+    outputs = s.update(batch, results(batch, token))
+    s.check_integrity()
+    return {item.sequence.request_id: item.num_tokens for item in batch.scheduled}, outputs
+
+
+def test_a_prompt_is_cut_into_chunks_and_its_rest_shares_the_step_with_decodes() -> None:
+    s = scheduler(max_batch_tokens=8)
+    s.add(sequence("a", 3))
+    assert step(s)[0] == {"a": 3}
+    s.add(sequence("long", 20))
+    assert step(s)[0] == {"a": 1, "long": 7}
+    assert step(s)[0] == {"a": 1, "long": 7}
+    assert step(s)[0] == {"a": 1, "long": 6}
+
+
+def test_decodes_go_before_the_recomputation_of_an_older_one() -> None:
+    s = scheduler(max_batch_tokens=4)
+    s.add(sequence("old", 12))
+    young = sequence("young", 1)
+    s.add(young)
+    assert step(s)[0] == {"old": 4}
+    s.running.append(young)  # as after a preemption of "old" that left "young" running
+    s.waiting.remove(young)
+    s.blocks.grow(young)
+    young.status = "running"
+    assert step(s)[0] == {"young": 1, "old": 3}
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "reason", "stop_reason", "length"),
+    [
+        ({"max_tokens": 3}, 7, "length", None, 3),
+        ({"max_tokens": 9}, EOS, "stop", None, 1),
+        ({"max_tokens": 3, "ignore_eos": True}, EOS, "length", None, 3),
+        ({"max_tokens": 9, "stop_token_ids": (7,)}, 7, "stop", 7, 1),
+        ({"max_tokens": 9, "stop_token_ids": (7,), "min_tokens": 4}, 7, "stop", 7, 5),
+        ({"max_tokens": 0}, 7, "length", None, 0),
+    ],
+)
+def test_ends(
+    params: dict[str, object], token: int, reason: str, stop_reason: int | None, length: int
+) -> None:
+    s = scheduler()
+    s.add(sequence("a", 5, **params))
+    outputs: list[TokenOutput] = []
+    for _ in range(max(1, length)):
+        outputs += step(s, token)[1]
+    assert outputs[-1].finish_reason == reason
+    assert outputs[-1].stop_reason == stop_reason
+    assert sum(o.token_id is not None for o in outputs) == length
+    assert not s.has_work
+    assert s.blocks.num_used == 0
+
+
+def test_too_few_blocks_stop_admission_in_order() -> None:
+    s = scheduler(blocks=6, block_size=4)
+    s.add(sequence("a", 12, max_tokens=1))
+    s.add(sequence("big", 16, max_tokens=1))
+    s.add(sequence("small", 1, max_tokens=1))  # would fit, but must not overtake for ever
+    assert step(s)[0] == {"a": 12}
+    assert step(s)[0] == {"big": 16, "small": 1}
+
+
+def test_without_a_row_only_that_sequence_waits() -> None:
+    rows = Rows(1)
+    s = scheduler(rows=rows)
+    for name, revision in (("a", "x"), ("b", "y"), ("c", "x"), ("d", BASE_REVISION), ("e", "y")):
+        s.add(sequence(name, 2, revision, max_tokens=2))
+    assert set(step(s)[0]) == {"a", "c", "d"}
+    assert set(step(s)[0]) == {"a", "c", "d"}
+    rows.pinned.discard("x")
+    assert set(step(s)[0]) == {"b", "e"}
+
+
+def test_a_bank_write_is_asked_once_and_again_after_a_failure() -> None:
+    s = scheduler()
+    s.add(sequence("a", 2, "x"))
+    batch = s.schedule()
+    assert [(w.revision, w.row) for w in batch.bank_writes] == [("x", 1)]
+    failed = s.fail(batch, "boom")
+    assert [(o.request_id, o.finish_reason, o.error) for o in failed] == [("a", "error", "boom")]
+    s.check_integrity()
+    s.add(sequence("base", 2))
+    batch = s.schedule()
+    assert batch.bank_writes == ()  # nobody in this step leases x: its set may have left host memory
+    s.update(batch, results(batch))
+    s.add(sequence("b", 2, "x"))
+    batch = s.schedule()
+    assert [(w.revision, w.row) for w in batch.bank_writes] == [("x", 1)]
+    s.update(batch, results(batch))
+    assert s.schedule().bank_writes == ()
+
+
+def test_a_pending_write_is_replaced_with_its_row() -> None:
+    rows = Rows(1)
+    s = scheduler(rows=rows)
+    s.add(sequence("a", 2, "x"))
+    s.fail(s.schedule(), "boom")
+    rows.pinned.clear()
+    s.add(sequence("b", 2, "y"))
+    assert [(w.revision, w.row) for w in s.schedule().bank_writes] == [("y", 1)]
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
+    s = scheduler(blocks=4, block_size=2)
+    old, young = sequence("old", 2, max_tokens=6), sequence("young", 2, max_tokens=5)
+    s.add(old)
+    step(s)
+    s.add(young)
+    order = []
+    while s.has_work:
+        order.append(step(s)[0])
+    assert s.num_preemptions > 0
+    assert old.num_preemptions == 0
+    assert young.num_generated_tokens == 5
+    assert any(n > 2 for share in order for name, n in share.items() if name == "young"), "recomputed"
+
+
+def test_abort_frees_at_once_wherever_the_sequence_is() -> None:
+    s = scheduler(max_sequences=1)
+    s.add(sequence("running", 8))
+    s.add(sequence("waiting", 8))
+    step(s)
+    assert s.abort("waiting") is not None
+    assert s.abort("running") is not None
+    assert s.abort("running") is None
+    assert not s.has_work
+    assert s.blocks.num_used == 0
+
+
+def test_a_sequence_aborted_during_the_step_gets_no_output() -> None:
+    s = scheduler()
+    s.add(sequence("a", 3))
+    batch = s.schedule()
+    s.abort("a")
+    assert s.update(batch, results(batch)) == []
+    s.check_integrity()
+
+
+def test_a_row_that_is_not_finite_ends_only_its_request() -> None:
+    s = scheduler()
+    s.add(sequence("bad", 3))
+    s.add(sequence("good", 3))
+    batch = s.schedule()
+    bad, good = s.update(batch, [StepResult(finite=False), StepResult(7)])
+    assert (bad.request_id, bad.finish_reason, bad.token_id) == ("bad", "error", None)
+    assert "NaN" in (bad.error or "")
+    assert (good.request_id, good.finish_reason, good.token_id) == ("good", None, 7)
+    s.check_integrity()
+
+
+@pytest.mark.parametrize("prompt_rows", [1, 3, 100])
+def test_prompt_logprobs_come_whole_with_the_first_output(prompt_rows: int) -> None:
+    s = scheduler(max_batch_tokens=5, max_prompt_logprob_rows=prompt_rows)
+    s.add(sequence("a", 9, prompt_logprobs=0, max_tokens=2))
+    s.add(sequence("b", 9, prompt_logprobs=0, max_tokens=0))
+    outputs: list[TokenOutput] = []
+    while s.has_work:
+        batch = s.schedule()
+        assert sum(len(i.prompt_logprob_positions) for i in batch.scheduled) <= prompt_rows
+        outputs += s.update(batch, results(batch))
+    a1, a2 = (o for o in outputs if o.request_id == "a")
+    (b,) = (o for o in outputs if o.request_id == "b")
+    for output in (a1, b):
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        assert [p.token_id for p in output.prompt_logprobs[1:] if p] == list(range(8))
+    assert a2.prompt_logprobs is None
+
+
+def test_prompt_logprobs_of_a_single_token_prompt() -> None:
+    s = scheduler()
+    s.add(sequence("a", 1, prompt_logprobs=2, max_tokens=1))
+    assert step(s)[1][0].prompt_logprobs == (None,)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_workloads(seed: int) -> None:
+    """Whatever arrives, is aborted or starved: invariants hold, everyone ends, with exactly its tokens."""
+    rng = random.Random(seed)
+    block_size, blocks = rng.choice([1, 2, 4, 16]), rng.randint(8, 40)
+    budget, max_sequences = rng.randint(1, 24), rng.randint(1, 8)
+    rows = Rows(rng.randint(1, 3))
+    s = scheduler(
+        blocks,
+        block_size,
+        rows,
+        max_batch_tokens=budget,
+        max_sequences=max_sequences,
+        max_prompt_logprob_rows=3,
+    )
+    expected: dict[str, int] = {}
+    got: dict[str, list[TokenOutput]] = {}
+    computed: dict[str, int] = {}  # the oracle's own count of computed tokens
+    leases: dict[str, str] = {}
+    for number in range(30):
+        prompt = rng.randint(1, max(1, min(30, blocks * block_size - 8)))
+        revision = rng.choice(["", "x", "y", "z", "w"])
+        new = sequence(
+            f"r{number}",
+            prompt,
+            revision,
+            max_tokens=rng.randint(0, min(8, blocks * block_size - prompt)),
+            prompt_logprobs=rng.choice([None, None, 0]),
+        )
+        expected[new.request_id] = new.request.params.max_tokens
+        got[new.request_id] = []
+        leases[new.request_id] = revision
+        s.add(new)
+    aborted: set[str] = set()
+    for _ in range(5000):
+        if not s.has_work:
+            break
+        if rng.random() < 0.02:
+            victim = rng.choice(sorted(expected))
+            if s.abort(victim):
+                aborted.add(victim)
+                leases.pop(victim)
+        batch = s.schedule()
+        assert batch.num_tokens <= budget
+        assert len(s.running) <= max_sequences
+        assert batch.scheduled or not s.has_work or s.waiting
+        names = [i.sequence.request_id for i in batch.scheduled]
+        assert len(names) == len(set(names)), "nobody computes twice in a step"
+        for item in batch.scheduled:
+            name = item.sequence.request_id
+            assert item.num_tokens > 0
+            assert item.start in (computed.get(name, 0), 0), "goes on where it was, or starts again"
+            computed[name] = item.start + item.num_tokens
+            assert len(item.sequence.block_table) * block_size >= computed[name]
+            assert rows.placed.get(item.sequence.request.revision, 0) == item.sequence.row
+        for output in s.update(batch, results(batch)):
+            got[output.request_id].append(output)
+            if output.finished:
+                leases.pop(output.request_id)
+        rows.pinned &= set(leases.values())
+        s.check_integrity()
+    assert not s.has_work, "everything ends"
+    assert s.blocks.num_used == 0
+    for name, outputs in got.items():
+        if name not in aborted:
+            assert sum(o.token_id is not None for o in outputs) == expected[name]
+            assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
