@@ -150,7 +150,8 @@ class ScaleBank:
             self._has_group_scale = True
 
     def _ones(self, *shape: int) -> Tensor:
-        return torch.ones(shape, device=self.device, dtype=self.dtype)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            return torch.ones(shape, device=self.device, dtype=self.dtype)
 
     def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """Copy each source into its target; to a device as one transfer, not one per linear."""

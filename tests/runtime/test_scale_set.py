@@ -352,6 +352,9 @@ def test_flipped_bytes_never_raise_anything_else(flips: list[tuple[int, int]]) -
     _parse_or_named_error(bytes(data))
 
 
+KEYS = [*split(VALID)[0], "dtype", "shape", "data_offsets", "x"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(
