@@ -1,0 +1,116 @@
+"""Compile the C sources of this folder, one library per instruction set, beside them.
+
+setup.py runs this when the package is installed; `python -m peqa_kernels.native.compile` runs it again after the C
+code has changed. A plain C compiler is enough, and one from PyPI (ziglang) will do: no header of Python, torch, libc or OpenMP
+is used and nothing is linked, so a library built on one Linux runs on another, old or musl-based.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+SOURCES = ("pack_rows.c", "quant_matmul.c")
+# -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
+# -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
+FLAGS = (
+    "-O3",
+    "-std=c11",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-stack-protector",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+    "-nostdlib",
+)
+_TIMEOUT = 600.0  # seconds; ziglang takes under a minute on a slow core
+
+
+def compilers() -> Iterator[list[str]]:
+    """Commands of the C compilers at hand: $CC, cc, gcc, clang, then the ziglang package."""
+    named = os.environ.get("CC")
+    if named:
+        yield named.split()
+    for name in ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path:
+            yield [path]
+    if importlib.util.find_spec("ziglang") is not None:
+        libc = "gnu" if platform.libc_ver()[0] == "glibc" else "musl"
+        # A named target, or zig would compile for the very CPU it runs on.
+        yield [sys.executable, "-m", "ziglang", "cc", "-target", f"{platform.machine()}-linux-{libc}"]
+
+
+def compile_all(folder: Path | None = None, output: Path | None = None) -> list[Path]:
+    """Compile every build for this machine type from `folder` (default: this file's) into `output` (default: the same).
+
+    Returns the libraries made. Raises RuntimeError with the compilers' own words when none could make all of them.
+    """
+    folder = Path(__file__).parent if folder is None else folder
+    output = folder if output is None else output
+    builds = _isa(folder).builds()
+    if not builds:
+        raise RuntimeError(f"there is no build for {platform.machine()}")
+    failures = []
+    for compiler in compilers():
+        made = []
+        for isa in builds:
+            target = output / isa.file_name
+            error = _compile(compiler, isa.compiler_flags, folder, target)
+            if error:
+                failures.append(f"{' '.join(compiler)}: {error}")
+                break
+            made.append(target)
+        else:
+            return made
+    raise RuntimeError("\n".join(failures) or "no C compiler (cc, gcc, clang) and no ziglang package")
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...], folder: Path, target: Path) -> str:
+    """Compile one build; the empty string, or what went wrong."""
+    with tempfile.TemporaryDirectory(prefix="peqa-build-") as scratch:
+        # Renamed at the end, so that a process that has the old library open, or an interruption, does no harm.
+        made = target.with_name(f".{target.name}.{os.getpid()}")
+        command = [*compiler, *FLAGS, *flags, *(str(folder / name) for name in SOURCES), "-o", str(made)]
+        environment = dict(os.environ)
+        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", scratch)
+        environment.setdefault("ZIG_LOCAL_CACHE_DIR", scratch)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment, cwd=scratch
+            )
+            if done.returncode:
+                return (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+            made.replace(target)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        finally:
+            made.unlink(missing_ok=True)
+    return ""
+
+
+def _isa(folder: Path) -> ModuleType:
+    """isa.py, by its path: while the package is being installed it cannot be imported by name."""
+    spec = importlib.util.spec_from_file_location("peqa_native_isa", folder / "isa.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    for path in compile_all():
+        sys.stdout.write(f"{path}\n")

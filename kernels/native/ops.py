@@ -1,0 +1,121 @@
+"""The C library as Python calls: tensors in, tensors out, a few microseconds a call."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import byref, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quant_matmul.weight import QuantizedWeight
+from .isa import Isa
+from .packed import PackedWeight
+from .pool import Pool, find_pool
+
+ABI = 1  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+
+
+class StaleLibrary(Exception):
+    """A library that was built from other sources than these."""
+
+
+class _Scratch(threading.local):
+    """Working memory of the calling thread; grows to the largest call and goes with the thread."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.empty(0)
+        self.pointer = 0
+        self.floats = 0
+
+    def at_least(self, floats: int) -> int:
+        """Address of `floats` floats."""
+        if floats > self.floats:
+            self.tensor = torch.empty(floats)
+            self.pointer = self.tensor.data_ptr()
+            self.floats = floats
+        return self.pointer
+
+
+class NativeOps:
+    """The kernels of one build of the library. Safe to call from several threads."""
+
+    def __init__(self, path: Path, isa: Isa) -> None:
+        """Load the library at `path`; OSError when it does not load, StaleLibrary when its ABI is another."""
+        self.isa = isa
+        self._library = ctypes.CDLL(str(path))
+        try:
+            abi = self._library.peqa_abi
+            abi.restype = c_int64
+            found = abi()
+        except AttributeError:
+            found = -1
+        if found != ABI:
+            raise StaleLibrary(f"{path.name} has ABI {found}, these sources want {ABI}")
+        self._pool = find_pool()
+        self._pool_pointer = ctypes.addressof(self._pool)
+        self._scratch = _Scratch()
+        self._matmul_scratch = self._library.peqa_quant_matmul_scratch
+        self._matmul_scratch.argtypes = (c_void_p, c_int64, c_int64)
+        self._matmul_scratch.restype = c_int64
+        self._matmul = self._library.peqa_quant_matmul
+        self._matmul.argtypes = (
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+            *(c_void_p,) * 6,
+        )
+        self._matmul.restype = None
+
+    @property
+    def pool(self) -> Pool:
+        """Torch's thread pool as the C code sees it; all zero means single-threaded."""
+        return self._pool
+
+    def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
+        """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
+        return PackedWeight(weight, segments)
+
+    def quant_matmul(
+        self,
+        x: Tensor,  # float32 [M, K], rows may have a stride
+        packed: PackedWeight,
+        bias: Tensor | None,  # float32 [N]
+        out_scale: Tensor | None,  # float32 [rows, N]
+        in_scale: Tensor | None,  # float32 [rows, segments, K]
+        group_scale: Tensor | None,  # float32 [group_rows, G, N]
+        row: Tensor | None,  # int32 [M]
+        group_row: Tensor | None,  # int32 [M]
+    ) -> Tensor:
+        """Multiply each row under its own task's scales: float32 [M, N].
+
+        Where `row` is None, out_scale and in_scale are not read; where `group_row` is, group_scale is not. Banks, bias
+        and row indices are contiguous. A row's bits depend on nothing but that row, its scales and this build.
+        """
+        rows = x.shape[0]
+        y = torch.empty((rows, packed.out_features))
+        if rows == 0:
+            return y
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+        assert x.dtype == torch.float32, x.dtype
+        assert x.stride(1) == 1, x.stride()
+        threads = torch.get_num_threads()
+        pointer = packed.pointer
+        self._matmul(
+            pointer,
+            self._pool_pointer,
+            threads,
+            self._scratch.at_least(self._matmul_scratch(pointer, rows, threads)),
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            y.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if out_scale is None else out_scale.data_ptr(),
+            None if in_scale is None else in_scale.data_ptr(),
+            None if group_scale is None else group_scale.data_ptr(),
+            None if row is None else row.data_ptr(),
+            None if group_row is None else group_row.data_ptr(),
+        )
+        return y

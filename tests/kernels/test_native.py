@@ -1,0 +1,158 @@
+"""The compiled CPU kernels: every build that runs here against the formula, and the promise of equal bits per row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from peqa_kernels import native
+from peqa_kernels.native import NativeOps
+from peqa_kernels.native.isa import builds, usable
+from peqa_kernels.packing import pack_codes
+from peqa_kernels.quant_matmul import LinearBank, QuantizedWeight, quant_matmul_reference
+from torch import Tensor
+
+BUILDS = [build.name for build in usable()]
+MAKE = "the C library is not built: python -m peqa_kernels.native.compile"
+
+
+@pytest.fixture(params=BUILDS)
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    """Each build that this CPU can run."""
+    found = native.load(request.param)
+    if found is None:
+        pytest.skip(MAKE)
+    return found
+
+
+def make_weight(n: int, k: int, bits: int, group: int, *, whole_zeros: bool = False) -> QuantizedWeight:
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
+    groups = k // group
+    zeros = torch.rand(n, groups) * (1 << bits)
+    return QuantizedWeight(
+        pack_codes(codes, bits),
+        torch.rand(n, groups) * 0.02 + 0.01,
+        zeros.round() if whole_zeros else zeros,
+        bits,
+        k,
+    )
+
+
+def make_bank(weight: QuantizedWeight, segments: tuple[int, ...], rows: int = 5) -> LinearBank:
+    n, k, groups = weight.out_features, weight.in_features, weight.groups
+
+    def random(*shape: int) -> Tensor:
+        bank = torch.rand(rows, *shape) + 0.5
+        bank[0] = 1.0
+        return bank
+
+    return LinearBank(segments, random(n), random(len(segments), k), random(groups, n))
+
+
+def run(ops: NativeOps, x: Tensor, packed: native.PackedWeight, bias: Tensor | None, bank: LinearBank | None,
+        row: Tensor | None, group_row: Tensor | None) -> Tensor:  # fmt: skip
+    if bank is None:
+        return ops.quant_matmul(x, packed, bias, None, None, None, None, None)
+    return ops.quant_matmul(x, packed, bias, bank.out_scale, bank.in_scale, bank.group_scale, row, group_row)
+
+
+def rows_of(count: int, rows: int = 5) -> Tensor:
+    return torch.randint(0, rows, (count,), dtype=torch.int32)
+
+
+SHAPES = [  # N's segments, K, group
+    ((64,), 64, 32),
+    ((7, 33, 50), 96, 96),  # tails in every segment, per channel
+    ((40, 8), 160, 20),  # a group that fills no whole word at 2 bit
+    ((31,), 35, 35),  # odd K
+    ((130,), 600, 300),  # a group longer than one piece
+]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matmul_agrees_with_the_reference(
+    ops: NativeOps, bits: int, shape: tuple[tuple[int, ...], int, int]
+) -> None:
+    torch.manual_seed(bits)
+    segments, k, group = shape
+    weight = make_weight(sum(segments), k, bits, group)
+    packed = ops.pack(weight, segments)
+    bank = make_bank(weight, segments)
+    for m in (1, 2, 3, 4, 5, 12, 13, 40):
+        x, bias, row, group_row = torch.randn(m, k), torch.randn(sum(segments)), rows_of(m), rows_of(m)
+        bare = LinearBank(segments, bank.out_scale)
+        for use in itertools.product(
+            (None, bias), ((None, None, None), (bare, row, None), (bank, row, group_row))
+        ):
+            with_bias, (with_bank, r, g) = use
+            got = run(ops, x, packed, with_bias, with_bank, r, g)
+            want = quant_matmul_reference(x, weight, with_bias, with_bank, r, g)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_whole_numbers_give_the_exact_answer(ops: NativeOps, bits: int) -> None:
+    torch.manual_seed(0)
+    weight = make_weight(70, 96, bits, 32, whole_zeros=True)
+    weight.scales[:] = 2.0 ** torch.randint(-2, 2, weight.scales.shape)
+    x = torch.randint(-8, 9, (9, 96)).float()
+    assert torch.equal(
+        run(ops, x, ops.pack(weight), None, None, None, None), quant_matmul_reference(x, weight)
+    )
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 576), (2, 64), (3, 192), (8, 32)])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(ops: NativeOps, bits: int, group: int) -> None:
+    torch.manual_seed(1)
+    segments = (96, 40, 40)
+    weight = make_weight(sum(segments), 576, bits, group)
+    packed, bank = ops.pack(weight, segments), make_bank(weight, segments)
+    x, row, group_row, bias = torch.randn(40, 576), rows_of(40), rows_of(40), torch.randn(sum(segments))
+    alone = torch.cat([run(ops, x[i : i + 1], packed, bias, bank, row[i : i + 1], group_row[i : i + 1])
+                       for i in range(40)])  # fmt: skip
+    for size in (2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 33, 40):
+        pick = torch.randperm(40)[:size]
+        got = run(ops, x[pick], packed, bias, bank, row[pick], group_row[pick])
+        assert torch.equal(got, alone[pick]), size
+
+
+def test_the_base_row_has_the_bits_of_no_bank(ops: NativeOps) -> None:
+    torch.manual_seed(2)
+    segments = (64, 20)
+    weight = make_weight(84, 128, 4, 32)
+    packed, bank, bias = ops.pack(weight, segments), make_bank(weight, segments), torch.randn(84)
+    zero = torch.zeros(21, dtype=torch.int32)
+    x = torch.randn(21, 128)
+    plain = run(ops, x, packed, bias, None, None, None)
+    assert torch.equal(run(ops, x, packed, bias, bank, zero, zero), plain)
+    assert torch.equal(run(ops, x, packed, bias, LinearBank(segments, bank.out_scale), zero, None), plain)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(ops: NativeOps) -> None:
+    torch.manual_seed(3)
+    weight = make_weight(1000, 256, 4, 64)
+    packed = ops.pack(weight)
+    before = torch.get_num_threads()
+    try:
+        for m in (1, 30, 400):
+            x = torch.randn(m, 256)
+            results = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(run(ops, x, packed, None, None, None, None))
+            assert all(torch.equal(result, results[0]) for result in results[1:]), m
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_rows_and_a_row_stride(ops: NativeOps) -> None:
+    torch.manual_seed(4)
+    weight = make_weight(96, 128, 4, 32)
+    wide = torch.randn(500, 200)
+    x = wide[:, 30:158]
+    got = run(ops, x, ops.pack(weight), None, None, None, None)
+    torch.testing.assert_close(got, quant_matmul_reference(x, weight), rtol=1e-4, atol=1e-4)
+    assert run(ops, x[:0], ops.pack(weight), None, None, None, None).shape == (0, 96)
