@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .backward import scaled_linear
+from .compiled import Handle, quant_matmul_op
 from .cpu import NativeCpu, TorchCpu
+from .dense import DenseCopies
 from .reference import dequantize, quant_matmul_reference
 from .weight import LinearBank, QuantizedWeight
 
@@ -59,25 +61,23 @@ class PreparedWeight:
         self.backend = backend
         self.out_features = weight.out_features
         self.in_features = weight.in_features
-        self._dense: dict[torch.dtype, Tensor] = {}
+        self._copies = DenseCopies(weight)
         self.impl = self._make(backend)
+        self.handle = Handle(self.impl.matmul)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Give the dequantized base weight [N, K], kept per dtype until `drop_dense`."""
-        found = self._dense.get(dtype)
-        if found is None:
-            found = self._dense[dtype] = dequantize(self.weight).to(dtype)
-        return found
+        return self._copies.get(dtype)
 
     def drop_dense(self) -> None:
         """Free the dense copies; the next `dense` makes them anew."""
-        self._dense.clear()
+        self._copies.drop()
 
     def _make(self, backend: str) -> Backend:
         if backend == "reference":
             return _Reference(self.weight)
         if backend == "torch":
-            return TorchCpu(self.dense, self.segments)
+            return TorchCpu(self._copies, self.segments)
         if backend == "native":
             ops = _native_ops()
             if ops is None:
@@ -125,8 +125,16 @@ def quant_matmul(
     None (or no bank) means the base. Row 0 is the base too, and gives the same bits as None. A gradient reaches x where
     no row is given; tasks are trained by `scaled_linear`. Raises RuntimeError when x wants a gradient through rows.
     """
+    if torch.compiler.is_compiling():
+        banks = (None, None, None) if bank is None else (bank.out_scale, bank.in_scale, bank.group_scale)
+        number = prepared.handle.tensor
+        return quant_matmul_op(
+            x, number, prepared.out_features, prepared.segments, bias, *banks, row, group_row
+        )
     assert x.dim() == 2, x.shape
     assert x.shape[1] == prepared.in_features, (x.shape, prepared.in_features)
+    assert row is None or (row.dtype == torch.int32 and row.shape == x.shape[:1]), row
+    assert group_row is None or (group_row.dtype == torch.int32 and group_row.shape == x.shape[:1]), group_row
     assert bank is None or bank.segments == prepared.segments, (bank.segments, prepared.segments)
     if x.requires_grad and torch.is_grad_enabled():
         if bank is not None and (row is not None or group_row is not None):

@@ -5,13 +5,13 @@ Both keep the promise that a row's bits depend neither on how many rows run with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dense import DenseCopies
 from .weight import LinearBank
 
 # MKL's fp32 GEMM handles a remainder of fewer than four rows (per thread) with other kernels, whose sums differ in
@@ -22,9 +22,9 @@ ROW_MULTIPLE = 8
 class TorchCpu:
     """Dense fp32 copy and F.linear: works on every CPU, at 4 bytes per weight."""
 
-    def __init__(self, dense: Callable[[], Tensor], segments: tuple[int, ...]) -> None:
-        """Take what gives the dense base weight, fp32 [N, K], and the output sizes of the fused siblings."""
-        self._dense = dense
+    def __init__(self, copies: DenseCopies, segments: tuple[int, ...]) -> None:
+        """Take what gives the dense base weight, and the output sizes of the fused siblings."""
+        self._copies = copies
         self._segments = segments
 
     def matmul(
@@ -37,7 +37,7 @@ class TorchCpu:
     ) -> Tensor:
         """Compute quant_matmul, [M, N] fp32."""
         x = x.float()
-        dense = self._dense()
+        dense = self._copies.get(torch.float32)
         in_scale = None if bank is None or row is None else bank.in_scale
         group_scale = None if bank is None or group_row is None else bank.group_scale
         if group_scale is None or group_row is None:
@@ -90,7 +90,7 @@ class NativeCpu:
         """Compute quant_matmul, [M, N] fp32."""
         if x.dtype != torch.float32:
             x = x.float()
-        if not x.is_contiguous():
+        if x.stride(1) != 1:
             x = x.contiguous()
         if bank is None:
             y: Tensor = self._ops.quant_matmul(x, self._packed, bias, None, None, None, None, None)

@@ -199,7 +199,7 @@ def test_a_row_has_the_bits_that_it_has_alone(
     weight = make_weight(n, k, groups, 4)
     prepared = prepare(weight, segments=segments, backend=available(backend))
     bank = make_bank(weight, kind, segments)
-    total = 40
+    total = 24
     x, (row, group_row) = make_x(total, k), make_rows(total, kind)
     bias = torch.linspace(-1, 1, n)
 
@@ -218,7 +218,7 @@ def test_a_row_has_the_bits_that_it_has_alone(
     try:
         alone = torch.cat([run(torch.tensor([m])) for m in range(total)])
         g = torch.Generator().manual_seed(5)
-        for m in (2, 3, 4, 5, 7, 9, 12, 17, 31, 33, 40):
+        for m in (2, 3, 5, 7, 9, 17, 24):
             picked = torch.randperm(total, generator=g)[:m]
             assert torch.equal(run(picked), alone[picked]), f"{m} rows"
     finally:
@@ -262,6 +262,26 @@ def test_a_gradient_is_right_or_refused() -> None:
         quant_matmul(x, prepared, bank=bank, row=row)
     with torch.no_grad():
         quant_matmul(x, prepared, bank=bank, row=row)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiles_into_one_graph(backend: str) -> None:
+    """Two weights of one shape in one compiled function: neither breaks the graph nor is taken for the other."""
+    weights = [make_weight(64, 64, 2, bits) for bits in (4, 3)]
+    prepared = [prepare(w, backend=available(backend)) for w in weights]
+    bank = make_bank(weights[0], "mixed")
+
+    def two_layers(x: torch.Tensor, row: torch.Tensor | None, group_row: torch.Tensor | None) -> torch.Tensor:
+        for one in prepared:
+            x = quant_matmul(x, one, bank=bank, row=row, group_row=group_row).relu()
+        return x
+
+    compiled = torch.compile(two_layers, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for m in (3, 5):
+            x, rows = make_x(m, 64), make_rows(m, "mixed")
+            assert torch.equal(compiled(x, *rows), two_layers(x, *rows))
+        assert torch.equal(compiled(x, None, None), two_layers(x, None, None))
 
 
 def test_refuses_unknown_backends() -> None:
