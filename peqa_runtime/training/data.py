@@ -229,7 +229,8 @@ def plan_batches(lengths: Sequence[int], *, rows: int, steps: int, seed: int) ->
     Examples are shuffled, sorted by length within pools of 32 batches (so that little is padding), cut into batches of
     `rows`, and the batches shuffled. The plan depends on the arguments only, so a resumed run goes on with it.
     """
-    assert rows > 0 and lengths
+    assert rows > 0
+    assert lengths
     rng = random.Random(f"batches {seed}")
     plan: list[tuple[int, ...]] = []
     while len(plan) < steps:
