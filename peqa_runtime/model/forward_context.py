@@ -15,6 +15,8 @@ class ForwardContext:
     """
 
     block_tables: Tensor  # int32 [seqs, max_blocks]
-    query_starts: Tensor  # int32 [seqs + 1], first token of each sequence in the pack; the last entry is `tokens`
+    query_starts: (
+        Tensor  # int32 [seqs + 1], first token of each sequence in the pack; the last entry is `tokens`
+    )
     seq_lens: Tensor  # int32 [seqs], keys of each sequence, this step's tokens included
     slot_mapping: Tensor  # int64 [tokens], block * block_size + offset; -1 = not written (padding)

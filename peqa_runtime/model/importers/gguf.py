@@ -20,6 +20,7 @@ from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import BaseWriter, Precision, QuantizationSpec, staged_folder
 from peqa_runtime.model.importers.gguf_file import BLOCK, Blocks, GgufFile, GgufTensor, metadata_value
 from peqa_runtime.model.importers.gguf_tokenizer import build_tokenizer
+from peqa_runtime.model.threads import one_thread
 
 _BLOCK_TYPES = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _PARTS = {
@@ -53,7 +54,7 @@ def import_gguf(
     starts afresh. Raises `InvalidCheckpoint` for a damaged file or one that holds what cannot be imported.
     """
     source, destination = Path(source), Path(destination)
-    with GgufFile(source) as file:
+    with one_thread(), GgufFile(source) as file:
         config = llama_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         names = _hf_names(file, config)
         if tokenizer_from is None:
