@@ -138,7 +138,9 @@ class QuantizedLinear(_Codes):
         rows = x.reshape(-1, self.in_features)
         if self.tuned_kind is not None or (x.requires_grad and torch.is_grad_enabled()):
             group = None if self.tuned_group_scale is None else self.tuned_group_scale.t()
-            y = scaled_linear(rows, prepared, self.bias, self.tuned_out_scale, self.tuned_in_scale, group)
+            y = scaled_linear(
+                _autocast(rows), prepared, self.bias, self.tuned_out_scale, self.tuned_in_scale, group
+            )
         elif self._rows is None:
             y = quant_matmul(rows, prepared, bias=self.bias)
         else:
@@ -206,10 +208,16 @@ class TiedHead(nn.Module):
         prepared = self.embedding.prepare()
         rows = hidden.reshape(-1, self.in_features)
         if hidden.requires_grad and torch.is_grad_enabled():
-            y = scaled_linear(rows, prepared, None, None, None, None)
+            y = scaled_linear(_autocast(rows), prepared, None, None, None, None)
         else:
             y = quant_matmul(rows, prepared)
         return y.view(*hidden.shape[:-1], self.out_features)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on (training): cast here, backward multiplies in that dtype too."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
