@@ -1,8 +1,8 @@
 """Compile the C sources of this folder, one library per instruction set, beside them.
 
 setup.py runs this when the package is installed; `python -m peqa_kernels.native.compile` runs it again after the C
-code has changed. A plain C compiler is enough, and one from PyPI (ziglang) will do: no header of Python, torch, libc or OpenMP
-is used and nothing is linked, so a library built on one Linux runs on another, old or musl-based.
+code has changed. A plain C compiler is enough, and one from PyPI (ziglang) will do: no header of Python, torch, libc
+or OpenMP is used and nothing is linked, so a library built on one Linux runs on another, old or musl-based.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = ("pack_rows.c", "quant_matmul.c")
+SOURCES = ("pack_rows.c", "quant_matmul.c", "paged_attention.c")
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
 # -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
 FLAGS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from ctypes import byref, c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from .isa import Isa
 from .packed import PackedWeight
 from .pool import Pool, find_pool
 
-ABI = 1  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 2  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 
 class StaleLibrary(Exception):
@@ -66,6 +66,17 @@ class NativeOps:
             *(c_void_p,) * 6,
         )
         self._matmul.restype = None
+        self._attention_scratch = self._library.peqa_attention_scratch
+        self._attention_scratch.argtypes = (c_int64,) * 5
+        self._attention_scratch.restype = c_int64
+        self._attention = self._library.peqa_paged_attention
+        self._attention.argtypes = (
+            *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+            *(c_void_p, c_int64, c_void_p, c_void_p),
+            *(c_int64,) * 6,
+            *(c_float, c_int64, c_float, c_void_p),
+        )
+        self._attention.restype = None
 
     @property
     def pool(self) -> Pool:
@@ -119,3 +130,59 @@ class NativeOps:
             None if group_row is None else group_row.data_ptr(),
         )
         return y
+
+    def paged_attention(
+        self,
+        q: Tensor,  # float32 [tokens, heads, d], strides free but for the last
+        key_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d], contiguous
+        value_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d_v], contiguous
+        block_tables: Tensor,  # int32 [seqs, max_blocks]
+        query_starts: Tensor,  # int32 [seqs + 1]
+        seq_lens: Tensor,  # int32 [seqs]
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,  # [heads]
+    ) -> Tensor:
+        """Attend from packed queries to each sequence's own blocks: float32 [tokens, heads, d_v].
+
+        A token's bits depend on its position, its sequence's keys and values and this build only.
+        """
+        tokens, heads, d = q.shape
+        _, block_size, kv_heads, d_v = value_cache.shape
+        out = torch.empty((tokens, heads, d_v))
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        if sinks is not None and sinks.dtype != torch.float32:
+            sinks = sinks.float()
+        assert q.dtype == key_cache.dtype == value_cache.dtype == torch.float32, q.dtype
+        assert key_cache.is_contiguous()
+        assert value_cache.is_contiguous()
+        assert block_tables.stride(1) == 1, block_tables.stride()
+        threads = torch.get_num_threads()
+        self._attention(
+            self._pool_pointer,
+            threads,
+            self._scratch.at_least(self._attention_scratch(threads, heads, kv_heads, d, d_v)),
+            out.data_ptr(),
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            block_tables.data_ptr(),
+            block_tables.stride(0),
+            query_starts.data_ptr(),
+            seq_lens.data_ptr(),
+            seq_lens.shape[0],
+            heads,
+            kv_heads,
+            d,
+            d_v,
+            block_size,
+            scaling,
+            sliding_window or 0,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+        )
+        return out

@@ -418,4 +418,4 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, const peqa_pool *pool, int64
     }
 }
 
-EXPORT int64_t peqa_abi(void) { return 1; }
+EXPORT int64_t peqa_abi(void) { return 2; }

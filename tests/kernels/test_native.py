@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps
-from peqa_kernels.native.isa import builds, usable
+from peqa_kernels.native.isa import usable
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import LinearBank, QuantizedWeight, quant_matmul_reference
 from torch import Tensor

@@ -1,0 +1,342 @@
+/* Causal attention of packed queries over keys and values that lie in blocks.
+ *
+ * A work item is a run of queries of one sequence with all query heads that share one key head. Keys are taken CHUNK
+ * positions at a time, chunks starting at multiples of CHUNK. For one query and head everything happens in an order
+ * that its own position fixes: a score is one chain over the features; chunk after chunk the running maximum, sum and
+ * output are updated; positions it may not see count as exact zeros. So decode and prefill, alone or among others,
+ * give the same bits.
+ */
+#include "paged_attention.h"
+
+typedef struct {
+    float *keys;    /* [d][CHUNK], transposed */
+    float *query;   /* blocks of rows: [d][rows of the block] */
+    float *score;   /* [rows][CHUNK] */
+    float *out;     /* [rows][d_v] */
+    float *sum;     /* [rows][VL] */
+    float *top;     /* [rows] */
+    float *shrink;  /* [rows] */
+    float *nothing; /* [d] zeros */
+} item_memory;
+
+typedef struct {
+    size_t sequence, kv_head, first, queries; /* first: index within the sequence's new tokens */
+    size_t rows;                              /* queries x heads of the group; row = query x group + head */
+    int64_t position;                         /* of the first query */
+} item;
+
+#if VL >= 8
+#define SCORE_V (VL == 16 ? 4 : 2)
+#else
+#define SCORE_V 2
+#endif
+
+INLINE size_t group_of(const attention *a) { return a->heads / a->kv_heads; }
+
+static size_t rows_per_item(const attention *a)
+{
+    const size_t group = group_of(a);
+    return group >= ITEM_ROWS ? group : ITEM_ROWS / group * group;
+}
+
+static size_t floats_per_thread(const attention *a)
+{
+    const size_t rows = rows_per_item(a);
+    return (a->d + 1) * CHUNK + rows * (a->d + CHUNK + a->d_v + VL + 2) + a->d + 64;
+}
+
+static item_memory carve(const attention *a, int thread)
+{
+    const size_t rows = rows_per_item(a);
+    item_memory m;
+    m.keys = a->scratch + (size_t)thread * floats_per_thread(a);
+    m.query = m.keys + a->d * CHUNK;
+    m.score = m.query + rows * a->d;
+    m.out = m.score + rows * CHUNK;
+    m.sum = m.out + rows * a->d_v;
+    m.top = m.sum + rows * VL;
+    m.shrink = m.top + rows;
+    m.nothing = m.shrink + rows;
+    for (size_t i = 0; i < a->d; i++)
+        m.nothing[i] = 0.0f;
+    return m;
+}
+
+/* Rows of block `block` when `rows` are dealt evenly to blocks of at most BLOCK_ROWS. */
+INLINE size_t blocks_of(size_t rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+INLINE size_t start_of(size_t block, size_t rows) { return block * rows / blocks_of(rows); }
+
+static void take_queries(const attention *a, const item *it, item_memory *m)
+{
+    const size_t group = group_of(a), token = (size_t)a->query_starts[it->sequence] + it->first;
+    for (size_t block = 0; block < blocks_of(it->rows); block++) {
+        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
+        for (size_t r = 0; r < n; r++) {
+            const size_t row = first + r, head = it->kv_head * group + row % group;
+            const float *from = a->q + (token + row / group) * a->q_token + head * a->q_head;
+            float *to = m->query + first * a->d + r;
+            for (size_t i = 0; i < a->d; i++)
+                to[i * n] = from[i];
+            m->top[row] = a->sinks ? a->sinks[head] : -__builtin_inff();
+            vstore(m->sum + row * VL, vset(0.0f));
+            if (a->sinks)
+                m->sum[row * VL] = 1.0f;
+            for (size_t i = 0; i < a->d_v; i++)
+                m->out[row * a->d_v + i] = 0.0f;
+        }
+    }
+}
+
+/* ---- scores ---- */
+
+INLINE void score_tile(const int R, const size_t d, const float *keys, const float *q, float *score)
+{
+    vf acc[BLOCK_ROWS][SCORE_V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < SCORE_V; v++)
+            acc[r][v] = vset(0.0f);
+    for (size_t i = 0; i < d; i++, keys += CHUNK, q += R) {
+        vf k[SCORE_V];
+#pragma GCC unroll 16
+        for (int v = 0; v < SCORE_V; v++)
+            k[v] = vload(keys + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const vf x = vset(q[r]);
+#pragma GCC unroll 16
+            for (int v = 0; v < SCORE_V; v++)
+                acc[r][v] = vfma(x, k[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < SCORE_V; v++)
+            vstore(score + (size_t)r * CHUNK + v * VL, acc[r][v]);
+}
+
+static void scores(const attention *a, const item *it, const item_memory *m)
+{
+    for (size_t block = 0; block < blocks_of(it->rows); block++) {
+        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
+        const float *q = m->query + first * a->d;
+        for (size_t at = 0; at < CHUNK; at += SCORE_V * VL) {
+            float *score = m->score + first * CHUNK + at;
+            switch (n) {
+            case 1: score_tile(1, a->d, m->keys + at, q, score); break;
+            case 2: score_tile(2, a->d, m->keys + at, q, score); break;
+            case 3: score_tile(3, a->d, m->keys + at, q, score); break;
+            case 4: score_tile(4, a->d, m->keys + at, q, score); break;
+            case 5: score_tile(5, a->d, m->keys + at, q, score); break;
+            default: score_tile(6, a->d, m->keys + at, q, score);
+            }
+        }
+    }
+}
+
+/* ---- softmax ---- */
+
+/* Turns row's scores of the chunk at `start` into weights; `from`..`to` is what this row sees of it. */
+static void weigh(const attention *a, const item_memory *m, size_t row, int64_t start, int64_t from, int64_t to)
+{
+    float *score = m->score + row * CHUNK;
+    if (from >= to) {
+        for (size_t i = 0; i < CHUNK; i += VL)
+            vstore(score + i, vset(0.0f));
+        m->shrink[row] = 1.0f;
+        return;
+    }
+    const vf low = vset(-__builtin_inff());
+    vf best = low, s[CHUNK / VL];
+    for (int i = 0; i < CHUNK / VL; i++) {
+        vf x = vload(score + i * VL) * vset(a->scaling);
+        if (a->softcap != 0.0f)
+            x = vset(a->softcap) * vtanh(x / vset(a->softcap));
+        s[i] = vwithin(x, (int32_t)(from - start) - i * VL, (int32_t)(to - start) - i * VL, low);
+        best = vmax(s[i], best);
+    }
+    const float before = m->top[row], top = hmax(best) > before ? hmax(best) : before;
+    const float shrink = vexp(vset(before - top))[0]; /* exp(-inf) = 0 in the first chunk */
+    vf sum = vload(m->sum + row * VL) * vset(shrink);
+    for (int i = 0; i < CHUNK / VL; i++) {
+        const vf weight = vexp(s[i] - vset(top));
+        sum += weight;
+        vstore(score + i * VL, weight);
+    }
+    vstore(m->sum + row * VL, sum);
+    m->top[row] = top;
+    m->shrink[row] = shrink;
+}
+
+/* ---- values ---- */
+
+/* R rows of the output, V vectors of its features, over `n` positions. `features` < V x VL only where V is 1. */
+INLINE void value_tile(const int R, const int V, const float *const *value, size_t feature, size_t features, size_t n,
+                       const float *weight, const float *shrink, float *out, size_t d_v)
+{
+    vf acc[BLOCK_ROWS][4];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            acc[r][v] = vpart(out + (size_t)r * d_v + v * VL, V > 1 ? VL : features) * vset(shrink[r]);
+    for (size_t i = 0; i < n; i++) {
+        vf x[4];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            x[v] = vpart(value[i] + feature + v * VL, V > 1 ? VL : features);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const vf w = vset(weight[(size_t)r * CHUNK + i]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++)
+                acc[r][v] = vfma(w, x[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            vput(out + (size_t)r * d_v + v * VL, acc[r][v], V > 1 ? VL : features);
+}
+
+#define VALUE_V (VL == 8 || (VL == 4 && !VEC_32_REGISTERS) ? 2 : 4)
+#define VALUES(R)                                                                                                      \
+    static void values_##R(const float *const *value, size_t n, const float *weight, const float *shrink, float *out,  \
+                           size_t d_v)                                                                                 \
+    {                                                                                                                  \
+        size_t f = 0;                                                                                                  \
+        for (; f + VALUE_V * VL <= d_v; f += VALUE_V * VL)                                                             \
+            value_tile(R, VALUE_V, value, f, VL, n, weight, shrink, out + f, d_v);                                     \
+        for (; f < d_v; f += VL)                                                                                       \
+            value_tile(R, 1, value, f, smin(VL, d_v - f), n, weight, shrink, out + f, d_v);                            \
+    }
+VALUES(1) VALUES(2) VALUES(3) VALUES(4) VALUES(5) VALUES(6)
+
+/* Adds the values at chunk offsets from..to; value[i] belongs to offset from + i. */
+static void values(const attention *a, const item *it, const item_memory *m, const float *const *value, size_t from,
+                   size_t to)
+{
+    typedef void (*run)(const float *const *, size_t, const float *, const float *, float *, size_t);
+    static const run table[BLOCK_ROWS + 1] = {0, values_1, values_2, values_3, values_4, values_5, values_6};
+    for (size_t block = 0; block < blocks_of(it->rows); block++) {
+        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
+        table[n](value, to - from, m->score + first * CHUNK + from, m->shrink + first, m->out + first * a->d_v, a->d_v);
+    }
+}
+
+/* ---- one item ---- */
+
+/* Positions start + from .. start + to of the chunk: their keys transposed into m->keys, their values' addresses. */
+static void gather(const attention *a, const item *it, const item_memory *m, int64_t start, size_t from, size_t to,
+                   const float **value)
+{
+    const int32_t *table = a->block_tables + it->sequence * a->table_stride;
+    const float *key[CHUNK];
+    size_t slot = (size_t)(start + (int64_t)from), block = slot / a->block_size, offset = slot % a->block_size;
+    for (size_t i = 0; i < CHUNK; i++)
+        key[i] = m->nothing;
+    for (size_t i = from; i < to; i++) {
+        const size_t token = (size_t)table[block] * a->block_size + offset;
+        key[i] = a->keys + (token * a->kv_heads + it->kv_head) * a->d;
+        value[i - from] = a->values + (token * a->kv_heads + it->kv_head) * a->d_v;
+        if (++offset == a->block_size) {
+            offset = 0;
+            block++;
+        }
+    }
+    for (size_t i = 0; i < CHUNK; i += VL)
+        transpose_rows(key + i, a->d, m->keys + i, CHUNK);
+}
+
+static void attend(const attention *a, const item *it, item_memory *m)
+{
+    const size_t group = group_of(a);
+    const int64_t end = it->position + (int64_t)it->queries; /* behind the last key that any row sees */
+    const int64_t begin = a->window && it->position + 1 > a->window ? it->position + 1 - a->window : 0;
+    const float *value[CHUNK];
+    take_queries(a, it, m);
+    for (int64_t start = begin / CHUNK * CHUNK; start < end; start += CHUNK) {
+        const int64_t from = begin > start ? begin : start, to = end < start + CHUNK ? end : start + CHUNK;
+        gather(a, it, m, start, (size_t)(from - start), (size_t)(to - start), value);
+        scores(a, it, m);
+        for (size_t row = 0; row < it->rows; row++) {
+            const int64_t at = it->position + (int64_t)(row / group);
+            const int64_t first = a->window && at + 1 - a->window > from ? at + 1 - a->window : from;
+            weigh(a, m, row, start, first, at + 1 < to ? at + 1 : to);
+        }
+        values(a, it, m, value, (size_t)(from - start), (size_t)(to - start));
+    }
+    const size_t token = (size_t)a->query_starts[it->sequence] + it->first;
+    for (size_t row = 0; row < it->rows; row++) {
+        const float sum = hsum(vload(m->sum + row * VL));
+        float *to = a->out + ((token + row / group) * a->heads + it->kv_head * group + row % group) * a->d_v;
+        for (size_t i = 0; i < a->d_v; i++)
+            to[i] = m->out[row * a->d_v + i] / sum;
+    }
+}
+
+/* ---- threads and entry ---- */
+
+static void work(void *data, int thread, int threads)
+{
+    const attention *a = data;
+    const size_t group = group_of(a), queries = rows_per_item(a) / group;
+    item_memory m = carve(a, thread);
+    (void)threads;
+    /* Items are dealt as threads become free: which thread takes one changes nothing in its result. */
+    size_t mine = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED), index = 0;
+    for (size_t s = 0; s < a->seqs; s++) {
+        const size_t new = (size_t)(a->query_starts[s + 1] - a->query_starts[s]);
+        for (size_t first = 0; first < new; first += queries)
+            for (size_t head = 0; head < a->kv_heads; head++, index++) {
+                if (index != mine)
+                    continue;
+                item it = {.sequence = s, .kv_head = head, .first = first, .queries = smin(queries, new - first)};
+                it.rows = it.queries * group;
+                it.position = (int64_t)a->seq_lens[s] - (int64_t)(new - first);
+                attend(a, &it, &m);
+                mine = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED);
+            }
+    }
+}
+
+/* Floats of scratch that a call needs. */
+EXPORT int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv_heads, int64_t d, int64_t d_v)
+{
+    const attention a = {
+        .heads = (size_t)heads, .kv_heads = (size_t)kv_heads, .d = (size_t)d, .d_v = (size_t)d_v};
+    return threads * (int64_t)floats_per_thread(&a);
+}
+
+/* q [tokens, heads, d] with strides q_token and q_head, caches [blocks, block_size, kv_heads, d or d_v], out [tokens,
+ * heads, d_v]; window 0: none; softcap 0: none; sinks [heads] or NULL. */
+EXPORT void peqa_paged_attention(const peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
+                                 int64_t q_token, int64_t q_head, const float *keys, const float *values,
+                                 const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
+                                 const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
+                                 int64_t d_v, int64_t block_size, float scaling, int64_t window, float softcap,
+                                 const float *sinks)
+{
+    size_t next = 0;
+    attention a = {.scratch = scratch, .out = out, .q = q, .keys = keys, .values = values, .sinks = sinks};
+    a.block_tables = block_tables;
+    a.query_starts = query_starts;
+    a.seq_lens = seq_lens;
+    a.q_token = (size_t)q_token;
+    a.q_head = (size_t)q_head;
+    a.table_stride = (size_t)table_stride;
+    a.seqs = (size_t)seqs;
+    a.heads = (size_t)heads;
+    a.kv_heads = (size_t)kv_heads;
+    a.d = (size_t)d;
+    a.d_v = (size_t)d_v;
+    a.block_size = (size_t)block_size;
+    a.scaling = scaling;
+    a.softcap = softcap;
+    a.window = window;
+    a.next = &next;
+    pool_run(pool, (int)threads, work, &a);
+}

@@ -1,0 +1,126 @@
+"""The compiled paged attention: every build that runs here against the formula, and equal bits however it is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peqa_kernels import native
+from peqa_kernels.native import NativeOps
+from peqa_kernels.native.isa import usable
+from peqa_kernels.paged_attention import paged_attention_reference
+from torch import Tensor
+
+MAKE = "the C library is not built: python -m peqa_kernels.native.compile"
+
+
+@pytest.fixture(params=[build.name for build in usable()])
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    """Each build that this CPU can run."""
+    found = native.load(request.param)
+    if found is None:
+        pytest.skip(MAKE)
+    return found
+
+
+class Cache:
+    """Keys and values of a few sequences in shuffled blocks; every slot that no sequence owns is NaN."""
+
+    def __init__(self, lengths: list[int], kv_heads: int, d: int, d_v: int, block_size: int) -> None:
+        counts = [-(-length // block_size) for length in lengths]
+        order = torch.randperm(sum(counts) + 3).to(torch.int32)
+        self.keys = torch.full((len(order), block_size, kv_heads, d), float("nan"))
+        self.values = torch.full((len(order), block_size, kv_heads, d_v), float("nan"))
+        self.tables = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
+        used = 0
+        for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            self.tables[s, :count] = order[used : used + count]
+            used += count
+            for p in range(length):
+                slot = int(self.tables[s, p // block_size]), p % block_size
+                self.keys[slot] = torch.randn(kv_heads, d)
+                self.values[slot] = torch.randn(kv_heads, d_v)
+
+
+def starts_of(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+
+
+OPTIONS = [
+    {},
+    {"sliding_window": 37},
+    {"softcap": 5.0},
+    {"sinks": True},
+    {"sliding_window": 3, "softcap": 2.0, "sinks": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "d_v", "block_size"),
+    [(9, 3, 64, 64, 16), (4, 4, 80, 72, 5), (8, 1, 30, 33, 32), (60, 1, 16, 256, 7), (2, 2, 256, 8, 16)],
+)
+def test_agrees_with_the_reference(
+    ops: NativeOps, options: dict, heads: int, kv_heads: int, d: int, d_v: int, block_size: int
+) -> None:
+    torch.manual_seed(0)
+    lengths, new = [1, 70, 130, 64, 200], [1, 70, 1, 13, 66]
+    cache = Cache(lengths, kv_heads, d, d_v, block_size)
+    q = torch.randn(sum(new), heads, d)
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    args = (q, cache.keys, cache.values, cache.tables, starts_of(new), lens, 1.3 * d**-0.5)
+    got = ops.paged_attention(*args, **options)
+    want = paged_attention_reference(*args, **options)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 50}, {"softcap": 3.0, "sinks": torch.arange(6.0)}]
+)
+def test_bits_depend_neither_on_chunks_nor_on_neighbours(ops: NativeOps, options: dict) -> None:
+    torch.manual_seed(1)
+    lengths = [150, 33, 97]
+    cache = Cache(lengths, 2, 64, 64, 16)
+    q = [torch.randn(length, 6, 64) for length in lengths]
+
+    def attend(parts: list[tuple[int, int, int]]) -> Tensor:
+        """Run queries from..to of several sequences in one call."""
+        seqs = [s for s, _, _ in parts]
+        return ops.paged_attention(
+            torch.cat([q[s][first:last] for s, first, last in parts]),
+            cache.keys,
+            cache.values,
+            cache.tables[seqs],
+            starts_of([last - first for _, first, last in parts]),
+            torch.tensor([last for _, _, last in parts], dtype=torch.int32),
+            0.125,
+            **options,
+        )
+
+    alone = [torch.cat([attend([(s, i, i + 1)]) for i in range(length)]) for s, length in enumerate(lengths)]
+    whole = attend([(2, 0, 97), (0, 0, 150), (1, 0, 33)])
+    assert torch.equal(whole, torch.cat([alone[2], alone[0], alone[1]]))
+    for cut in (1, 16, 47, 96):
+        mixed = attend([(0, cut, 150), (1, 32, 33), (2, 0, cut), (2, cut, 97)])
+        assert torch.equal(mixed, torch.cat([alone[0][cut:], alone[1][32:], alone[2]])), cut
+
+
+def test_strides_and_numbers_of_threads(ops: NativeOps) -> None:
+    torch.manual_seed(2)
+    cache = Cache([90], 3, 32, 32, 8)
+    dense = torch.randn(1, 6, 90, 32)  # [1, heads, tokens, d], as models hold it
+    view = dense[0].transpose(0, 1)
+    tables, starts, lens = cache.tables, starts_of([90]), torch.tensor([90], dtype=torch.int32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for q in (view, view.contiguous()):
+                results.append(ops.paged_attention(q, cache.keys, cache.values, tables, starts, lens, 0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not results[0].isnan().any()
