@@ -77,7 +77,11 @@ class ScaleSet:
         another base.
         """
         if isinstance(data, Path):
-            data = read_set_file(data, manifest)
+            path = data
+            try:
+                data = read_set_file(path, manifest)
+            except OSError as error:
+                raise InvalidScaleSet(f"cannot read {path}: {error.strerror or error}") from None
         header = check_header(data, len(data), manifest)
         try:
             tensors = safetensors.torch.load(data)
@@ -176,20 +180,17 @@ def max_file_bytes(manifest: BaseManifest) -> int:
 def read_set_file(path: Path, manifest: BaseManifest) -> bytes:
     """Return the bytes of the file at `path`, of which no more than a sound header promises are read.
 
-    Raises `InvalidScaleSet` as `check_header` does, and when the file cannot be read.
+    Raises `InvalidScaleSet` as `check_header` does, and `OSError` when the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            end = header_end(head, total, header_limit(_expected_tensors(manifest)))
-            head += file.read(end - 8)
-            check_header(head, total, manifest)
-            data = head + file.read(total - end)
-    except OSError as error:
-        raise InvalidScaleSet(f"cannot read {path}: {error.strerror or error}") from None
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        end = header_end(head, total, header_limit(_expected_tensors(manifest)))
+        head += file.read(end - 8)
+        check_header(head, total, manifest)
+        data = head + file.read(total - end)
     if len(data) != total:
-        raise InvalidScaleSet(f"{path} became shorter while it was read; upload it again")
+        raise InvalidScaleSet(f"{path.name} became shorter while it was read")
     return data
 
 

@@ -80,6 +80,13 @@ class TaskRegistry:
             self._holders[lease.revision] += 1
             return lease
 
+    def retain(self, lease: Lease) -> Lease:
+        """Count one more holder of a revision that somebody holds already; to be released on its own."""
+        with self._lock:
+            assert self._holders[lease.revision] > 0, f"retained, but held by nobody: {lease}"
+            self._holders[lease.revision] += 1
+            return lease
+
     def release(self, lease: Lease) -> None:
         """Give a lease back, exactly once. The row stays warm while a task still has this revision."""
         with self._lock:
