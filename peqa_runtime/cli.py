@@ -221,8 +221,9 @@ def train(
         str, typer.Option(help="Text around each prompt, with {prompt} in it.", envvar="PEQA_PROMPT_FORMAT")
     ] = "",
     max_tokens: Annotated[
-        int, typer.Option(help="Longest row; window of plain text.", envvar="PEQA_MAX_TOKENS")
-    ] = 1024,
+        int | None,
+        typer.Option(help="Longest row; window of plain text. Default: 1024.", envvar="PEQA_MAX_TOKENS"),
+    ] = None,
     too_long: Annotated[
         TooLongRows, typer.Option(help="Rows longer than that.", envvar="PEQA_TOO_LONG")
     ] = TooLongRows.drop,

@@ -33,7 +33,7 @@ class TrainingFiles:
     held_out: Path | None = None
     held_out_fraction: float = 0.0
     prompt_format: str = ""
-    max_tokens: int = 1024
+    max_tokens: int | None = None  # None: 1024, or the model's context where that is less
     too_long: TooLong = "drop"
     dtype: Literal["float16", "float32"] = "float16"
 
@@ -69,12 +69,18 @@ def steps_for(rows: int, batch_rows: int, epochs: float) -> int:
     return max(1, math.ceil(epochs * math.ceil(rows / batch_rows)))
 
 
+def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:
+    """Most tokens of a row, window of plain text."""
+    return min(1024, tunable.max_tokens) if files.max_tokens is None else files.max_tokens
+
+
 def read_training_data(
     tunable: TunableModel, files: TrainingFiles, seed: int
 ) -> tuple[EncodedData, EncodedData | None]:
     """(rows to train on, held-out rows or None). Raises `InvalidData`."""
-    if not 2 <= files.max_tokens <= tunable.max_tokens:
-        raise InvalidData(f"a row may have 2 to {tunable.max_tokens} tokens here, not {files.max_tokens}")
+    max_tokens = row_limit(tunable, files)
+    if not 2 <= max_tokens <= tunable.max_tokens:
+        raise InvalidData(f"a row may have 2 to {tunable.max_tokens} tokens here, not {max_tokens}")
 
     def encoded(path: Path) -> EncodedData:
         return encode_file(
@@ -82,7 +88,7 @@ def read_training_data(
             tunable.encode,
             tunable.eos_token_id,
             prompt_format=files.prompt_format,
-            max_tokens=files.max_tokens,
+            max_tokens=max_tokens,
             too_long=files.too_long,
         )
 
@@ -115,7 +121,7 @@ def train_file(
     if data.dropped_lines:
         shown = ", ".join(map(str, data.dropped_lines[:5])) + (" …" if len(data.dropped_lines) > 5 else "")
         say(
-            f"{len(data.dropped_lines)} rows of more than {files.max_tokens} tokens are left out (lines {shown})"
+            f"{len(data.dropped_lines)} rows of more than {row_limit(tunable, files)} tokens are left out (lines {shown})"
         )
     say(
         f"{len(data.examples)} rows ({data.num_loss_tokens} tokens in the loss), "
@@ -127,7 +133,7 @@ def train_file(
         "held_out_digest": file_digest(files.held_out) if files.held_out else None,
         "held_out_fraction": files.held_out_fraction,
         "prompt_format": files.prompt_format,
-        "max_tokens": files.max_tokens,
+        "max_tokens": row_limit(tunable, files),
         "base_digest": tunable.manifest.base_digest,
     }
     checkpoint = prepare_folder(files.checkpoints, fingerprint, resume=resume)
@@ -169,7 +175,6 @@ def _note(
         "dropped_rows": len(data.dropped_lines),
         "held_out_rows": len(held_out.examples) if held_out else 0,
         **settings,
-        "max_tokens": files.max_tokens,
         "train_loss": _finite(result.train_loss),
         "held_out_loss": _finite(result.held_out_loss),
         "best_step": result.best_step,
