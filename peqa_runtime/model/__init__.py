@@ -12,6 +12,7 @@ from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
 from peqa_runtime.model.hf_quantizer import PeqaConfig, PeqaQuantizer
 from peqa_runtime.model.importers.gguf import import_gguf
 from peqa_runtime.model.loader import LoadedModel, load
+from peqa_runtime.model.quantize import quantize_folder, quantize_rtn
 from peqa_runtime.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, StepRows, TiedHead
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "fuse_siblings",
     "import_gguf",
     "load",
+    "quantize_folder",
+    "quantize_rtn",
     "read_manifest",
     "verify_digest",
 ]

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -186,17 +185,11 @@ class BaseWriter:
         self._pending: dict[str, Tensor] = {}
         self._shards: list[dict[str, int]] = []
 
-    def add_codes(self, module: str, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
-        """Add a quantized module: codes uint8 [N, K], scales and zeros [N, G]."""
-        weight = QuantizedWeight(
-            pack_codes(codes, bits),
-            scales.float().contiguous(),
-            zeros.float().contiguous(),
-            bits,
-            codes.shape[1],
-        )
+    def add_codes(self, module: str, weight: QuantizedWeight) -> None:
+        """Add a quantized module; its precision must be the one that the spec gives."""
         precision = self._spec.of(module)
-        assert (precision.bits, precision.groups(codes.shape[1])) == (bits, weight.groups), module
+        expected = (precision.bits, precision.groups(weight.in_features))
+        assert (weight.bits, weight.groups) == expected, (module, expected)
         if module not in self._spec.embeddings:
             self._digest.add(digest_linear(module, weight))
         self._put(f"{module}.qweight", weight.qweight)

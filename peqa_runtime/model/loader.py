@@ -155,7 +155,7 @@ def context_limit(model: PreTrainedModel) -> int:
     is limited to the length up to which its frequencies are fixed.
     """
     config = model.config.get_text_config()
-    limit: int = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
+    limit: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048)
     rope = getattr(config, "rope_parameters", None) or {}
     for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if part.get("rope_type") in ("dynamic", "longrope"):

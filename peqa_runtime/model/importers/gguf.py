@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peqa_kernels.packing import pack_codes
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig
@@ -234,10 +236,8 @@ def _write(file: GgufFile, tensor: GgufTensor, name: str, config: LlamaConfig, w
     if tensor.type in _BLOCK_TYPES:
         if len(tensor.shape) != 2:
             raise InvalidCheckpoint(f"{file.path}: {tensor.name!r} must be floats, not {tensor.type}")
-        codes, scales, zeros = _to_codes(file.blocks(tensor.name), f"{file.path}: tensor {tensor.name!r}")
-        if order is not None:
-            codes, scales, zeros = codes[order], scales[order], zeros[order]
-        writer.add_codes(name.removesuffix(".weight"), codes, scales, zeros, _BLOCK_TYPES[tensor.type])
+        weight = to_weight(file.blocks(tensor.name), f"{file.path}: tensor {tensor.name!r}", order)
+        writer.add_codes(name.removesuffix(".weight"), weight)
     else:
         values = torch.from_numpy(file.floats(tensor.name))
         if not bool(torch.isfinite(values).all()):
@@ -245,8 +245,11 @@ def _write(file: GgufFile, tensor: GgufTensor, name: str, config: LlamaConfig, w
         writer.add_float(name, values if order is None else values[order])
 
 
-def _to_codes(blocks: Blocks, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [N, K], scales and zeros [N, G]; see the module's docstring for blocks whose step is 0."""
+def to_weight(blocks: Blocks, where: str, order: Tensor | None = None) -> QuantizedWeight:
+    """Codes, scales and zeros in our form, rows in `order`; see the module's docstring for blocks whose step is 0.
+
+    Raises `InvalidCheckpoint` when a block constant is not finite; `where` names the tensor.
+    """
     offset = blocks.m if blocks.m is not None else np.zeros_like(blocks.d)
     if not (np.isfinite(blocks.d).all() and np.isfinite(offset).all()):
         raise InvalidCheckpoint(f"{where} holds NaN or infinity in its block scales")
@@ -258,7 +261,9 @@ def _to_codes(blocks: Blocks, where: str) -> tuple[Tensor, Tensor, Tensor]:
     codes = blocks.codes
     if flat.any():
         codes = np.where(np.repeat(flat, BLOCK, axis=1), np.uint8(0), codes)
-    return torch.from_numpy(codes), torch.from_numpy(scales), torch.from_numpy(zeros)
+    parts = [torch.from_numpy(part) for part in (codes, scales, zeros)]
+    codes_, scales_, zeros_ = parts if order is None else [part[order] for part in parts]
+    return QuantizedWeight(pack_codes(codes_, blocks.bits), scales_, zeros_, blocks.bits, codes.shape[1])
 
 
 def _row_order(name: str, config: LlamaConfig) -> Tensor | None:
