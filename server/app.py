@@ -1,0 +1,68 @@
+"""The app: routes, layers and error shape put together. Nothing here is global; each call makes an app of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from peqa_server import openai_routes, ops_routes, task_routes
+from peqa_server.access_log import Edge, note_of, refused
+from peqa_server.auth import ApiKeys
+from peqa_server.errors import ApiError, to_api_error
+from peqa_server.metrics import Metrics
+from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
+from peqa_server.settings import ServerSettings
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+
+from peqa_runtime.errors import InvalidTaskName, PeqaError
+
+
+def create_app(
+    engine: EngineService,
+    tasks: TaskService,
+    model: ServedModel,
+    settings: ServerSettings | None = None,
+    *,
+    spool_folder: Path,
+) -> FastAPI:
+    """An app that serves at once. Uploads are written to `spool_folder` while they come: the store's volume, best."""
+    app = create_loading_app(settings)
+    app.state.gate.open(Services(engine, tasks, model, spool_folder))
+    return app
+
+
+def create_loading_app(settings: ServerSettings | None = None) -> FastAPI:
+    """An app that answers 503 until `app.state.gate.open(services)` is called (in the event loop's thread)."""
+    settings = settings or ServerSettings()
+    metrics = Metrics(settings.metric_tasks)
+    app = FastAPI(
+        title="peqa",
+        summary="One frozen low-bit model, many tasks",
+        docs_url=None,  # FastAPI's page loads its scripts from outside hosts
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.gate = Gate(settings, metrics)
+    for router in (openai_routes.router, task_routes.router, ops_routes.router):
+        app.include_router(router)
+    for kind in (PeqaError, ApiError, HTTPException, ClientDisconnect, ValidationError):
+        app.add_exception_handler(kind, _refuse)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(Edge, metrics=metrics)  # added last: the outermost layer
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, ClientDisconnect):
+        note_of(request.scope).client_gone = True
+        return JSONResponse(None, status_code=499)  # nobody reads it
+    refusal = to_api_error(error)
+    if refusal.code == "route_not_found" and request.scope["path"].startswith("/v1/tasks/"):
+        # A name with a line break in it matches no route's pattern, but it is a bad name like any other.
+        refusal = to_api_error(InvalidTaskName("a task name is made of a-z, 0-9, '.', '_' and '-' only"))
+    refused(request.scope, refusal)
+    return refusal.response()

@@ -1,0 +1,108 @@
+"""From token outputs to the text of one choice: incremental decoding, stop strings, offsets. Knows no JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peqa_runtime.core import TokenLogprobs, TokenOutput
+from peqa_runtime.text import IncrementalDecoder, StopStrings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its tokens, and its text where the client sent text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How tokens become text, the same for every choice of a request."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    echo: bool = False
+    min_tokens: int = 0
+    discard_generated: bool = False  # max_tokens = 0: a token was generated only to get the prompt's logprobs
+
+
+@dataclass(frozen=True)
+class TokenPiece:
+    """One token as reported to the client. `offset`: where it starts in the choice's text, in characters."""
+
+    token_id: int
+    offset: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step adds to a choice. `text` may be empty while a possible stop string is held back."""
+
+    text: str = ""
+    tokens: tuple[TokenPiece, ...] = ()
+    is_prompt: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Choice:
+    """Mutable state of one choice. `feed` takes the engine's outputs in order and says what the client may see."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt, rules: TextRules) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._rules = rules
+        self._decoder = IncrementalDecoder(
+            tokenizer, prompt.token_ids, skip_special_tokens=rules.skip_special_tokens
+        )
+        self._stop = StopStrings(rules.stop, include=rules.include_stop)
+        self._length = 0  # characters decoded so far, held-back ones included
+        self.num_tokens = 0
+        self.finished = False
+
+    def echo(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Piece:
+        """The prompt as the first piece of the answer, with its tokens' log-probabilities where asked for."""
+        decoder = IncrementalDecoder(self._tokenizer, (), skip_special_tokens=self._rules.skip_special_tokens)
+        decoded = ""
+        tokens = []
+        for i, token_id in enumerate(self._prompt.token_ids):
+            tokens.append(TokenPiece(token_id, len(decoded), logprobs[i] if logprobs is not None else None))
+            decoded += decoder.push(token_id)
+        decoded += decoder.flush()
+        text = self._prompt.text if self._prompt.text is not None else decoded
+        self._length = len(text)
+        return Piece(text=text, tokens=tuple(tokens), is_prompt=True)
+
+    def feed(self, output: TokenOutput) -> Piece:
+        """Take one output. After a stop string is found (`finished` with the engine still running): cancel."""
+        if self._rules.discard_generated:
+            self.finished = output.finished
+            return Piece(finish_reason="length" if output.finished else None)
+        text = ""
+        tokens: tuple[TokenPiece, ...] = ()
+        stopped_by: int | str | None = None
+        if output.token_id is not None:
+            self.num_tokens += 1
+            tokens = (TokenPiece(output.token_id, self._length, output.logprobs),)
+            ends = output.finish_reason == "stop" and not self._rules.include_stop
+            text = "" if ends else self._decoder.push(output.token_id)
+        if output.finished:
+            text += self._decoder.flush()
+        self._length += len(text)
+        hit = None
+        if self.num_tokens >= self._rules.min_tokens:
+            text, hit = self._stop.push(text)
+        if hit is not None:
+            self.finished = True
+            return Piece(text, tokens, finish_reason="stop", stop_reason=hit)
+        reason: str | None = output.finish_reason
+        if output.finished:
+            self.finished = True
+            text += self._stop.flush()
+            stopped_by = output.stop_reason
+        return Piece(text, tokens, finish_reason=reason, stop_reason=stopped_by)

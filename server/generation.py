@@ -1,0 +1,185 @@
+"""One HTTP request's generations: prompts × n choices, all on one pinned revision, cancelled together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, replace
+
+from peqa_server.access_log import RequestNote
+from peqa_server.choice import Choice, Piece, Prompt, TextRules
+from peqa_server.errors import ApiError
+from peqa_server.metrics import Metrics
+from peqa_server.services import ServedModel, Services, TokenStream
+
+from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
+from peqa_runtime.errors import EngineDead, PromptTooLong
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be generated. `logprobs` asks for the tokens' values; `echo` is in `rules`."""
+
+    prompts: tuple[Prompt, ...]
+    n: int
+    params: SamplingParams
+    rules: TextRules
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the answer; choice `p * n + k` is the k-th of prompt p."""
+        return len(self.prompts) * self.n
+
+
+def check_length(model: ServedModel, num_prompt_tokens: int, max_tokens: int) -> None:
+    """Raise `PromptTooLong` when prompt and output do not fit the context together."""
+    if num_prompt_tokens + max_tokens > model.max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together more than the "
+            f"model's context of {model.max_model_len} tokens; shorten one of them",
+            param="prompt" if num_prompt_tokens >= model.max_model_len else "max_tokens",
+        )
+
+
+class Generation:
+    """Runs a `Job`. Iterate `pieces()` once; call `cancel()` when the client is gone (also after an error)."""
+
+    def __init__(
+        self, services: Services, lease: Lease, job: Job, note: RequestNote, metrics: Metrics
+    ) -> None:
+        self._services = services
+        self._lease = lease
+        self._job = job
+        self._note = note
+        self._metrics = metrics
+        self._id = uuid.uuid4().hex  # not the client's X-Request-Id: two requests may carry the same one
+        self._label = metrics.task_label(lease.task)
+        self._streams: list[TokenStream] = []
+        tokenizer = services.model.tokenizer
+        self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
+        self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
+        note.prompt_tokens = self.num_prompt_tokens
+        metrics.prompt_tokens.labels(self._label).inc(self.num_prompt_tokens)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Generated tokens of all choices so far."""
+        return sum(c.num_tokens for c in self._choices)
+
+    def submit(self) -> None:
+        """Hand every choice to the engine; on a refusal of one, none stays."""
+        complete = False
+        try:
+            for index in range(self._job.num_choices):
+                self._streams.append(self._services.engine.submit(self._request(index)))
+            complete = True
+        finally:
+            if not complete:
+                self.cancel()
+
+    def _request(self, index: int) -> Request:
+        params = self._job.params
+        k = index % self._job.n
+        if params.seed is not None and k:
+            # n choices of one prompt and seed must differ: the k-th takes seed + k, wrapped to 64 bits.
+            params = replace(params, seed=(params.seed + k + 2**63) % 2**64 - 2**63)
+        return Request(
+            request_id=f"{self._id}-{index}",
+            prompt_token_ids=self._job.prompts[index // self._job.n].token_ids,
+            params=params,
+            task=self._lease.task,
+            revision=self._lease.revision,
+            kind=self._lease.kind,
+        )
+
+    def cancel(self) -> None:
+        """End every choice that still runs."""
+        for stream, choice in zip(self._streams, self._choices, strict=False):
+            if not choice.finished:
+                stream.cancel()
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """`(choice index, piece)` in the order in which tokens come. Raises the named error of a failed choice."""
+        try:
+            if len(self._streams) == 1:
+                async for piece in self._read(0):
+                    yield 0, piece
+            else:
+                async for item in self._merged():
+                    yield item
+        finally:
+            self.cancel()
+            self._note.generated_tokens = self.num_generated_tokens
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
+        queue: asyncio.Queue[tuple[int, Piece] | asyncio.Task[None]] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            async for piece in self._read(index):
+                queue.put_nowait((index, piece))
+
+        tasks = [asyncio.ensure_future(pump(i)) for i in range(len(self._streams))]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, asyncio.Task):
+                    left -= 1
+                    item.result()  # raises what ended the pump
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _read(self, index: int) -> AsyncIterator[Piece]:
+        choice, stream = self._choices[index], self._streams[index]
+        last: float | None = None
+        echoed = not self._job.rules.echo
+        async for output in stream:
+            if output.finish_reason in ("error", "abort"):
+                raise _failure(output)
+            if not echoed:
+                echoed = True
+                yield choice.echo(output.prompt_logprobs)
+            now = time.perf_counter()
+            if output.token_id is not None and not self._job.rules.discard_generated:
+                self._observe_token(now, last)
+                last = now
+            piece = choice.feed(output)
+            if choice.finished:
+                self._finish(piece, stream, output, now)
+            yield piece
+            if choice.finished:
+                return
+        raise EngineDead("the engine ended before this answer was complete")
+
+    def _observe_token(self, now: float, last: float | None) -> None:
+        self._metrics.generated_tokens.labels(self._label).inc()
+        if last is None:
+            waited = now - self._note.received
+            self._metrics.first_token.labels(self._label).observe(waited)
+            if self._note.first_token_seconds is None:
+                self._note.first_token_seconds = waited
+        else:
+            self._metrics.inter_token.labels(self._label).observe(now - last)
+
+    def _finish(self, piece: Piece, stream: TokenStream, output: TokenOutput, now: float) -> None:
+        if not output.finished:
+            stream.cancel()  # a stop string ended the choice; the engine does not know
+        self._metrics.finished.labels(self._label, piece.finish_reason).inc()
+        self._metrics.end_to_end.labels(self._label).observe(now - self._note.received)
+
+
+def _failure(output: TokenOutput) -> ApiError:
+    if output.finish_reason == "abort":
+        return ApiError(
+            503, "the server stopped this request before it was complete; ask again", code="aborted",
+            headers={"Retry-After": "5"},
+        )  # fmt: skip
+    reason = output.error or "the engine could not compute this request"
+    return ApiError(500, reason, code="generation_failed")

@@ -1,0 +1,181 @@
+"""What the routes work with: the engine, the tasks and the facts of the model, behind narrow protocols.
+
+A route asks `Gate` for the services; while the model loads, and while the server drains, the gate answers 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fastapi import Request as HttpRequest
+from peqa_server.errors import ApiError
+from peqa_server.metrics import Metrics
+from peqa_server.settings import ServerSettings
+
+from peqa_runtime.core import BaseManifest, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
+
+Phase = Literal["starting", "ready", "draining", "failed"]
+
+
+class TokenStream(Protocol):
+    """The outputs of one request, in order; the last one has `finish_reason`."""
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    def cancel(self) -> None:
+        """End the request; its blocks are free at the next step."""
+
+
+class EngineService(Protocol):
+    """What the server needs of `peqa_runtime.engine.AsyncEngine`."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, request: Request) -> TokenStream: ...
+
+    def stats(self) -> Mapping[str, float]: ...
+
+    def stop(self, drain_seconds: float = 0.0) -> None: ...
+
+
+class TaskService(Protocol):
+    """What the server needs of `peqa_runtime.scales.TaskLibrary`; every method may block on the disk."""
+
+    def acquire(self, task: str) -> Lease: ...
+
+    def release(self, lease: Lease) -> None: ...
+
+    def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo: ...
+
+    def rollback(self, task: str, revision: str | None = None, if_match: str | None = None) -> TaskInfo: ...
+
+    def delete(self, task: str, if_match: str | None = None) -> None: ...
+
+    def info(self, task: str) -> TaskInfo: ...
+
+    def list(self) -> Sequence[TaskInfo]: ...
+
+    def unusable(self) -> Mapping[str, str]: ...
+
+    def revisions(self, task: str) -> Sequence[RevisionInfo]: ...
+
+    def content(self, task: str, revision: str | None = None) -> bytes: ...
+
+    def scale_set(self, revision: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The facts of the base that requests are checked against."""
+
+    manifest: BaseManifest
+    tokenizer: Any
+    max_model_len: int
+    vocab_size: int
+    description: Mapping[str, str] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_id(self) -> str:
+        """The name under which the base is served."""
+        return self.manifest.model_id
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of answers: the start of the base's digest."""
+        return "peqa-" + self.manifest.base_digest[:16]
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that exists once the model is loaded. `spool_folder`: where uploads are written while they come."""
+
+    engine: EngineService
+    tasks: TaskService
+    model: ServedModel
+    spool_folder: Path
+
+
+class Gate:
+    """The app's one piece of changing state: its phase, its services, and how many generations run."""
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.phase: Phase = "starting"
+        self.failure: str | None = None
+        self._services: Services | None = None
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, services: Services) -> None:
+        """The model is loaded: serve."""
+        self._services = services
+        self.metrics.watch_engine(services.engine)
+        if self.phase == "starting":
+            self.phase = "ready"
+
+    def fail(self, reason: str) -> None:
+        """Loading ended with an error."""
+        self.phase, self.failure = "failed", reason
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new generations and wait for the running ones; False when some still ran at the end."""
+        self.phase = "draining"
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    @property
+    def services(self) -> Services:
+        """The services; 503 before the model is loaded."""
+        if self._services is None:
+            raise ApiError(
+                503,
+                "the model is still loading; ask again shortly",
+                code="starting",
+                headers={"Retry-After": "2"},
+            )
+        return self._services
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine's thread is dead or loading failed."""
+        if self.phase == "failed":
+            return False
+        return self._services is None or self._services.engine.alive
+
+    def enter(self) -> Services:
+        """Begin one generation; pair with `leave`. 503 while draining."""
+        services = self.services
+        if self.phase == "draining":
+            raise ApiError(
+                503,
+                "this server is shutting down; ask another, or again shortly",
+                code="draining",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
+        self._running += 1
+        self._idle.clear()
+        return services
+
+    def leave(self) -> None:
+        """End one generation."""
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+
+
+def gate_of(request: HttpRequest) -> Gate:
+    """The gate of the app that got this request."""
+    gate: Gate = request.app.state.gate
+    return gate

@@ -1,0 +1,171 @@
+"""Tasks over HTTP: upload, list, read, roll back, download, delete. Raw bytes in, never a path, never a pickle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from peqa_server.access_log import note_of
+from peqa_server.errors import ApiError
+from peqa_server.schemas import RollbackRequest, parse
+from peqa_server.services import Gate, ServedModel, Services, gate_of
+from peqa_server.streaming import read_body
+from peqa_server.upload import spooled_body
+from starlette.responses import JSONResponse, Response
+
+from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
+
+# `:path` lets a name hold slashes as far as the check of names, which refuses it with a 422 instead of a bare 404.
+router = APIRouter(prefix="/v1/tasks")
+
+
+@router.get("")
+async def list_tasks(request: Request) -> JSONResponse:
+    """Every task, and the sets in the store that this base cannot use."""
+    services = gate_of(request).services
+    listed = await asyncio.to_thread(services.tasks.list)
+    unusable = services.tasks.unusable()
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [_task_json(info) for info in listed],
+            "unusable": [{"task": task, "reason": unusable[task]} for task in sorted(unusable)],
+        }
+    )
+
+
+@router.get("/{task:path}/revisions")
+async def list_revisions(request: Request, task: str) -> JSONResponse:
+    """The kept revisions of a task, newest first."""
+    services = _services(request, task)
+    rows = await asyncio.to_thread(services.tasks.revisions, task)
+    return JSONResponse({"object": "list", "task": task, "data": [_revision_json(row) for row in rows]})
+
+
+@router.get("/{task:path}/content")
+async def get_content(request: Request, task: str, revision: str | None = None) -> Response:
+    """The scale set file of a task, byte for byte as uploaded; `?revision=` for an older one that is kept."""
+    services = _services(request, task)
+    info = await asyncio.to_thread(services.tasks.info, task)
+    wanted = revision or info.revision
+    data = await asyncio.to_thread(services.tasks.content, task, wanted)
+    headers = {"ETag": f'"{wanted}"', "Content-Disposition": f'attachment; filename="{task}.safetensors"'}
+    return Response(data, media_type="application/octet-stream", headers=headers)
+
+
+@router.post("/{task:path}/rollback")
+async def rollback(request: Request, task: str) -> JSONResponse:
+    """Make the previous revision current, or the one that the body's `revision` names."""
+    gate = gate_of(request)
+    services = _services(request, task)
+    body = await read_body(request, gate.settings)
+    wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
+    with _counted(gate, "rollback"):
+        info = await asyncio.to_thread(
+            services.tasks.rollback, task, wanted.revision, _etag(request.headers.get("if-match"))
+        )
+    return _changed(request, info)
+
+
+@router.get("/{task:path}")
+async def get_task(request: Request, task: str) -> JSONResponse:
+    """One task's current revision and what is known about it."""
+    services = _services(request, task)
+    info = await asyncio.to_thread(services.tasks.info, task)
+    return JSONResponse(_task_json(info), headers={"ETag": f'"{info.revision}"'})
+
+
+@router.put("/{task:path}")
+async def put_task(request: Request, task: str) -> JSONResponse:
+    """Upload a scale set: the body is the file's bytes. Live for every request that starts after the 200."""
+    gate = gate_of(request)
+    services = _services(request, task)
+    if_match = _etag(request.headers.get("if-match"))
+    limit = gate.settings.max_upload_bytes or largest_set(services.model)
+    with _counted(gate, "upload"):
+        async with spooled_body(request, gate.settings, limit, services.spool_folder) as file:
+            received = time.perf_counter()
+            info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)
+            gate.metrics.upload_seconds.observe(time.perf_counter() - received)
+    return _changed(request, info)
+
+
+@router.delete("/{task:path}")
+async def delete_task(request: Request, task: str) -> JSONResponse:
+    """Remove a task. Requests that already run on it finish; new ones get a 404."""
+    gate = gate_of(request)
+    services = _services(request, task)
+    with _counted(gate, "delete"):
+        await asyncio.to_thread(services.tasks.delete, task, _etag(request.headers.get("if-match")))
+    note_of(request.scope).task = task
+    return JSONResponse({"task": task, "deleted": True})
+
+
+def largest_set(model: ServedModel) -> int:
+    """Bytes of the largest file that can be valid: every linear's largest kind in fp32, and a generous header."""
+    shapes = model.manifest.linears.values()
+    rows_and_columns = sum(4 * (s.out_features + s.in_features) for s in shapes)
+    groups = sum(4 * s.out_features * s.groups for s in shapes)
+    return max(rows_and_columns, groups) + (1 << 20) + 512 * len(model.manifest.linears)
+
+
+def _services(request: Request, task: str) -> Services:
+    """The services, after the name's check: a name that cannot name a task is a 422 on every route."""
+    services = gate_of(request).services
+    check_task_name(task)
+    return services
+
+
+@contextlib.contextmanager
+def _counted(gate: Gate, action: str) -> Iterator[None]:
+    outcome = "refused"
+    try:
+        yield
+        outcome = "done"
+    finally:
+        gate.metrics.task_changes.labels(action, outcome).inc()
+
+
+def _etag(header: str | None) -> str | None:
+    """The revision in an If-Match header: quoted, weak or bare."""
+    if header is None:
+        return None
+    value = header.strip()
+    if "," in value:
+        raise ApiError(400, "If-Match must hold one revision", code="invalid_if_match")
+    return value.removeprefix("W/").strip('"')
+
+
+def _changed(request: Request, info: TaskInfo) -> JSONResponse:
+    note = note_of(request.scope)
+    note.task, note.revision = info.task, info.revision
+    return JSONResponse(_task_json(info), headers={"ETag": f'"{info.revision}"'})
+
+
+def _task_json(info: TaskInfo) -> dict[str, Any]:
+    return {
+        "object": "task",
+        "task": info.task,
+        "revision": info.revision,
+        "kind": info.kind,
+        "bytes": info.num_bytes,
+        "created": info.created,
+        "base_digest": info.base_digest,
+        "prompt_format": info.prompt_format,
+        "note": dict(info.note),
+        "num_revisions": info.num_revisions,
+    }
+
+
+def _revision_json(row: RevisionInfo) -> dict[str, Any]:
+    return {
+        "revision": row.revision,
+        "kind": row.kind,
+        "bytes": row.num_bytes,
+        "created": row.created,
+        "current": row.current,
+    }

@@ -1,0 +1,214 @@
+"""A byte tokenizer, an engine that replays scripts and tasks in memory: the HTTP side alone, in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peqa_runtime.core import (
+    BaseManifest,
+    Lease,
+    LinearShape,
+    Request,
+    RevisionInfo,
+    TaskInfo,
+    TokenLogprobs,
+    TokenOutput,
+)
+from peqa_runtime.errors import EngineDead, InvalidScaleSet, NoSuchRevision, RevisionConflict, UnknownTask
+
+EOS = 256
+DIGEST = "0123456789abcdef" * 4
+
+
+class ByteTokenizer:
+    """Ids 0–255 are bytes, 256 is end-of-sequence."""
+
+    chat_template = "yes"
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def __len__(self) -> int:
+        return 257
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        text = b"".join(bytes([i]) if i < 256 else b"" if skip_special_tokens else b"</s>" for i in ids)
+        return text.decode("utf-8", "replace")
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return f"<{token_id}>"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+        text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
+        return text + ("[assistant]" if options["add_generation_prompt"] else "")
+
+
+@dataclass
+class Script:
+    """What the engine says to a request: tokens, seconds between them, and how it ends."""
+
+    tokens: list[int]
+    delay: float = 0.0
+    ends_with_eos: bool = False
+    error: str | None = None
+    dies: bool = False
+
+
+def reply(request: Request) -> Script:
+    """Default: the task's revision and the seed, then the alphabet for ever."""
+    head = (
+        f"{request.revision[:4] or 'base'}:{request.params.seed if request.params.seed is not None else '-'}:"
+    )
+    return Script(list((head + "abcdefghijklmnopqrstuvwxyz" * 100).encode()))
+
+
+class StubStream:
+    def __init__(self, engine: StubEngine, request: Request, script: Script) -> None:
+        self.engine, self.request, self.script = engine, request, script
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self.engine.cancelled.append(self.request)
+            self.engine.running.discard(self.request.request_id)
+
+    async def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        request, params, script = self.request, self.request.params, self.script
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            rest = [_logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:]]
+            prompt_logprobs = (None, *rest)
+        tokens = script.tokens[: params.max_tokens]
+        if script.ends_with_eos:
+            tokens = [*tokens[: params.max_tokens - 1], EOS]
+        for i, token in enumerate(tokens):
+            await asyncio.sleep(script.delay)
+            if self.cancelled:
+                return
+            reason = None
+            if i == len(tokens) - 1:
+                if script.dies:
+                    raise EngineDead("the engine stopped: stub")
+                reason = "stop" if token == EOS else "error" if script.error else "length"
+                self.engine.running.discard(request.request_id)
+            yield TokenOutput(
+                request.request_id,
+                token_id=token if reason != "error" else None,
+                logprobs=_logprobs(token, params.logprobs) if params.logprobs is not None else None,
+                finish_reason=reason,  # type: ignore[arg-type]
+                prompt_logprobs=prompt_logprobs if i == 0 else None,
+                error=script.error if reason == "error" else None,
+            )
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    top = [((token + i) % 256, -0.5 - i) for i in range(max(1, count))]
+    return TokenLogprobs(token, -0.5, tuple(top[:count]))
+
+
+class StubEngine:
+    def __init__(self, script: Callable[[Request], Script] = reply) -> None:
+        self.script = script
+        self.alive = True
+        self.requests: list[Request] = []
+        self.cancelled: list[Request] = []
+        self.running: set[str] = set()
+        self.refuse: Exception | None = None
+
+    def submit(self, request: Request) -> StubStream:
+        if self.refuse is not None:
+            raise self.refuse
+        assert request.request_id not in self.running
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        return StubStream(self, request, self.script(request))
+
+    def stats(self) -> dict[str, float]:
+        return {"requests_running": len(self.running), "kv_blocks_used": 3, "steps_total": 7}
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        self.alive = False
+
+
+@dataclass
+class StubTasks:
+    """Tasks in memory. A valid file starts with b"SET"; its revision is its SHA-256."""
+
+    history: dict[str, list[bytes]] = field(default_factory=dict)
+    leases: list[Lease] = field(default_factory=list)
+    upload_seconds: float = 0.0
+
+    def acquire(self, task: str) -> Lease:
+        lease = Lease(task, self.info(task).revision)
+        self.leases.append(lease)
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        self.leases.remove(lease)
+
+    def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo:
+        time.sleep(self.upload_seconds)
+        content = data.read_bytes() if isinstance(data, Path) else data
+        if not content.startswith(b"SET"):
+            raise InvalidScaleSet("the file is not a scale set: it must start with SET")
+        now = self.info(task).revision if self.history.get(task) else None
+        if if_match is not None and if_match != now:
+            raise RevisionConflict(f"the current revision is {now}, not {if_match}")
+        self.history.setdefault(task, []).append(content)
+        return self.info(task)
+
+    def rollback(self, task: str, revision: str | None = None, if_match: str | None = None) -> TaskInfo:
+        self._check(task, if_match)
+        if len(self.history[task]) < 2:
+            raise NoSuchRevision(f"task {task!r} has no earlier revision")
+        self.history[task].pop()
+        return self.info(task)
+
+    def delete(self, task: str, if_match: str | None = None) -> None:
+        self._check(task, if_match)
+        del self.history[task]
+
+    def info(self, task: str) -> TaskInfo:
+        if not self.history.get(task):
+            raise UnknownTask(f"no task {task!r} is served here; GET /v1/tasks lists them")
+        content = self.history[task][-1]
+        return TaskInfo(task, revision_of(content), "channel", len(content), 1.5, DIGEST, "Q: {prompt}\nA:")
+
+    def _check(self, task: str, if_match: str | None) -> None:
+        if if_match not in (None, self.info(task).revision):
+            raise RevisionConflict(f"the current revision is not {if_match}")
+
+    def unusable(self) -> dict[str, str]:
+        return {"foreign": "belongs to another base"}
+
+    def list(self) -> list[Any]:
+        return [self.info(task) for task in sorted(self.history)]
+
+    def revisions(self, task: str) -> list[RevisionInfo]:
+        self.info(task)
+        rows = [RevisionInfo(revision_of(c), "channel", len(c), 1.5, False) for c in self.history[task]]
+        return rows[::-1]
+
+    def content(self, task: str, revision: str | None = None) -> bytes:
+        self.info(task)
+        for content in self.history[task][::-1]:
+            if revision in (None, revision_of(content)):
+                return content
+        raise NoSuchRevision(f"task {task!r} keeps no revision {revision}")
+
+    def scale_set(self, revision: str) -> TaskInfo:
+        return next(info for info in self.list() if info.revision == revision)
+
+
+def revision_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+MANIFEST = BaseManifest("tiny-base", DIGEST, {"model.q": LinearShape(8, 4, 2)})

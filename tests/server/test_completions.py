@@ -1,0 +1,271 @@
+"""POST /v1/completions over a real uvicorn and a scripted engine: shapes, choices, stops, echo, refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from conftest import check_error, wait_until
+from server_stubs import EOS, Script, StubEngine, revision_of
+
+SQL = revision_of(b"SET sql one")
+
+
+def test_the_shape_of_an_answer(server: Any) -> None:
+    answer = server.complete("hi", max_tokens=9)
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert answer["model"] == "tiny-base"
+    assert (answer["task"], answer["revision"]) == ("base", None)
+    assert answer["system_fingerprint"] == "peqa-0123456789abcdef"
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert answer["choices"] == [
+        {"index": 0, "text": "base:-:ab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert server.idle
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": "sql"},
+        {"adapter_id": "sql"},
+        {"model": "sql"},
+        {"model": "tiny-base:sql"},
+        {"model": "base:sql"},
+        {"model": "tiny-base", "task": "sql"},
+        {"model": "sql", "task": "sql"},
+    ],
+    ids=str,
+)
+def test_ways_to_name_a_task(server: Any, fields: dict[str, str]) -> None:
+    answer = server.complete(**fields)
+    assert (answer["task"], answer["revision"]) == ("sql", SQL)
+    assert answer["choices"][0]["text"].startswith(SQL[:4])
+    assert server.engine.requests[0].revision == SQL
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": "tiny-base"}, {"task": "base"}, {"model": "base"}], ids=str)
+def test_ways_to_name_the_base(server: Any, fields: dict[str, str]) -> None:
+    assert server.complete(**fields)["task"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"task": "nope"}, 404, "task_not_found", "task"),
+        ({"model": "nope"}, 404, "model_not_found", "model"),
+        ({"model": "tiny-base:nope"}, 404, "model_not_found", "model"),
+        ({"model": ""}, 404, "model_not_found", "model"),
+        ({"task": "../x"}, 404, "task_not_found", "task"),
+        ({"task": "sql", "model": "qa"}, 400, "task_conflict", "task"),
+        ({"task": "sql", "model": "tiny-base:qa"}, 400, "task_conflict", "task"),
+        ({"task": "sql", "model": "base"}, 400, "task_conflict", "task"),
+        ({"task": "sql", "adapter_id": "qa"}, 400, "task_conflict", "task"),
+    ],
+    ids=str,
+)
+def test_tasks_that_are_refused(server: Any, fields: Any, status: int, code: str, param: str) -> None:
+    error = server.error(status, prompt="x", **fields)
+    assert (error["code"], error["param"]) == (code, param)
+    assert not server.engine.requests, "never the base in silence"
+    assert server.idle
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"), [("ab", 1), (["ab", "cde"], 2), ([97, 98], 1), ([[97], [98, 99]], 2)], ids=str
+)
+def test_forms_of_a_prompt(server: Any, prompt: Any, count: int) -> None:
+    answer = server.complete(prompt, echo=True, max_tokens=1)
+    assert len(answer["choices"]) == count
+    assert answer["choices"][0]["text"] in ("abb", "ab", "abb")
+    assert [c["index"] for c in answer["choices"]] == list(range(count))
+
+
+def test_choices_are_numbered_prompt_by_prompt_and_seeded(server: Any) -> None:
+    answer = server.complete(["A", "B"], n=3, seed=7, echo=True, max_tokens=7, task="sql")
+    texts = [c["text"] for c in answer["choices"]]
+    assert texts == [f"{p}{SQL[:4]}:{s}:" for p in "AB" for s in (7, 8, 9)]
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 42, "total_tokens": 44}
+    assert {r.revision for r in server.engine.requests} == {SQL}
+    assert len({r.request_id for r in server.engine.requests}) == 6
+    wrapped = server.complete(seed=2**63 - 1, n=2, max_tokens=1)
+    assert [c["index"] for c in wrapped["choices"]] == [0, 1]
+    assert server.engine.requests[-1].params.seed == -(2**63)
+
+
+def test_stop_strings_cut_the_text_and_cancel_the_engine(live: Any) -> None:
+    server = live(StubEngine(lambda r: Script(list(b"one two<END>three"), delay=0.001)))
+    choice = server.complete(stop=["<END>", "zzz"], max_tokens=17)["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one two", "stop", "<END>")
+    assert len(server.engine.cancelled) == 1
+    wait_until(lambda: server.idle)
+    choice = server.complete(stop="<END>", include_stop_str_in_output=True, max_tokens=17)["choices"][0]
+    assert choice["text"] == "one two<END>"
+    choice = server.complete(stop="two", min_tokens=9, max_tokens=17)["choices"][0]
+    assert choice["text"] == "one two<END>three", "a stop string before min_tokens does not count"
+    choice = server.complete(stop="threeX", max_tokens=17)["choices"][0]
+    assert choice["text"] == "one two<END>three", "what was held back comes out at the end"
+
+
+def test_end_of_sequence_is_no_text(live: Any) -> None:
+    server = live(StubEngine(lambda r: Script(list(b"done"), ends_with_eos=True)))
+    answer = server.complete(max_tokens=9, return_token_ids=True, skip_special_tokens=False)
+    assert answer["choices"][0]["text"] == "done"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["token_ids"] == [*b"done", EOS]
+    assert answer["choices"][0]["prompt_token_ids"] == [*b"hi"]
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_logprobs_and_echo(server: Any) -> None:
+    choice = server.complete("hé", max_tokens=2, echo=True, logprobs=2)["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == "héba"
+    assert logprobs["tokens"] == ["h", "�", "�", "b", "a"]
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5, -0.5, -0.5]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][3] == {"b": -0.5, "c": -1.5}
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+    for row in logprobs["top_logprobs"][1:]:
+        assert max(row.values()) == -0.5, "the likeliest keeps its value when two tokens have one text"
+
+
+def test_logprobs_zero_shows_the_chosen_token(server: Any) -> None:
+    logprobs = server.complete(max_tokens=1, logprobs=0)["choices"][0]["logprobs"]
+    assert logprobs == {
+        "tokens": ["b"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -0.5}], "text_offset": [0],
+    }  # fmt: skip
+
+
+def test_scoring_a_prompt_generates_nothing(server: Any) -> None:
+    answer = server.complete([104, 105], max_tokens=0, echo=True, logprobs=1)
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
+    assert answer["usage"]["completion_tokens"] == 0
+    assert server.complete(max_tokens=0)["choices"][0]["text"] == ""
+
+
+def test_tokens_as_ids(server: Any) -> None:
+    answer = server.complete(max_tokens=1, logprobs=1, return_tokens_as_token_ids=True)
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["token_id:98"]
+
+
+def test_truncation_and_neutral_fields(server: Any) -> None:
+    answer = server.complete("abcdef", truncate_prompt_tokens=2, echo=True, max_tokens=1)
+    assert answer["choices"][0]["text"] == "efb"
+    server.complete(
+        user="u", suffix=None, logit_bias={}, best_of=2, n=2, store=False, metadata={"a": "b"}, use_beam_search=False,
+        length_penalty=1.0, temperature=None, stop=None, response_format={"type": "text"}, max_tokens=1,
+    )  # fmt: skip
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("prompt", 7), ("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", [[]]), ("prompt", [1, "a"]),
+    ("prompt", [True]), ("prompt", [257]), ("prompt", [-1]), ("prompt", [10**30]), ("prompt", "x" * 300),
+    ("prompt", {"a": 1}),
+    ("max_tokens", "ten"), ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 2.0), ("max_tokens", True),
+    ("max_tokens", 200), ("n", 0), ("n", 129), ("n", "2"), ("temperature", "hot"), ("temperature", -1),
+    ("temperature", True), ("temperature", 10**400), ("top_p", 0), ("top_p", "x"), ("top_k", -5), ("top_k", 1.5),
+    ("min_p", 2),
+    ("seed", "s"), ("seed", 2**70), ("seed", 1.0), ("stop", 5), ("stop", ["a"] * 65), ("stop", [1]), ("stop", ""),
+    ("logprobs", True), ("logprobs", 50), ("echo", 1), ("stream", "yes"), ("stream_options", 3),
+    ("stream_options", {"include_usage": True}), ("task", 3), ("task", ["sql"]), ("model", 3),
+    ("presence_penalty", 9), ("frequency_penalty", "x"), ("repetition_penalty", 0), ("min_tokens", -1),
+    ("min_tokens", 17), ("ignore_eos", "no"), ("stop_token_ids", "x"), ("stop_token_ids", ["x"]),
+    ("stop_token_ids", [999]), ("suffix", "end"), ("best_of", 3), ("logit_bias", {"5": 1}), ("no_such_field", 1),
+    ("use_beam_search", True), ("truncate_prompt_tokens", 0), ("response_format", {"type": "json_object"}),
+    ("user", 5), ("return_token_ids", "x"), ("priority", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=lambda v: str(v)[:24])
+def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
+    text = json.dumps({"prompt": "x", field: value})
+    answer = server.send(text)
+    error = check_error(answer, 400)
+    assert field in error["message"]
+    assert error["param"].startswith(field)
+    assert server.idle
+    assert not server.engine.requests
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"no json", b"[1]", b'"text"', b"null", b'{"prompt": "x"', b'{"prompt": "x", "temperature": NaN}',
+     b'{"prompt": "x", "temperature": -Infinity}', b'{"prompt": "x", "temperature": 1e999}', b"\xff\xfe{}",
+     b"{" * 100_000, b'{"a":' * 5000, b"[" * 5000, b'{"prompt": "\\ud800"}', b'{"prompt": ["\\udc00x"]}',
+     b'{"prompt": "x", "stop": "\\ud800"}', b'{"prompt": "x", "user": "\\ud800"}', b'{"\\ud800": 1}',
+     b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "\xff"}'],
+    ids=lambda b: repr(b[:30]),
+)  # fmt: skip
+def test_bodies_that_are_no_request(server: Any, body: bytes) -> None:
+    check_error(server.send(body), 400)
+
+
+def test_a_missing_prompt_and_a_misspelt_field(server: Any) -> None:
+    assert server.error(400, max_tokens=1)["param"] == "prompt"
+    assert "max_tokens" in server.error(400, prompt="x", max_token=1)["message"]
+
+
+def test_prompt_too_long_names_the_context(server: Any) -> None:
+    error = server.error(400, prompt="x" * 190, max_tokens=11)
+    assert error["code"] == "context_length_exceeded"
+    assert "200" in error["message"]
+    server.complete("x" * 190, max_tokens=10)
+
+
+def test_the_engines_refusal_reaches_the_client(server: Any) -> None:
+    from peqa_runtime.errors import EngineDead, Overloaded
+
+    server.engine.refuse = Overloaded("100 requests wait already", retry_after=3)
+    answer = server.post(prompt="x", task="sql")
+    assert check_error(answer, 429)["code"] == "overloaded"
+    assert answer.headers["retry-after"] == "3"
+    server.engine.refuse = EngineDead("the engine has stopped")
+    answer = server.post(prompt="x", task="sql")
+    check_error(answer, 503)
+    assert answer.headers["retry-after"]
+    assert server.idle
+
+
+def test_failures_in_the_engine_are_answers_too(live: Any) -> None:
+    server = live(StubEngine(lambda r: Script([1, 2, 3], error="numbers were not finite")))
+    assert "not finite" in server.error(500, prompt="x", n=2)["message"]
+    server.engine.script = lambda r: Script([1, 2], dies=True)
+    assert server.error(503, prompt="x")["code"] == "engine_dead"
+    wait_until(lambda: not server.tasks.leases)
+
+
+def test_a_fault_of_ours_is_a_clean_500(server: Any) -> None:
+    server.engine.refuse = RuntimeError("secret detail")
+    error = server.error(500, prompt="x", task="sql")
+    assert "secret" not in error["message"]
+    assert server.idle
+    server.engine.refuse = None
+    server.complete()
+
+
+def test_a_client_that_leaves_ends_its_request(live: Any) -> None:
+    server = live(StubEngine(lambda r: Script([97] * 150, delay=0.05)))
+    server.tasks.upload("sql", b"SET")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/v1/completions", json={"prompt": "x", "n": 2, "task": "sql", "max_tokens": 150},
+                   timeout=0.2)  # fmt: skip
+    wait_until(lambda: len(server.engine.cancelled) == 2, 1.0)
+    wait_until(lambda: server.idle, 1.0)
+
+
+def test_request_ids_are_echoed_and_never_shared(server: Any) -> None:
+    for _ in range(2):
+        answer = httpx.post(
+            server.url + "/v1/completions",
+            json={"prompt": "x"},
+            headers={"X-Request-Id": "mine-7"},
+            timeout=10,
+        )
+        assert answer.headers["x-request-id"] == "mine-7"
+    assert len({r.request_id for r in server.engine.requests}) == 2

@@ -1,0 +1,187 @@
+"""The task routes: uploads by raw body, names, revisions, and what a failed upload leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from conftest import check_error, wait_until
+from peqa_server.settings import ServerSettings
+from server_stubs import StubEngine, revision_of
+
+
+def names(server: Any) -> set[str]:
+    return {t["task"] for t in server.client.get("/v1/tasks").json()["data"]}
+
+
+def test_upload_read_list_download_delete(server: Any) -> None:
+    put = server.client.put("/v1/tasks/new.task-1", content=b"SET new")
+    assert put.status_code == 200, put.text
+    revision = revision_of(b"SET new")
+    assert put.json() == {
+        "object": "task", "task": "new.task-1", "revision": revision, "kind": "channel", "bytes": 7, "created": 1.5,
+        "base_digest": server.tasks.info("sql").base_digest, "prompt_format": "Q: {prompt}\nA:", "note": {},
+        "num_revisions": 1,
+    }  # fmt: skip
+    assert put.headers["etag"] == f'"{revision}"'
+    assert server.client.get("/v1/tasks/new.task-1").json() == put.json()
+    assert names(server) == {"sql", "qa", "new.task-1"}
+    listed = server.client.get("/v1/tasks").json()
+    assert listed["unusable"] == [{"task": "foreign", "reason": "belongs to another base"}]
+    content = server.client.get("/v1/tasks/new.task-1/content")
+    assert (content.content, content.headers["etag"]) == (b"SET new", f'"{revision}"')
+    assert server.client.delete("/v1/tasks/new.task-1").json() == {"task": "new.task-1", "deleted": True}
+    check_error(server.client.get("/v1/tasks/new.task-1"), 404)
+    assert not list(server.spool.iterdir()), "no temporary file is left"
+
+
+def test_revisions_and_rollback(server: Any) -> None:
+    first, second = revision_of(b"SET sql one"), revision_of(b"SET two")
+    server.client.put("/v1/tasks/sql", content=b"SET two")
+    rows = server.client.get("/v1/tasks/sql/revisions").json()["data"]
+    assert [r["revision"] for r in rows] == [second, first]
+    assert server.complete(task="sql")["revision"] == second
+    old = server.client.get("/v1/tasks/sql/content", params={"revision": first})
+    assert old.content == b"SET sql one"
+    check_error(server.client.get("/v1/tasks/sql/content", params={"revision": "f" * 64}), 409)
+    back = server.client.post("/v1/tasks/sql/rollback")
+    assert back.json()["revision"] == first
+    assert server.complete(task="sql")["revision"] == first
+    check_error(server.client.post("/v1/tasks/sql/rollback"), 409)
+    check_error(server.client.post("/v1/tasks/sql/rollback", json={"revison": "x"}), 400)
+    check_error(server.client.post("/v1/tasks/sql/rollback", content=b"[]"), 400)
+
+
+def test_if_match(server: Any) -> None:
+    now = revision_of(b"SET sql one")
+    url = "/v1/tasks/sql"
+    check_error(server.client.put(url, content=b"SET b", headers={"If-Match": '"0000"'}), 412)
+    check_error(server.client.put("/v1/tasks/x", content=b"SET b", headers={"If-Match": '"0000"'}), 412)
+    check_error(server.client.put(url, content=b"SET b", headers={"If-Match": '"a", "b"'}), 400)
+    check_error(server.client.delete(url, headers={"If-Match": '"0000"'}), 412)
+    assert server.client.put(url, content=b"SET b", headers={"If-Match": f'"{now}"'}).status_code == 200
+    now = revision_of(b"SET b")
+    assert server.client.put(url, content=b"SET c", headers={"If-Match": now}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["", "/content", "/revisions"])
+def test_unknown_tasks(server: Any, path: str) -> None:
+    error = check_error(server.client.get(f"/v1/tasks/nope{path}"), 404)
+    assert error["code"] == "task_not_found"
+
+
+def test_unknown_task_cannot_be_changed(server: Any) -> None:
+    check_error(server.client.delete("/v1/tasks/nope"), 404)
+    check_error(server.client.post("/v1/tasks/nope/rollback"), 404)
+
+
+BAD_NAMES = [
+    "../x", "..%2fx", "%2e%2e%2fx", "%2e%2e", "a%00b", "UPPER", "-x", ".hidden", "caf%C3%A9", "%ff", "x" * 65,
+    "x" * 10_000, "a%20b", "base", "a%5Cb", "a/b", "/etc/passwd", "", "a%0d%0ab", "a%3Fb", "sql/", "sql/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda n: n[:16])
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+def test_names_that_cannot_be(server: Any, name: str, method: str) -> None:
+    """Sent as they are: a client library would tidy the path."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"{method} /v1/tasks/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\nSET x"
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 422 "), answer[:200]
+    assert b'"invalid_task_name"' in answer
+    assert names(server) == {"sql", "qa"}
+
+
+def test_a_file_that_is_no_set(server: Any) -> None:
+    assert (
+        check_error(server.client.put("/v1/tasks/sql", content=b"junk"), 422)["code"] == "invalid_scale_set"
+    )
+    check_error(server.client.put("/v1/tasks/sql", content=b""), 422)
+    assert server.tasks.info("sql").revision == revision_of(b"SET sql one")
+    assert not list(server.spool.iterdir())
+
+
+def test_too_large_by_length_and_by_count(live: Any) -> None:
+    server = live(settings=ServerSettings(max_upload_bytes=100_000, discard_bytes=1 << 20))
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b"SET" + b"x" * 99_997
+
+    for content in (b"SET" + b"x" * 100_000, b"x" * 3_000_000, endless()):
+        assert check_error(server.client.put("/v1/tasks/t", content=content), 413)["code"] == "too_large"
+    assert server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 99_997).status_code == 200
+    assert server.client.put("/v1/tasks/t", content=iter([b"SET", b"x" * 70_000])).status_code == 200
+    assert not list(server.spool.iterdir())
+
+
+def test_the_default_limit_is_the_largest_set_of_the_base(server: Any) -> None:
+    assert check_error(server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 2_000_000), 413)
+    assert server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 100).status_code == 200
+
+
+def test_a_request_body_that_is_too_large(live: Any) -> None:
+    server = live(settings=ServerSettings(max_request_bytes=1000))
+    check_error(server.post(prompt="x" * 2000), 413)
+    check_error(server.client.post("/v1/completions", content=iter([b"x" * 600] * 2)), 413)
+
+
+def test_a_client_that_dies_while_uploading_leaves_nothing(live: Any) -> None:
+    server = live()
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nSET half")
+    wait_until(lambda: len(list(server.spool.iterdir())) == 1)
+    connection.close()
+    wait_until(lambda: not list(server.spool.iterdir()))
+    assert names(server) == set()
+
+
+def test_a_stalled_upload_is_ended(live: Any) -> None:
+    server = live(settings=ServerSettings(body_idle_seconds=0.1, discard_seconds=0.1))
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nSET half")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+    assert not list(server.spool.iterdir())
+
+
+def test_a_slow_commit_does_not_hold_up_others(live: Any) -> None:
+    server = live(StubEngine())
+    server.tasks.upload_seconds = 0.5
+    uploading = threading.Thread(
+        target=lambda: httpx.put(server.url + "/v1/tasks/t", content=b"SET", timeout=10)
+    )
+    uploading.start()
+    time.sleep(0.1)
+    begin = time.monotonic()
+    server.complete()
+    assert time.monotonic() - begin < 0.3
+    uploading.join()
+    assert names(server) == {"t"}
+
+
+def test_uploads_do_not_block_the_loop(live: Any) -> None:
+    """The event loop's longest pause while 8 MB come in."""
+    server = live(settings=ServerSettings(max_upload_bytes=10_000_000))
+    pauses: list[float] = []
+
+    async def watch() -> None:
+        for _ in range(100):
+            before = time.perf_counter()
+            await asyncio.sleep(0.005)
+            pauses.append(time.perf_counter() - before)
+
+    watching = asyncio.run_coroutine_threadsafe(watch(), server.loop)
+    assert server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 8_000_000).status_code == 200
+    watching.result(10)
+    assert max(pauses) < 0.25
