@@ -6,8 +6,6 @@ offset p % block_size; slot = block * block_size + offset. Decode steps and pref
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from peqa_kernels import native
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
@@ -39,9 +37,9 @@ def paged_attention(
 
     Args:
         q: [tokens, heads, d], the sequences' new tokens one after the other.
-        key_cache: [blocks, block_size, kv_heads, d], heads a multiple of kv_heads (query head h reads
+        key_cache: [blocks, block_size, kv_heads, d], contiguous, heads a multiple of kv_heads (query head h reads
             h // (heads // kv_heads)).
-        value_cache: [blocks, block_size, kv_heads, d_v].
+        value_cache: [blocks, block_size, kv_heads, d_v], contiguous.
         block_tables: int32 [seqs, max_blocks].
         query_starts: int32 [seqs + 1], first row of each sequence in q; the last entry is `tokens`.
         seq_lens: int32 [seqs], keys of each sequence, the new tokens included.
@@ -136,8 +134,9 @@ def _paged_attention(
     if q.is_cuda:
         from peqa_kernels.paged_attention.gpu import paged_attention_gpu as path
     else:
-        path = _native() if q.dtype == torch.float32 == key_cache.dtype else None
-        path = path or paged_attention_cpu
+        # The C library computes in float32; it is None where no compiler was found at installation.
+        ops = native.load() if q.dtype == key_cache.dtype == torch.float32 else None
+        path = paged_attention_cpu if ops is None else ops.paged_attention
     return path(
         q,
         key_cache,
@@ -150,13 +149,6 @@ def _paged_attention(
         softcap,
         sinks,
     )
-
-
-def _native() -> Callable[..., Tensor] | None:
-    """The compiled CPU kernel, where a compiler was found at installation."""
-    load = getattr(native, "load", None)
-    ops = load() if load is not None else None
-    return getattr(ops, "paged_attention", None)
 
 
 def _write_kv(
