@@ -315,11 +315,15 @@ class RevisionInfo:
 
 @dataclass(frozen=True)
 class Lease:
-    """A pinned revision of a task: valid until released, whatever is uploaded or deleted meanwhile."""
+    """A pinned revision of a task: valid until released, whatever is uploaded or deleted meanwhile.
+
+    `prompt_format` is the task's own at that moment; tasks that share a revision may differ in it.
+    """
 
     task: str
     revision: str
     kind: ScaleKind = "channel"
+    prompt_format: str = ""
 
 
 @dataclass(frozen=True)

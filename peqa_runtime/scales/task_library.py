@@ -64,7 +64,7 @@ class TaskLibrary:
                 logger.warning("task %r in the scale store cannot be used: %s", task, error)
                 self._unplaceable[task] = str(error)
             else:
-                registry.set_current(task, info.revision, info.kind)
+                self._publish(info)
 
     def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo:
         """Check the scale set file `data` (bytes or path) and make it the task's current revision, live on return.
@@ -84,9 +84,8 @@ class TaskLibrary:
             self.check(scale_set)
         with self._change_lock:
             info = self.store.put(task, scale_set, data, if_match=if_match)
-            self._unplaceable.pop(task, None)
             self._keep(scale_set)  # so that the first request need not read it
-            self.registry.set_current(task, info.revision, info.kind)
+            self._publish(info)
         return info
 
     def rollback(self, task: str, revision: str | None = None, if_match: str | None = None) -> TaskInfo:
@@ -101,8 +100,7 @@ class TaskLibrary:
                     f"revision {target.revision[:12]} is of kind {target.kind!r}, for which this server has no rows"
                 )
             info = self.store.rollback(task, revision, if_match=if_match)
-            self._unplaceable.pop(task, None)
-            self.registry.set_current(task, info.revision, info.kind)
+            self._publish(info)
         return info
 
     def delete(self, task: str, if_match: str | None = None) -> None:
@@ -193,6 +191,10 @@ class TaskLibrary:
         with self._host_lock:
             return len(self._host), self._host_used
 
+    def _publish(self, info: TaskInfo) -> None:
+        self._unplaceable.pop(info.task, None)
+        self.registry.set_current(info.task, info.revision, info.kind, info.prompt_format)
+
     def _keep(self, scale_set: ScaleSet) -> ScaleSet:
         with self._host_lock:
             kept = self._host.setdefault(scale_set.revision, scale_set)
@@ -216,7 +218,7 @@ class TaskLibrary:
     def _dropped(self, task: str, lease: Lease) -> bool:
         """After a failed load: true when `acquire` should look again, because the task changed or left meanwhile."""
         with self._change_lock:
-            if self.registry.current(task) != (lease.revision, lease.kind):
+            if self.registry.current(task) != lease.revision:
                 return True
             if task in self.store.unusable() or task not in self.store.tasks():
                 self.registry.delete(task)

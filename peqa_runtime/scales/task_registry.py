@@ -42,7 +42,7 @@ class TaskRegistry:
         self._lock = threading.Lock()
         self._rows = rows
         self._group_rows = group_rows
-        self._current: dict[str, tuple[str, ScaleKind]] = {}
+        self._current: dict[str, Lease] = {}  # what acquire gives, prepared
         self._names: Counter[str] = Counter()  # revision -> tasks that have it as their current one
         self._holders: Counter[str] = Counter()  # revision -> leases
         self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
@@ -50,23 +50,23 @@ class TaskRegistry:
         self._free = list(range(rows - 1, 0, -1))
         self._free_group = list(range(group_rows - 1, 0, -1))
 
-    def set_current(self, task: str, revision: str, kind: ScaleKind) -> None:
+    def set_current(self, task: str, revision: str, kind: ScaleKind, prompt_format: str = "") -> None:
         """Make `revision` what `acquire(task)` gives from now on. Leases on the one before stay valid."""
         assert task != BASE_TASK
         assert revision != BASE_REVISION
         with self._lock:
             before = self._current.get(task)
-            self._current[task] = (revision, kind)
+            self._current[task] = Lease(task, revision, kind, prompt_format)
             self._names[revision] += 1
             if before is not None:
-                self._forget_name(before[0])
+                self._forget_name(before.revision)
 
     def delete(self, task: str) -> None:
         """Remove the name; who holds a lease keeps it. Raises `UnknownTask`."""
         with self._lock:
             if task not in self._current:
                 raise self._unknown(task)
-            self._forget_name(self._current.pop(task)[0])
+            self._forget_name(self._current.pop(task).revision)
 
     def acquire(self, task: str) -> Lease:
         """Pin and return the task's current revision (the base: `BASE_REVISION`). Raises `UnknownTask`."""
@@ -74,7 +74,7 @@ class TaskRegistry:
             if task == BASE_TASK:
                 lease = Lease(task, BASE_REVISION)
             elif task in self._current:
-                lease = Lease(task, *self._current[task])
+                lease = self._current[task]
             else:
                 raise self._unknown(task)
             self._holders[lease.revision] += 1
@@ -131,10 +131,11 @@ class TaskRegistry:
         """True when a set of this kind gets a row once nobody else holds one."""
         return self._rows > 1 and (kind != "group" or self._group_rows > 1)
 
-    def current(self, task: str) -> tuple[str, ScaleKind] | None:
-        """The task's current revision and kind; None when it has none."""
+    def current(self, task: str) -> str | None:
+        """The task's current revision; None when there is no such task."""
         with self._lock:
-            return self._current.get(task)
+            lease = self._current.get(task)
+            return None if lease is None else lease.revision
 
     def tasks(self) -> list[str]:
         """All names, sorted."""

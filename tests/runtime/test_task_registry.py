@@ -33,6 +33,17 @@ def test_the_base_is_always_there_and_sits_in_row_zero() -> None:
     assert registry.holders(BASE_REVISION) == 0
 
 
+def test_a_lease_carries_the_prompt_format_of_its_moment() -> None:
+    registry = TaskRegistry(rows=2)
+    registry.set_current("x", "same", "channel", "X {prompt}")
+    registry.set_current("y", "same", "channel", "Y {prompt}")
+    lease = registry.acquire("x")
+    registry.set_current("x", "same", "channel", "new {prompt}")
+    assert lease.prompt_format == "X {prompt}"
+    assert registry.acquire("x").prompt_format == "new {prompt}"
+    assert registry.acquire("y").prompt_format == "Y {prompt}"
+
+
 def test_unknown_task_names_the_known_ones() -> None:
     registry = registry_with(*"abcdefgh")
     with pytest.raises(UnknownTask, match=r"no task 'sqll'; known: base, a, b, c, d, e and 3 more"):
@@ -76,6 +87,19 @@ def test_no_row_while_all_are_leased() -> None:
     assert registry.place("c-1", "channel") is None
     registry.release(leases[0])
     assert registry.place("c-1", "channel") == Placement(1, 0, write=True)
+
+
+def test_a_retained_lease_counts_by_itself() -> None:
+    registry = registry_with("sql")
+    first = registry.acquire("sql")
+    second = registry.retain(first)
+    registry.set_current("sql", "sql-2", "channel")
+    registry.release(first)
+    assert registry.holders("sql-1") == 1
+    assert registry.place(second.revision, second.kind) is not None
+    registry.release(second)
+    with pytest.raises(AssertionError):
+        registry.retain(second)
 
 
 def test_equal_content_shares_a_row_and_keeps_it_until_the_last_name_goes() -> None:
@@ -298,7 +322,7 @@ def test_threads_never_see_a_row_that_changes_under_a_lease() -> None:
         thread.join(timeout=30)
     assert not failures
     assert registry.counts().leases == 0
-    assert set(registry.resident()) <= {registry.current(task)[0] for task in "abcd"}
+    assert set(registry.resident()) <= {registry.current(task) for task in "abcd"}
 
 
 def test_the_policy_needs_no_torch() -> None:
