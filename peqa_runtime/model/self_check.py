@@ -63,17 +63,31 @@ def self_check(loaded: LoadedModel) -> float:
 
 def _paged(loaded: LoadedModel, prompts: list[Tensor]) -> Tensor:
     """Logits of the same tokens in two packed steps, blocks in scattered order."""
-    device = loaded.device
-    for layer, spec in zip(loaded.layers, loaded.kv_spec, strict=True):
-        shape = (4, _BLOCK_SIZE, spec.kv_heads)
-        layer.bind(
-            torch.zeros(*shape, spec.d_k, device=device, dtype=loaded.dtype),
-            torch.zeros(*shape, spec.d_v, device=device, dtype=loaded.dtype),
-        )
+    _bind(loaded, 4)
     long, short = prompts
     tables = [[3, 1], [2, 0]]
     first = _step(loaded, [(long[:_CUT], 0, tables[0]), (short, 0, tables[1])])
     return torch.cat([first, _step(loaded, [(long[_CUT:], _CUT, tables[0])])])
+
+
+def packed_logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Logits fp32 [tokens, vocab] of one sequence (int64 [tokens]) through the served path, in one step."""
+    blocks = -(-len(ids) // _BLOCK_SIZE)
+    _bind(loaded, blocks)
+    try:
+        return _step(loaded, [(ids.to(loaded.device), 0, list(range(blocks)))])
+    finally:
+        for layer in loaded.layers:
+            layer.bind(None, None)
+
+
+def _bind(loaded: LoadedModel, blocks: int) -> None:
+    for layer, spec in zip(loaded.layers, loaded.kv_spec, strict=True):
+        shape = (blocks, _BLOCK_SIZE, spec.kv_heads)
+        layer.bind(
+            torch.zeros(*shape, spec.d_k, device=loaded.device, dtype=loaded.dtype),
+            torch.zeros(*shape, spec.d_v, device=loaded.device, dtype=loaded.dtype),
+        )
 
 
 def _step(loaded: LoadedModel, chunks: list[tuple[Tensor, int, list[int]]]) -> Tensor:
