@@ -1,15 +1,34 @@
-"""A tiny base for the tests of tuning: two layers, 4-bit codes in groups of 32, a tokenizer of single bytes."""
+"""Models of the runtime's tests: a tiny base for tuning, and a fake model of a few lines for the engine.
+
+The fake's next token depends on everything the engine must get right. Its "hidden state" at a position is a weighted
+sum over the tokens before it, read back from the KV cache, and over the scales of each token's bank row; so a wrong
+block, slot, position, row or stale cache changes the answer. `FakeModel.expected` computes that answer without
+engine, cache or batch.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peqa_runtime.core import BaseManifest, LinearShape
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model.base_checkpoint import BaseWriter, QuantizationSpec, staged_folder
+from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.task_library import TaskLibrary
+from peqa_runtime.scales.task_registry import TaskRegistry
 
 END = "<end>"
 GROUP = 32
@@ -73,3 +92,140 @@ def write_base(folder: Path) -> Path:
 def tuning_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny base. Nobody writes into it."""
     return write_base(tmp_path_factory.mktemp("tuning") / "base")
+
+
+MODULUS = 65521
+VOCAB = 97
+NO_EOS = 1_000_000
+
+
+@dataclass(frozen=True)
+class KVShape:
+    kv_heads: int = 1
+    d_k: int = 1
+    d_v: int = 1
+
+
+class FakeLayer:
+    def bind(self, key_cache: Tensor, value_cache: Tensor) -> None:
+        self.key_cache, self.value_cache = key_cache, value_cache
+
+
+class FakeLinear:
+    """Reads the bank as a quantized linear does: one factor per token."""
+
+    def attach(self, bank: Any, rows: Any) -> None:
+        self.bank, self.rows = bank, rows
+
+    def scales(self, tokens: int) -> Tensor:
+        if self.rows.row is None:
+            return torch.ones(tokens)
+        return self.bank.out_scale[self.rows.row.long(), 0]
+
+
+class FakeTokenizer:
+    """One token per ASCII character."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) - 32 for c in text]}
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return "".join(chr(i + 32) for i in token_ids)
+
+
+@dataclass
+class FakeModel:
+    """What the engine needs of a LoadedModel. `eos` ends; `explode` raises in a forward that computes this token."""
+
+    eos_token_ids: tuple[int, ...] = (NO_EOS,)
+    explode: int | None = None
+    poison: int | None = None
+    max_model_len: int = 256
+    vocab_size: int = VOCAB
+    kv_spec: list[KVShape] = field(default_factory=lambda: [KVShape()])
+    layers: list[FakeLayer] = field(default_factory=lambda: [FakeLayer()])
+    forwards: list[int] = field(default_factory=list)
+    before_forward: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.manifest = BaseManifest("fake", "ab" * 32, {"l": LinearShape(2, 2, 1)})
+        self.tokenizer = FakeTokenizer()
+        self.linear = FakeLinear()
+        spec = SimpleNamespace(names=("l",), sizes=(2,), in_features=2, groups=1, module=self.linear)
+        self.linears = [spec]
+        self.step_rows = SimpleNamespace(row=None, group_row=None)
+
+    def forward(self, context: Any, input_ids: Tensor, positions: Tensor, logits_at: Tensor) -> Tensor:
+        self.before_forward()
+        self.forwards.append(len(input_ids))
+        if self.explode is not None and bool((input_ids == self.explode).any()):
+            raise RuntimeError("boom")
+        keys = self.layers[0].key_cache
+        hidden = self._hidden(input_ids, positions, self.linear.scales(len(input_ids)))
+        keys.view(-1)[context.slot_mapping] = hidden.float()
+        states = torch.zeros(len(input_ids), dtype=torch.int64)
+        starts = context.query_starts.tolist()
+        for s, length in enumerate(context.seq_lens.tolist()):
+            at = torch.arange(length)
+            block = context.block_tables[s].long()[at // keys.shape[1]]
+            past = keys[block, at % keys.shape[1], 0, 0].long()
+            new = starts[s + 1] - starts[s]
+            states[starts[s] : starts[s + 1]] = self._states(past)[length - new :]
+        logits = self._logits(states)
+        if self.poison is not None:
+            logits[input_ids == self.poison] = float("nan")
+        return logits[logits_at]
+
+    @staticmethod
+    def _hidden(ids: Tensor, positions: Tensor, scales: Tensor) -> Tensor:
+        return (ids * 31 + positions * 7 + (scales * 1000).round().long()) % MODULUS
+
+    @staticmethod
+    def _states(hidden: Tensor) -> Tensor:
+        return (hidden * (torch.arange(len(hidden)) + 1)).cumsum(0) % MODULUS
+
+    @staticmethod
+    def _logits(states: Tensor) -> Tensor:
+        mixed = (states[:, None] + 1) * (torch.arange(VOCAB) + 3) * 7919 % MODULUS
+        return mixed.float() / MODULUS * 8
+
+    def expected(self, prompt: list[int], num_tokens: int, scale: float = 1.0) -> list[int]:
+        """The greedy continuation."""
+        ids = list(prompt)
+        for _ in range(num_tokens):
+            t = torch.tensor(ids)
+            hidden = self._hidden(t, torch.arange(len(ids)), torch.full((len(ids),), scale))
+            ids.append(int(self._logits(self._states(hidden)[-1:]).argmax()))
+        return ids[len(prompt) :]
+
+
+def fake_set(scale: float, digest: str = "ab" * 32) -> bytes:
+    """A scale set file for the fake model."""
+    metadata = {"format": "peqa-scale-set", "format_version": "1", "kind": "channel", "base_digest": digest}
+    metadata |= {"task": "", "prompt_format": "", "note": "{}"}
+    return safetensors.torch.save({"l.out_scale": torch.full((2,), scale)}, metadata)
+
+
+@pytest.fixture
+def fake_engine(tmp_path: Path) -> Callable[..., Engine]:
+    """Make engines on fake models: `fake_engine(FakeModel settings as model={...}, tasks={name: scale}, **config)`."""
+    numbers = itertools.count()
+
+    def make(
+        *, model: dict[str, Any] | None = None, tasks: dict[str, float] | None = None, **config: int
+    ) -> Engine:
+        settings = EngineConfig(**{"num_blocks": 64, "block_size": 4, "task_rows": 8, **config})
+        fake = FakeModel(**(model or {}))
+        registry = TaskRegistry(rows=settings.task_rows, group_rows=settings.group_rows)
+        library = TaskLibrary(ScaleStore(tmp_path / f"store{next(numbers)}", fake.manifest), registry)
+        for task, scale in (tasks or {}).items():
+            library.upload(task, fake_set(scale))
+        return Engine(fake, library, settings)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_fake_set() -> Callable[[float], bytes]:
+    return fake_set

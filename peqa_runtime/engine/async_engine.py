@@ -1,0 +1,271 @@
+"""The engine in a thread of its own, with asyncio streams in front.
+
+    loop thread(s)                            engine thread
+    submit, cancel  --- commands (a queue) -->  drain commands, step, drain commands, step, ...
+    TokenStream     <-- one call per step and loop ---
+
+Three rules: the engine never waits for a reader; a reader is never left waiting (cancel, stop and the thread's death
+wake it); a refusal is raised by `submit`, in the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+from peqa_runtime.core import Lease, Request, TokenOutput
+from peqa_runtime.engine.engine import Engine
+from peqa_runtime.errors import EngineDead, Overloaded
+
+logger = logging.getLogger(__name__)
+
+_NO_ROW_WAIT = 0.02
+"""Seconds between two looks when all that waits lacks a row that somebody outside the engine holds."""
+
+
+class TokenStream:
+    """The outputs of one request, in order: iterate it in the event loop that submitted the request.
+
+    The last output has a `finish_reason` ("abort" after `cancel`). Raises `EngineDead` when the engine died.
+    """
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, owner: AsyncEngine) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self._owner = owner
+        self._outputs: deque[TokenOutput] = deque()
+        self._error: EngineDead | None = None
+        self._closed = False  # the last output has arrived
+        self._reader: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        """The next output; waits for it."""
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise StopAsyncIteration
+            self._reader = self.loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._outputs.popleft()
+
+    def cancel(self) -> None:
+        """End the request; its blocks are free at the next step. Wakes a waiting reader. Safe to call twice."""
+        if not self._closed:
+            self._owner.abort(self.request_id)
+            self.deliver(TokenOutput(self.request_id, finish_reason="abort"))
+
+    def deliver(self, item: TokenOutput | EngineDead) -> None:
+        """Take an output, or the engine's death (called in the stream's loop). After the last one: nothing."""
+        if self._closed:
+            return
+        if isinstance(item, EngineDead):
+            self._error, self._closed = item, True
+        else:
+            self._outputs.append(item)
+            self._closed = item.finished
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+    lease: Lease | None
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Stop:
+    deadline: float  # time.monotonic()
+
+
+_Command = _Add | _Abort | _Stop
+
+
+class AsyncEngine:
+    """Runs an `Engine` in a thread. `submit` and `TokenStream` belong to event loops; the rest is thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[str, TokenStream] = {}
+        self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
+        self._error: EngineDead | None = None
+        self._deadline: float | None = None
+        self._rejected = 0
+        self._recent_seconds = 1.0  # time from submit to the end, smoothed; for Retry-After only
+        self._started: dict[str, float] = {}
+        self._thread = threading.Thread(target=self._run, name="peqa-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has stopped or died (true while it drains)."""
+        return self._thread.is_alive()
+
+    def submit(self, request: Request, lease: Lease | None = None) -> TokenStream:
+        """Start a request and return its outputs' stream. Call it in the event loop that reads the stream.
+
+        The engine keeps the revision leased until the request's last output, whatever happens. `lease`, when given,
+        is the engine's from here on, also when this raises; without one the caller must hold a lease on the revision
+        during this call. Raises `InvalidRequest`, `PromptTooLong`, `Overloaded` (too many wait), `EngineDead`.
+        """
+        own = lease or self.engine.pin(request)
+        try:
+            assert own is None or own.revision == request.revision, "the lease is of another revision"
+            stream = TokenStream(request.request_id, asyncio.get_running_loop(), self)
+            self.engine.check(request)
+            with self._lock:
+                if self._error is not None:
+                    raise self._error
+                self._refuse_overload()
+                assert request.request_id not in self._streams, "request ids are unique"
+                self._streams[request.request_id] = stream
+                self._started[request.request_id] = time.monotonic()
+                self._commands.put(_Add(request, own))
+        except BaseException:
+            self.engine.unpin(own)
+            raise
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing happens when it has ended. Its stream gets no output from this."""
+        with self._lock:
+            self._streams.pop(request_id, None)
+            self._started.pop(request_id, None)
+        self._commands.put(_Abort(request_id))
+
+    def stats(self) -> dict[str, float]:
+        """The engine's numbers (see `Engine.stats`), with requests that have not reached it counted as waiting."""
+        stats = self.engine.stats()
+        stats["requests_waiting"] = max(0, len(self._streams) - int(stats["requests_running"]))
+        stats["rejected_total"] = self._rejected
+        return stats
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for `drain_seconds`, abort the rest, end the thread.
+
+        Blocks until the thread has ended: from an event loop call it with `asyncio.to_thread`. Safe to call twice.
+        """
+        with self._lock:
+            if self._error is None:
+                self._error = EngineDead("the engine is shutting down")
+        self._commands.put(_Stop(time.monotonic() + drain_seconds))
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _refuse_overload(self) -> None:
+        waiting = len(self._streams) - len(self.engine.scheduler.running)
+        limit = self.engine.config.max_waiting
+        if waiting >= limit:
+            self._rejected += 1
+            turns = waiting / self.engine.config.max_sequences
+            retry_after = min(60.0, max(1.0, turns * self._recent_seconds))
+            raise Overloaded(
+                f"{waiting} requests wait already (the limit is {limit}); try again later",
+                retry_after=retry_after,
+            )
+
+    def _run(self) -> None:
+        """The thread: it ends by `stop`, or by an error that the engine could not contain."""
+        error = EngineDead("the engine has stopped")
+        try:
+            while not self._finished():
+                self._take_commands()
+                if self.engine.has_work:
+                    outputs = self.engine.step()
+                    self._deliver(outputs)
+                    if not outputs and not self.engine.scheduler.running:
+                        time.sleep(_NO_ROW_WAIT)
+        except EngineDead as dead:
+            error = dead
+        except BaseException as problem:  # whatever ends the thread must reach the readers
+            logger.critical("the engine's thread died", exc_info=problem)
+            error = EngineDead(f"the engine died of {type(problem).__name__}: {problem}")
+        finally:
+            self._end(error)
+
+    def _finished(self) -> bool:
+        if self._deadline is None:
+            return False
+        idle = not self.engine.has_work and self._commands.empty()
+        return idle or time.monotonic() >= self._deadline
+
+    def _take_commands(self) -> None:
+        """Carry out what was asked meanwhile; wait for a command when there is nothing else to do."""
+        idle = not self.engine.has_work and self._deadline is None
+        while idle or not self._commands.empty():
+            command = self._commands.get()
+            idle = False
+            match command:
+                case _Add(request, lease):
+                    self.engine.add_request(request, lease)
+                case _Abort(request_id):
+                    self.engine.abort(request_id)
+                case _Stop(deadline):
+                    self._deadline = deadline
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        """Hand a step's outputs over: one call per loop, whatever the number of its requests."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, TokenOutput | EngineDead]]] = {}
+        with self._lock:
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is None:
+                    continue  # cancelled during the step
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+                if output.finished:
+                    del self._streams[output.request_id]
+                    seconds = time.monotonic() - self._started.pop(output.request_id)
+                    self._recent_seconds += 0.1 * (seconds - self._recent_seconds)
+        for loop, items in by_loop.items():
+            self._call(loop, items)
+
+    def _call(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        items: list[tuple[TokenStream, TokenOutput | EngineDead]],
+    ) -> None:
+        try:
+            loop.call_soon_threadsafe(_deliver_all, items)
+        except RuntimeError:  # the loop is closed: nobody will ever read these
+            for stream, _ in items:
+                self.abort(stream.request_id)
+
+    def _end(self, error: EngineDead) -> None:
+        """Free everything and wake every reader: with an abort after `stop`, with the error after a death."""
+        with self._lock:
+            stopped = self._deadline is not None
+            self._error = error
+            streams, self._streams = self._streams, {}
+            self._started.clear()
+        for stream in streams.values():  # first of all: cleaning up after a death may fail
+            last = TokenOutput(stream.request_id, finish_reason="abort") if stopped else error
+            self._call(stream.loop, [(stream, last)])
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, _Add):
+                self.engine.unpin(command.lease)
+        self.engine.close()
+
+
+def _deliver_all(items: Iterable[tuple[TokenStream, TokenOutput | EngineDead]]) -> None:
+    for stream, item in items:
+        stream.deliver(item)

@@ -1,0 +1,302 @@
+"""The engine: `step` is schedule, run, update. One thread at a time; `AsyncEngine` gives it one of its own."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from peqa_runtime.core import (
+    BASE_REVISION,
+    BASE_TASK,
+    Batch,
+    Lease,
+    Request,
+    SamplingParams,
+    Sequence,
+    TokenOutput,
+)
+from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
+from peqa_runtime.engine.model_runner import ModelRunner
+from peqa_runtime.engine.sampler import Sampler
+from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.errors import EngineDead, InvalidRequest, PromptTooLong
+from peqa_runtime.scales.scale_bank import ScaleBank
+from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.task_library import TaskLibrary
+from peqa_runtime.scales.task_registry import TaskRegistry
+
+if TYPE_CHECKING:
+    from peqa_runtime.engine.offline import Completion
+    from peqa_runtime.model.loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "the engine failed while it computed this request; the server's log has the reason"
+
+
+class Engine:
+    """Continuous batching of requests on one model. Tokens in, tokens out: it knows no text.
+
+    It owns a lease of its own for every request it works on, from `add_request` until the request's last output.
+    """
+
+    def __init__(self, model: LoadedModel, tasks: TaskLibrary, config: EngineConfig | None = None) -> None:
+        """Allocate KV cache and scale bank for `model` and bind them to it.
+
+        Raises `ValueError` when the configuration does not fit the model, the memory or the registry's rows.
+        """
+        self.config = config = config or EngineConfig()
+        self.model = model
+        self.tasks = tasks
+        self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        counts = tasks.registry.counts()
+        if (counts.rows + 1, counts.group_rows + 1) != (config.task_rows, config.group_rows):
+            raise ValueError(
+                f"the task registry has {counts.rows + 1} rows and {counts.group_rows + 1} group rows, the engine "
+                f"{config.task_rows} and {config.group_rows}; give both the same numbers"
+            )
+        num_blocks = config.num_blocks or fitting_blocks(
+            model.kv_spec,
+            block_size=config.block_size,
+            dtype=model.dtype,
+            available_bytes=available_memory(model.device),
+            device=model.device,
+            max_model_len=self.max_model_len,
+            max_sequences=config.max_sequences,
+        )
+        self.kv_cache = KVCache(
+            model.kv_spec,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        for layer, caches in zip(model.layers, self.kv_cache.layers, strict=True):
+            layer.bind(*caches)
+        self.bank = ScaleBank(
+            model.linears, rows=config.task_rows, group_rows=config.group_rows, device=model.device
+        )
+        for linear, bank in zip(model.linears, self.bank.banks, strict=True):
+            linear.module.attach(bank, model.step_rows)
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, config.block_size),
+            tasks.registry,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+            eos_token_ids=model.eos_token_ids,
+        )
+        self.runner = ModelRunner(
+            model, self.bank, tasks.scale_set, Sampler(model.eos_token_ids), config.block_size
+        )
+        self._leases: dict[
+            str, Lease | None
+        ] = {}  # of every request in work; None: the base, without a lease
+        self._failures = 0
+        self._counts: Counter[str] = Counter()
+        self._step_seconds = 0.0
+        self._step_seconds_total = 0.0
+        self._temporary: TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_folder(
+        cls,
+        base: Path | str,
+        store: Path | str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        config: EngineConfig | None = None,
+    ) -> Engine:
+        """Load a base folder and the scale sets of `store` (None: a temporary one, gone with `close`)."""
+        from peqa_runtime.model.loader import load  # imports transformers, which takes seconds
+
+        config = config or EngineConfig()
+        model = load(base, device=device, dtype=dtype)
+        temporary = None
+        if store is None:
+            temporary = TemporaryDirectory(prefix="peqa-store-")
+            store = temporary.name
+        registry = TaskRegistry(rows=config.task_rows, group_rows=config.group_rows)
+        engine = cls(model, TaskLibrary(ScaleStore(Path(store), model.manifest), registry), config)
+        engine._temporary = temporary
+        return engine
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request waits or runs."""
+        return self.scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe."""
+        prompt, params, vocab_size = request.prompt_token_ids, request.params, self.model.vocab_size
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = next(i for i in ids if not 0 <= i < vocab_size)
+                raise InvalidRequest(
+                    f"token id {wrong} is outside the vocabulary: ids go from 0 to {vocab_size - 1}",
+                    param=name,
+                )
+        blocks = self.scheduler.blocks
+        limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
+        if len(prompt) + params.max_tokens > limit:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
+                f"{limit} tokens that fit; shorten one of them",
+                param="prompt" if len(prompt) >= limit else "max_tokens",
+            )
+
+    def pin(self, request: Request) -> Lease | None:
+        """A lease on the request's revision, which somebody holds one on; None for the base. Thread-safe."""
+        if request.revision == BASE_REVISION:
+            return None
+        return self.tasks.registry.retain(Lease(request.task, request.revision, request.kind))
+
+    def unpin(self, lease: Lease | None) -> None:
+        """Give a request's lease back. Thread-safe."""
+        if lease is not None:
+            self.tasks.release(lease)
+
+    def add_request(self, request: Request, lease: Lease | None = None) -> None:
+        """Queue a request. `lease` becomes the engine's, also when this raises; without one the caller holds a
+        lease on the revision during the call, and the engine takes another.
+
+        Raises `InvalidRequest` when it can never be served, or its id is in use.
+        """
+        own = lease or self.pin(request)
+        try:
+            assert own is None or own.revision == request.revision, "the lease is of another revision"
+            self.check(request)
+            if request.request_id in self._leases:
+                raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        except BaseException:
+            self.unpin(own)
+            raise
+        self._leases[request.request_id] = own
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        self.scheduler.add(Sequence(request, list(request.prompt_token_ids), seed=seed))
+        self._counts["requests_total"] += 1
+        self._counts["prompt_tokens_total"] += len(request.prompt_token_ids)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at once: no further output, its blocks are free for the next step. False when unknown."""
+        if self.scheduler.abort(request_id) is None:
+            return False
+        self._counts["aborted_total"] += 1
+        self.unpin(self._leases.pop(request_id))
+        return True
+
+    def abort_all(self) -> list[str]:
+        """End every request; return their ids."""
+        ids = list(self._leases)
+        for request_id in ids:
+            self.abort(request_id)
+        return ids
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch: at most one new token per request. A request's last output has a `finish_reason`.
+
+        An exception within a step ends that step's requests with an error output and the engine goes on; after
+        `max_step_failures` such steps in a row it raises `EngineDead`.
+        """
+        started = time.perf_counter()
+        batch, failure = None, None
+        try:
+            batch = self.scheduler.schedule()
+            if not batch.scheduled:
+                return []
+            outputs = self.scheduler.update(batch, self.runner.run(batch))
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
+            failure = error
+            outputs = self._step_failed(batch, error)
+        self._book(outputs, time.perf_counter() - started)
+        if self._failures >= self.config.max_step_failures:
+            self.abort_all()
+            message = (
+                f"{self._failures} steps in a row failed, the last with {type(failure).__name__}: {failure}"
+            )
+            raise EngineDead(message) from failure
+        return outputs
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for metrics, by name; counters end in `_total`. Callable from any thread, never blocks long."""
+        blocks, rows = self.scheduler.blocks, self.tasks.registry.counts()
+        return {
+            "requests_running": len(self.scheduler.running),
+            "requests_waiting": len(self.scheduler.waiting),
+            "kv_blocks_used": blocks.num_used,
+            "kv_blocks": blocks.num_blocks,
+            "task_rows_used": rows.rows_used,
+            "task_rows": rows.rows,
+            "group_rows_used": rows.group_rows_used,
+            "group_rows": rows.group_rows,
+            "step_seconds": self._step_seconds,
+            "step_seconds_total": self._step_seconds_total,
+            "preemptions_total": self.scheduler.num_preemptions,
+            **{name: self._counts[name] for name in _COUNTERS},
+        }
+
+    def generate(
+        self,
+        prompts: Items[str] | Items[Items[int]],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        task: str | Items[str] = BASE_TASK,
+    ) -> list[Completion]:
+        """Complete each prompt (texts or lists of token ids) and return the results in the same order.
+
+        `params` and `task` are one for all, or one per prompt. Raises `InvalidRequest`, `UnknownTask`.
+        """
+        from peqa_runtime.engine.offline import generate
+
+        return generate(self, prompts, params or SamplingParams(), task)
+
+    def close(self) -> None:
+        """End all requests and free what is not memory."""
+        self.abort_all()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _step_failed(self, batch: Batch | None, error: Exception) -> list[TokenOutput]:
+        self._failures += 1
+        self._counts["step_failures_total"] += 1
+        logger.error("a step failed (%d in a row)", self._failures, exc_info=error)
+        return self.scheduler.fail(batch, STEP_FAILED)
+
+    def _book(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
+        """Release what ended, and count."""
+        for output in outputs:
+            if output.token_id is not None:
+                self._counts["generation_tokens_total"] += 1
+            if output.finish_reason is not None:
+                self._counts["finished_total"] += 1
+                if output.finish_reason == "error":
+                    self._counts["errors_total"] += 1
+                self.unpin(self._leases.pop(output.request_id))
+        self._counts["steps_total"] += 1
+        self._step_seconds = seconds
+        self._step_seconds_total += seconds
+
+
+_COUNTERS = (
+    "requests_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "finished_total",
+    "aborted_total",
+    "errors_total",
+    "steps_total",
+    "step_failures_total",
+)

@@ -1,0 +1,128 @@
+"""Memory for keys and values: one pair of tensors per layer, cut into blocks that the BlockManager hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GIB = 2**30
+_CPU_LIMIT = 2 * _GIB  # a server on a laptop must leave the laptop usable
+_CPU_SHARE = 0.25
+_GPU_SHARE = 0.85  # the rest: activations, logits and what the allocator cannot use
+
+
+class LayerShape(Protocol):
+    """What a layer stores per token (the loader's `KVSpec`)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+
+    @property
+    def d_k(self) -> int:
+        """Width of a key."""
+
+    @property
+    def d_v(self) -> int:
+        """Width of a value."""
+
+
+class KVCache:
+    """Keys and values of every layer: `layers[i]` = (key_cache [blocks, block_size, kv_heads, d_k], value_cache)."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (
+                _zeros((num_blocks, block_size, layer.kv_heads, layer.d_k), device, dtype),
+                _zeros((num_blocks, block_size, layer.kv_heads, layer.d_v), device, dtype),
+            )
+            for layer in layers
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Address space of all blocks; on the CPU only blocks that were used take memory."""
+        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+
+def bytes_per_block(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block over all layers."""
+    return block_size * dtype.itemsize * sum(s.kv_heads * (s.d_k + s.d_v) for s in layers)
+
+
+def fitting_blocks(
+    layers: Sequence[LayerShape],
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    available_bytes: int,
+    device: torch.device,
+    max_model_len: int,
+    max_sequences: int,
+) -> int:
+    """Blocks to allocate: a share of what is available, at least one and at most `max_sequences` full contexts.
+
+    Raises `ValueError` when not even one context of `max_model_len` tokens fits into the available memory.
+    """
+    per_block = bytes_per_block(layers, block_size, dtype)
+    per_context = -(-max_model_len // block_size)
+    if per_context * per_block > available_bytes:
+        raise ValueError(
+            f"one context of {max_model_len} tokens needs {per_context * per_block / _GIB:.1f} GiB for keys and "
+            f"values, but {available_bytes / _GIB:.1f} GiB are available; choose a smaller max_model_len"
+        )
+    if device.type == "cpu":
+        budget = min(_CPU_LIMIT, int(available_bytes * _CPU_SHARE))
+    else:
+        budget = int(available_bytes * _GPU_SHARE)
+    return max(per_context, min(budget // per_block, per_context * max_sequences))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had now on the device; on the CPU within this container's limit."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available = _meminfo_available()
+    limit, used = (_read_int(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def _meminfo_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 4 * _GIB  # not Linux: assume a small machine
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such limit ("max")
+        return None
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the operating system only provides when they are written (CPU): starting stays instant."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,93 @@
+"""Completing a list of prompts without a server: texts in, texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from peqa_runtime.core import FinishReason, Lease, Request, SamplingParams, TokenLogprobs, TokenOutput
+from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.text import IncrementalDecoder, encode
+
+if TYPE_CHECKING:
+    from peqa_runtime.engine.engine import Engine
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One prompt's result. `text` is without the token that ended it; `logprobs` has one entry per token."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    task: str
+    revision: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+
+def generate(
+    engine: Engine,
+    prompts: Items[str] | Items[Items[int]],
+    params: SamplingParams | Items[SamplingParams],
+    task: str | Items[str],
+) -> list[Completion]:
+    """See `Engine.generate`. The engine must be idle and stepped by nobody else."""
+    if isinstance(prompts, str):
+        raise InvalidRequest("prompts is a list; for one prompt send a list of one", param="prompts")
+    assert not engine.has_work, "generate() steps the engine itself"
+    all_params = _one_each(
+        "params", [params] if isinstance(params, SamplingParams) else list(params), len(prompts)
+    )
+    all_tasks = _one_each("task", [task] if isinstance(task, str) else list(task), len(prompts))
+    ids = [tuple(encode(engine.model.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
+    requests: list[Request] = []
+    outputs: dict[str, list[TokenOutput]] = {}
+    try:
+        for i, name in enumerate(all_tasks):
+            lease: Lease = engine.tasks.acquire(name)
+            request = Request(f"offline-{i}", ids[i], all_params[i], lease.task, lease.revision, lease.kind)
+            engine.add_request(request, lease)
+            requests.append(request)
+            outputs[request.request_id] = []
+        while engine.has_work:
+            for output in engine.step():
+                outputs[output.request_id].append(output)
+    finally:
+        engine.abort_all()
+    return [_completion(engine, request, outputs[request.request_id]) for request in requests]
+
+
+def _one_each(name: str, values: list[_T], count: int) -> list[_T]:
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise InvalidRequest(
+            f"{name} has {len(values)} entries for {count} prompts; give one, or one each", param=name
+        )
+    return values
+
+
+def _completion(engine: Engine, request: Request, outputs: list[TokenOutput]) -> Completion:
+    last = outputs[-1]
+    assert last.finish_reason is not None
+    tokens = tuple(o.token_id for o in outputs if o.token_id is not None)
+    logprobs = tuple(o.logprobs for o in outputs if o.logprobs is not None)
+    decoder = IncrementalDecoder(engine.model.tokenizer, request.prompt_token_ids)
+    shown = tokens[:-1] if last.finish_reason == "stop" else tokens
+    return Completion(
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=tokens,
+        text="".join(map(decoder.push, shown)) + decoder.flush(),
+        finish_reason=last.finish_reason,
+        task=request.task,
+        revision=request.revision,
+        logprobs=logprobs if request.params.logprobs is not None else None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        error=last.error,
+    )
