@@ -120,9 +120,8 @@ def train_file(
     digest = file_digest(files.data)
     if data.dropped_lines:
         shown = ", ".join(map(str, data.dropped_lines[:5])) + (" …" if len(data.dropped_lines) > 5 else "")
-        say(
-            f"{len(data.dropped_lines)} rows of more than {row_limit(tunable, files)} tokens are left out (lines {shown})"
-        )
+        limit = row_limit(tunable, files)
+        say(f"{len(data.dropped_lines)} rows of more than {limit} tokens are left out (lines {shown})")
     say(
         f"{len(data.examples)} rows ({data.num_loss_tokens} tokens in the loss), "
         f"{len(held_out.examples) if held_out else 0} held out, {config.steps} steps of {config.batch_rows} rows"

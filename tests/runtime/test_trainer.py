@@ -67,10 +67,10 @@ def run(
 
 @pytest.mark.parametrize("kind", ["channel", "channel+input", "group"])
 def test_the_loss_falls_and_only_scales_change(
-    tuning_base: Path, rows: Path, tmp_path: Path, kind: ScaleKind
+    tiny_base: Path, rows: Path, tmp_path: Path, kind: ScaleKind
 ) -> None:
     output = tmp_path / "set.safetensors"
-    tunable = load_tunable(tuning_base, device="cpu")
+    tunable = load_tunable(tiny_base, device="cpu")
     before = {name: p.clone() for name, p in tunable.model.named_parameters()}
     losses: list[float] = []
     files = TrainingFiles(rows, output, held_out_fraction=0.2)
@@ -78,16 +78,16 @@ def test_the_loss_falls_and_only_scales_change(
     data = encode_rows(read_rows(rows), tunable.encode, tunable.eos_token_id)
     batch = trainer_module.held_out_batches(data, rows=40, pad_token_id=0)[0]
     for scaled in (False, True):
-        fresh = load_tunable(tuning_base, device="cpu")
+        fresh = load_tunable(tiny_base, device="cpu")
         if scaled:
             apply_scale_set(fresh, output)
         logits = logits_at(fresh.model, batch.input_ids, batch.positions)
         losses.append(torch.nn.functional.cross_entropy(logits, batch.targets).item())
-    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] < losses[0] - 1
     assert done.result.held_out_loss is not None
     for name, parameter in before.items():
         assert torch.equal(parameter, tunable.model.get_parameter(name)), name
-    manifest = read_manifest(tuning_base)
+    manifest = read_manifest(tiny_base)
     saved = ScaleSet.parse(output, manifest)
     assert saved.revision == done.scale_set.revision
     assert {name: tuple(t.shape) for name, t in saved.tensors.items()} == expected_shapes(kind, manifest)
@@ -96,29 +96,29 @@ def test_the_loss_falls_and_only_scales_change(
     assert not files.checkpoints.exists()
 
 
-def test_the_note_says_how_the_set_was_made(tuning_base: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_note_says_how_the_set_was_made(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     files = TrainingFiles(
         rows, tmp_path / "s.safetensors", held_out_fraction=0.1, prompt_format="Q: {prompt}\nA: "
     )
-    note = run(tuning_base, files).scale_set.note
+    note = run(tiny_base, files).scale_set.note
     assert (note["rows"], note["held_out_rows"], note["steps"], note["seed"]) == (36, 4, 12, 5)
     assert note["data"] == "rows.jsonl"
     assert len(note["data_digest"]) == 64
     assert note["learning_rate"] == CONFIG.learning_rate
     assert 0 < note["train_loss"] < 10
     assert note["versions"]["torch"] == torch.__version__
-    parsed = ScaleSet.parse(tmp_path / "s.safetensors", read_manifest(tuning_base))
+    parsed = ScaleSet.parse(tmp_path / "s.safetensors", read_manifest(tiny_base))
     assert parsed.prompt_format == "Q: {prompt}\nA: "
     assert parsed.task == "answers"
 
 
 @pytest.mark.parametrize("held_out_fraction", [0.0, 0.2])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
-    tuning_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_fraction: float
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_fraction: float
 ) -> None:
     whole = TrainingFiles(rows, tmp_path / "whole.safetensors", held_out_fraction=held_out_fraction)
     cut = replace(whole, output=tmp_path / "cut.safetensors")
-    expected = run(tuning_base, whole).scale_set
+    expected = run(tiny_base, whole).scale_set
 
     clamp = KeepPositive.on_optimizer_step
     steps = iter(range(1, 100))
@@ -130,14 +130,14 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 
     monkeypatch.setattr(KeepPositive, "on_optimizer_step", interrupt)
     with pytest.raises(TrainingInterrupted, match="after step 6 of 12"):
-        run(tuning_base, cut)
+        run(tiny_base, cut)
     assert not cut.output.exists()
     checkpoint = last_checkpoint(cut.checkpoints)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-6"
     masters = load_file(checkpoint / "scales.safetensors")
     assert {t.dtype for t in masters.values()} == {torch.float32}
-    resumed = run(tuning_base, cut).scale_set
+    resumed = run(tiny_base, cut).scale_set
     for name, tensor in expected.tensors.items():
         assert torch.equal(tensor, resumed.tensors[name]), name
     assert resumed.revision == expected.revision
@@ -164,10 +164,8 @@ def test_scales_stay_in_the_range_that_servers_accept() -> None:
     assert scales[0].tolist() == [SMALLEST_SCALE, SMALLEST_SCALE, 1.5, LARGEST_SCALE]
 
 
-def test_bf16_training_multiplies_in_bf16_both_ways(
-    tuning_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tunable = load_tunable(tuning_base, device="cpu")
+def test_bf16_training_multiplies_in_bf16_both_ways(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tunable = load_tunable(tiny_base, device="cpu")
     scales = start_tuning(tunable, "channel")
     seen: set[torch.dtype] = set()
     matmul = torch.Tensor.__matmul__

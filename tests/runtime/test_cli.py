@@ -1,0 +1,180 @@
+"""The offline verbs as a user runs them: results on stdout, one line of error and a status otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from peqa_runtime.cli import app
+from peqa_runtime.model import read_manifest
+from peqa_runtime.scales.scale_set import ScaleSet
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"the {i}", "completion": "cat"}) for i in range(12)))
+    return file
+
+
+def peqa(*args: object, status: int = 0) -> Any:
+    """Run the command in this process; returns its result after checking the exit status."""
+    result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == status, result.output + result.stderr
+    return result
+
+
+def test_train_eval_and_generate_with_the_set(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "set.safetensors"
+    common = ("--epochs", 40, "--batch", 6, "--lr", "2e-2", "--warmup", 5, "--prompt-format", "{prompt}: ")
+    trained = peqa("train", tiny_base, rows, "--task", "animal", "-o", output, *common, "--quiet", "--json")
+    report = json.loads(trained.stdout)
+    assert report["steps"] == 80
+    assert report["bytes"] == output.stat().st_size
+    saved = ScaleSet.parse(output, read_manifest(tiny_base))
+    assert (saved.revision, saved.task, saved.prompt_format) == (report["revision"], "animal", "{prompt}: ")
+
+    found: dict[str, Any] = {}
+    answers = tmp_path / "answers.jsonl"
+    for name, options in (("base", ()), ("tuned", ("--scale-set", output, "--predictions", answers))):
+        shown = peqa(
+            "eval",
+            tiny_base,
+            rows,
+            "--metric",
+            "exact-match",
+            "--limit",
+            8,
+            "--seed",
+            1,
+            "--json",
+            "-q",
+            *options,
+        )
+        found[name] = json.loads(shown.stdout)
+    assert found["base"]["exact_match"] == 0
+    assert found["tuned"]["exact_match"] == 100
+    assert found["tuned"]["rows"] == 8
+    assert found["tuned"]["revision"] == saved.revision
+    assert [json.loads(line)["answer"] for line in answers.read_text().splitlines()] == ["cat"] * 8
+    assert peqa("generate", tiny_base, "--scale-set", output, "--prompt", "the 3").stdout == "cat\n"
+
+
+def test_plain_text_trains_and_lowers_perplexity(tiny_base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("the dog ran over there, then over there again. " * 20)
+    output = tmp_path / "s.safetensors"
+    peqa("train", tiny_base, text, "--task", "dog", "-o", output, "--steps", 10, "--max-tokens", 64, "-q")
+    values: list[float] = []
+    for options in ((), ("--scale-set", output)):
+        shown = peqa(
+            "eval", tiny_base, text, "--metric", "perplexity", "--context", 64, "--json", "-q", *options
+        )
+        values.append(json.loads(shown.stdout)["perplexity"])
+    assert values[1] < 0.5 * values[0]
+
+
+def test_held_out_rows_and_long_rows_are_reported(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    with open(rows, "a") as file:
+        file.write("\n" + json.dumps({"prompt": "x" * 60, "completion": "cat"}))
+    output = tmp_path / "s.safetensors"
+    args = ("train", tiny_base, rows, "--task", "a", "-o", output, "--steps", 2, "--max-tokens", 40, "-q")
+    result = peqa(*args, "--eval-fraction", 0.25)
+    assert "1 rows of more than 40 tokens are left out (lines 13)" in result.stderr
+    assert "9 rows (" in result.stderr
+    assert "3 held out" in result.stderr
+    refused = peqa(*args, "--too-long", "fail", status=1)
+    assert "line 13: " in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--task", "Bad Name"], "task name 'Bad Name' is not valid"),
+        (["--task", "base"], "reserved"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--eval-fraction", "0.9"], "fraction must be above 0"),
+        (["--prompt-format", "no place"], "exactly once"),
+        (["--max-tokens", "100000"], "a row may have 2 to 512 tokens"),
+        (["-o", "set.bin"], ".safetensors file"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_train_says_what_is_wrong(
+    tiny_base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = peqa("train", tiny_base, rows, "--task", "t", "-o", "s.safetensors", "-q", *change, status=1)
+    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert message in error
+    assert result.stdout == ""
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_errors_of_eval_and_generate(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    evaluate = ("eval", tiny_base, rows, "--metric")
+    assert "not there yet" in peqa(*evaluate, "bleu", status=1).stderr
+    assert "limit must be at least 1" in peqa(*evaluate, "exact-match", "--limit", 0, status=1).stderr
+    assert "perplexity" in peqa(*evaluate, "nonsense", status=2).stderr
+    assert "no model folder" in peqa("eval", tmp_path, rows, "--metric", "exact-match", status=1).stderr
+    assert "is empty" in peqa("generate", tiny_base, "--prompt", "", status=1).stderr
+    assert "exceed the context of 512" in peqa("generate", tiny_base, "--prompt", "a" * 600, status=1).stderr
+    broken = tmp_path / "set.safetensors"
+    broken.write_bytes(b"\xff" * 100)
+    assert peqa("generate", tiny_base, "--prompt", "a", "--scale-set", broken, status=1).stderr.startswith(
+        "error: "
+    )
+
+
+def test_a_set_of_another_base_is_refused(
+    tiny_base: Path, tiny_hf_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "s.safetensors"
+    peqa("train", tiny_base, rows, "--task", "a", "-o", output, "--steps", 1, "-q")
+    other = tmp_path / "other"
+    made = peqa("quantize", tiny_hf_folder, "-o", other, "--bits", 3, "--group-size", -1)
+    assert "base " in made.stderr
+    refused = peqa("generate", other, "--prompt", "a", "--scale-set", output, status=1)
+    assert "tuned on" in refused.stderr
+
+
+def test_import_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"not a model")
+    assert peqa("import", file, "-o", tmp_path / "base", status=1).stderr.startswith("error: ")
+    assert "only .gguf" in peqa("import", tmp_path / "m.bin", "-o", tmp_path / "base", status=1).stderr
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("verb", ["import", "quantize", "train", "eval", "generate"])
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    shown = peqa(verb, "--help").stdout
+    assert f"Example: peqa {verb}" in shown
+    for flag in ("--output", "--seed", "--device", "--json"):
+        assert flag not in shown or f"PEQA_{flag.removeprefix('--').upper()}" in shown
+
+
+def test_flags_are_variables_too(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEQA_STEPS", "1")
+    monkeypatch.setenv("PEQA_TASK", "from-environment")
+    output = tmp_path / "s.safetensors"
+    report = json.loads(peqa("train", tiny_base, rows, "-o", output, "-q", "--json").stdout)
+    assert (report["steps"], report["task"]) == (1, "from-environment")
