@@ -191,8 +191,9 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request at once: no further output, its blocks are free for the next step. False when unknown."""
-        if self.scheduler.abort(request_id) is None:
+        if request_id not in self._leases:
             return False
+        self.scheduler.abort(request_id)
         self._counts["aborted_total"] += 1
         self.unpin(self._leases.pop(request_id))
         return True
