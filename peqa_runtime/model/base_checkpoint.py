@@ -1,4 +1,4 @@
-"""The base folder: a Hugging Face model folder whose linears are integer codes. Format, writer, reader, digest.
+"""The base folder: a Hugging Face model folder whose linears are integer codes. Format, reader, digest.
 
     config.json          the model's own, plus `quantization_config` (see `QuantizationSpec`)
     model.safetensors    `<linear>.qweight` uint8 [N, K * bits / 8] (order: peqa_kernels.packing),
@@ -11,23 +11,16 @@ Large models have `model-0000i-of-0000n.safetensors` and `model.safetensors.inde
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from peqa_runtime.core import BaseManifest, LinearShape
 from peqa_runtime.errors import InvalidCheckpoint
@@ -38,9 +31,8 @@ PER_CHANNEL = -1
 """The group size that stands for "one group per row"."""
 
 _BITS = (2, 3, 4, 8)
-_SHARD_BYTES = 2 << 30  # a shard is held in memory while it grows
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,115 +126,6 @@ def _precision(where: str, value: Any) -> Precision:
     return Precision(bits, group_size)
 
 
-@contextmanager
-def staged_folder(destination: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `destination` when the block ends without an error.
-
-    Whatever an interrupted run left behind is removed first; a lock keeps two runs for one destination apart.
-    Raises `InvalidCheckpoint` when `destination` exists and is not empty.
-    """
-    destination = Path(destination).absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{destination.name}.tmp-"
-    with FileLock(destination.parent / f".{destination.name}.lock"):
-        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise InvalidCheckpoint(f"{destination} exists already; remove it or choose another name")
-        for stale in destination.parent.iterdir():
-            if stale.name.startswith(prefix):
-                shutil.rmtree(stale, ignore_errors=True)
-        staging = destination.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
-        staging.mkdir()
-        try:
-            yield staging
-            for path in (*sorted(p for p in staging.rglob("*") if p.is_file()), staging):
-                _fsync(path)
-            os.replace(staging, destination)
-            _fsync(destination.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class BaseWriter:
-    """Writes the tensors and config.json of a base into `folder` (see `staged_folder`), tensor by tensor.
-
-    Use as a context manager; leaving it without an error writes what is left and the config with its digest.
-    `config` is the model's own config.json.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], spec: QuantizationSpec) -> None:
-        self.folder = folder
-        self._config = dict(config)
-        self._spec = spec
-        self._digest = BaseDigest()
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[dict[str, int]] = []
-
-    def add_codes(self, module: str, weight: QuantizedWeight) -> None:
-        """Add a quantized module; its precision must be the one that the spec gives."""
-        precision = self._spec.of(module)
-        expected = (precision.bits, precision.groups(weight.in_features))
-        assert (weight.bits, weight.groups) == expected, (module, expected)
-        if module not in self._spec.embeddings:
-            self._digest.add(digest_linear(module, weight))
-        self._put(f"{module}.qweight", weight.qweight)
-        self._put(f"{module}.scales", weight.scales)
-        self._put(f"{module}.zeros", weight.zeros)
-
-    def add_float(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor that stays as it is (norm, bias, 16-bit embedding ...)."""
-        if name.rpartition(".")[0] not in self._spec.embeddings:
-            self._digest.add(digest_float(name, tensor))
-        self._put(name, tensor)
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.contiguous()
-        size = sum(t.nbytes for t in self._pending.values())
-        if self._pending and size + tensor.nbytes > _SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor
-
-    def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards)}"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600, the other files of the folder are readable
-        self._shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
-        self._pending = {}
-
-    def __enter__(self) -> BaseWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(self._shards):
-            name = _SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self.folder / f"shard-{i}", self.folder / name)
-            weight_map.update(dict.fromkeys(shard, name))
-        if count > 1:
-            total = sum(sum(shard.values()) for shard in self._shards)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self.folder / _INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
-        spec = replace(self._spec, base_digest=self._digest.hexdigest())
-        config = {**self._config, "quantization_config": spec.to_json()}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def read_config(folder: Path | str) -> dict[str, Any]:
     """config.json of a model folder; raises `InvalidCheckpoint` when there is none or it is no JSON object."""
     path = Path(folder) / "config.json"
@@ -268,8 +151,8 @@ def read_spec(folder: Path | str) -> QuantizationSpec:
 def tensor_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model folder; raises `InvalidCheckpoint` when one is missing."""
     folder = Path(folder)
-    index = folder / _INDEX
-    names = {_SINGLE}
+    index = folder / INDEX_FILE
+    names = {SINGLE_FILE}
     if index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
@@ -308,13 +191,12 @@ def read_manifest(folder: Path | str) -> BaseManifest:
     spec = read_spec(folder)
     linears: dict[str, LinearShape] = {}
     with open_tensors(folder) as handles:
-        for name, handle in handles.items():
+        for name in handles:
             module, _, leaf = name.rpartition(".")
             if leaf == "qweight":
                 shape = _linear_shape(folder, module, handles, spec)
                 if module not in spec.embeddings:
                     linears[module] = shape
-            assert handle is not None
     if not linears:
         raise InvalidCheckpoint(f"{folder} holds no quantized linear")
     return BaseManifest(spec.model_id or Path(folder).resolve().name, spec.base_digest, linears)

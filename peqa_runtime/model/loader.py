@@ -93,7 +93,13 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=precision, local_files_only=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise InvalidCheckpoint(
+            f"{folder} is incomplete: {', '.join(sorted(info['missing_keys'])[:5])} missing"
+        )
     model.requires_grad_(False)
     model.to(place).eval()
     _check_names(folder, model, manifest)

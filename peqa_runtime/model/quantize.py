@@ -21,13 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model.base_checkpoint import (
     PER_CHANNEL,
-    BaseWriter,
     Precision,
     QuantizationSpec,
     open_tensors,
     read_config,
-    staged_folder,
 )
+from peqa_runtime.model.base_writer import BaseWriter, staged_folder
 from peqa_runtime.model.threads import one_thread
 
 BITS = (2, 3, 4, 8)

@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from peqa_runtime.core import BaseManifest, LinearShape
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
-from peqa_runtime.model.base_checkpoint import BaseWriter, QuantizationSpec, staged_folder
+from peqa_runtime.model.base_checkpoint import QuantizationSpec
+from peqa_runtime.model.base_writer import BaseWriter, staged_folder
+from peqa_runtime.model.quantize import quantize_rtn
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
@@ -75,14 +77,7 @@ def write_base(folder: Path) -> Path:
         with BaseWriter(staging, values, spec) as writer:
             for name, tensor in model.state_dict().items():
                 if "_proj" in name:
-                    grouped = tensor.view(tensor.shape[0], -1, GROUP)
-                    low, high = grouped.amin(-1), grouped.amax(-1)
-                    scales = (high - low) / 15
-                    zeros = -low / scales
-                    codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
-                    writer.add_codes(
-                        name.removesuffix(".weight"), codes.to(torch.uint8).view_as(tensor), scales, zeros, 4
-                    )
+                    writer.add_codes(name.removesuffix(".weight"), quantize_rtn(tensor, 4, GROUP))
                 elif name != "lm_head.weight":
                     writer.add_float(name, tensor)
     return folder

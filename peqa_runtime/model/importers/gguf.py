@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
 from peqa_runtime.errors import InvalidCheckpoint
-from peqa_runtime.model.base_checkpoint import BaseWriter, Precision, QuantizationSpec, staged_folder
+from peqa_runtime.model.base_checkpoint import Precision, QuantizationSpec
+from peqa_runtime.model.base_writer import BaseWriter, staged_folder
 from peqa_runtime.model.importers.gguf_file import BLOCK, Blocks, GgufFile, GgufTensor, metadata_value
 from peqa_runtime.model.importers.gguf_tokenizer import build_tokenizer
 from peqa_runtime.model.threads import one_thread
