@@ -9,7 +9,7 @@ sum never depends on the task, so one launch serves a batch of many tasks. Impor
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .cpu import NativeCpu, TorchCpu
 from .dense import DenseCopies
 from .reference import dequantize, quant_matmul_reference
 from .weight import LinearBank, QuantizedWeight
+
+if TYPE_CHECKING:
+    from ..native import NativeOps
 
 __all__ = [
     "BACKENDS",
@@ -161,10 +164,8 @@ class _Reference:
         return quant_matmul_reference(x, self._weight, bias, bank, row, group_row)
 
 
-def _native_ops() -> Any:
-    """Give the compiled kernels (NativeOps), or None where they were not built."""
-    try:
-        from ..native import load
-    except ImportError:
-        return None
+def _native_ops() -> NativeOps | None:
+    """Give the compiled kernels, or None where they were not built."""
+    from ..native import load  # here, since it imports this package's types
+
     return load()

@@ -5,7 +5,7 @@ Both keep the promise that a row's bits depend neither on how many rows run with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .dense import DenseCopies
 from .weight import LinearBank
+
+if TYPE_CHECKING:
+    from ..native import NativeOps, PackedWeight
 
 # MKL's fp32 GEMM handles a remainder of fewer than four rows (per thread) with other kernels, whose sums differ in
 # the last bits: measured on AVX-512 with 1 to 16 threads, every M that is a multiple of 4 gives equal bits per row.
@@ -74,7 +77,7 @@ class TorchCpu:
 class NativeCpu:
     """The compiled kernels of peqa_kernels.native on their own packed layout."""
 
-    def __init__(self, ops: Any, packed: Any) -> None:
+    def __init__(self, ops: NativeOps, packed: PackedWeight) -> None:
         """Take the loaded library (NativeOps) and what its `pack` returned."""
         self._ops = ops
         self._packed = packed
@@ -93,11 +96,10 @@ class NativeCpu:
         if x.stride(1) != 1:
             x = x.contiguous()
         if bank is None:
-            y: Tensor = self._ops.quant_matmul(x, self._packed, bias, None, None, None, None, None)
-            return y
+            return self._ops.quant_matmul(x, self._packed, bias, None, None, None, None, None)
         tasks = row is not None
         groups = group_row is not None and bank.group_scale is not None
-        y = self._ops.quant_matmul(
+        return self._ops.quant_matmul(
             x,
             self._packed,
             bias,
@@ -107,7 +109,6 @@ class NativeCpu:
             row,
             group_row if groups else None,
         )
-        return y
 
 
 def _linear(x: Tensor, dense: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peqa_kernels.native import load
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import (
     LinearBank,
@@ -23,10 +24,8 @@ CPU_BACKENDS = ("torch", "native")
 
 def available(backend: str) -> str:
     """Skip the test where the compiled kernels were not built."""
-    if backend == "native":
-        native = pytest.importorskip("peqa_kernels.native")
-        if getattr(native, "load", lambda: None)() is None:
-            pytest.skip("the compiled CPU kernels are not built")
+    if backend == "native" and load() is None:
+        pytest.skip("the compiled CPU kernels are not built")
     return backend
 
 
