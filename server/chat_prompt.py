@@ -19,7 +19,7 @@ def chat_prompt(admission: Admission, wanted: ChatCompletionRequest) -> Prompt:
     """The prompt of a conversation.
 
     A tuned task knows one prompt at a time, written as in its training: its `prompt_format` is filled with the
-    one user message. The base takes the model's chat template. May read the disk.
+    one user message. The base takes the model's chat template.
     """
     for message in wanted.messages:
         if isinstance(message.content, list) and any(part.type != "text" for part in message.content):
@@ -27,8 +27,7 @@ def chat_prompt(admission: Admission, wanted: ChatCompletionRequest) -> Prompt:
     lease = admission.lease
     model = admission.services.model
     if lease.revision:
-        prompt_format = admission.services.tasks.scale_set(lease.revision).prompt_format
-        text = _fill(lease.task, prompt_format, wanted)
+        text = _fill(lease.task, lease.prompt_format, wanted)
         return Prompt(tuple(encode(model.tokenizer, text)), text)
     text = _template(model.tokenizer, wanted)
     return Prompt(tuple(encode(model.tokenizer, text, add_special_tokens=False)), text)

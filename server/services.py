@@ -67,8 +67,6 @@ class TaskService(Protocol):
 
     def content(self, task: str, revision: str | None = None) -> bytes: ...
 
-    def scale_set(self, revision: str) -> Any: ...
-
 
 @dataclass(frozen=True)
 class ServedModel:

@@ -146,7 +146,8 @@ class StubTasks:
     upload_seconds: float = 0.0
 
     def acquire(self, task: str) -> Lease:
-        lease = Lease(task, self.info(task).revision)
+        info = self.info(task)
+        lease = Lease(task, info.revision, info.kind, info.prompt_format)
         self.leases.append(lease)
         return lease
 
@@ -202,9 +203,6 @@ class StubTasks:
             if revision in (None, revision_of(content)):
                 return content
         raise NoSuchRevision(f"task {task!r} keeps no revision {revision}")
-
-    def scale_set(self, revision: str) -> TaskInfo:
-        return next(info for info in self.list() if info.revision == revision)
 
 
 def revision_of(content: bytes) -> str:
