@@ -322,6 +322,15 @@ def test_a_header_that_lies_is_refused(change) -> None:
         ScaleSet.parse(data, MANIFEST)
 
 
+@pytest.mark.parametrize("offsets", [(0, 12), (6, 18), (24, 36)], ids=["same bytes", "overlap", "hole"])
+def test_tensors_that_overlap_or_leave_a_hole_are_refused(offsets: tuple[int, int]) -> None:
+    entry = {"dtype": "F16", "shape": [6]}
+    second = {**entry, "data_offsets": list(offsets)}
+    header = {"__metadata__": METADATA, "a": {**entry, "data_offsets": [0, 12]}, "b": second}
+    with pytest.raises(InvalidScaleSet, match="do not follow the tensor before"):
+        ScaleSet.parse(with_header(header, b"\0" * offsets[1]), MANIFEST)
+
+
 def test_a_path_as_tensor_name_is_only_a_wrong_name() -> None:
     data = changed(lambda h: h.update({"../../x": h.pop("layers.0.k_proj.out_scale")}))
     with pytest.raises(InvalidScaleSet, match="lacks 1"):

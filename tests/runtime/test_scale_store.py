@@ -482,6 +482,7 @@ def test_a_full_disk_at_any_step_leaves_the_old_state_or_only_garbage(tmp_path: 
                 refused = True
                 assert "No space left" in str(error)  # noqa: PT017
                 assert str(folder) not in str(error)  # noqa: PT017
+                assert list((folder / "unfinished").glob(".*")) == []
             else:
                 refused = False  # only the removal of what nobody needs failed; the next start repeats it
                 assert fault.calls[at - 1] == "unlink"
