@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from peqa_loadtest.client import Answer, CompletionClient, LoadTestError, Target
 from peqa_loadtest.workload import PlannedRequest, PromptWriter
 
-PROBE_WORDS = 64  # long enough for a begin-of-sequence token to weigh little
+PROBE_WORDS = 64  # at most: long enough for a begin-of-sequence token to weigh little
 GUESSED_TOKENS_PER_WORD = 1.3  # where a server reports no usage
 
 
@@ -31,7 +31,8 @@ async def calibrate(target: Target, task: str, input_tokens: int, seed: int, num
     notes = []
     if target.task_field == "model" and target.model is None:
         target = replace(target, model=await _first_model(target))
-    prompt = PromptWriter(seed).write(number, PROBE_WORDS)
+    words = min(PROBE_WORDS, max(2, input_tokens // 2))
+    prompt = PromptWriter(seed).write(number, words)
     answer = await _probe(target, task, prompt)
     if answer.failure is not None and answer.failure.status in (400, 422) and target.ignore_eos:
         without = replace(target, ignore_eos=False)
@@ -43,7 +44,7 @@ async def calibrate(target: Target, task: str, input_tokens: int, seed: int, num
         status = f"HTTP {answer.failure.status}: " if answer.failure.status else ""
         raise LoadTestError(f"the probe request for task {task!r} failed: {status}{answer.failure.message}")
     if answer.prompt_tokens:
-        rate = answer.prompt_tokens / PROBE_WORDS
+        rate = answer.prompt_tokens / words
     else:
         rate = GUESSED_TOKENS_PER_WORD
         notes.append(f"the server reports no usage: prompts are a guess at {rate} tokens per word")

@@ -178,7 +178,7 @@ def test_bits_do_not_depend_on_company_or_chunks(
     for s in (1, 2, 4):
         first, last = case.query_starts[s : s + 2].tolist()
         for chunk in (1, 2, 5, 16, 64):
-            for at in range(0, last - first, chunk if chunk > 1 else 13):
+            for at in range(0, last - first, max(chunk, 13)):
                 end = min(at + chunk, last - first)
                 part = run(
                     case.q[first + at : first + end],

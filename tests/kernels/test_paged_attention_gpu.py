@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,10 @@ def test_compiles_without_spills(
     assert "STACK:0 " in usage, usage
 
 
+@pytest.mark.skipif(
+    version("triton") < "3.9" and int(version("numpy").split(".")[1]) >= 4,
+    reason="the interpreter of Triton before 3.9 fails on loops with a run-time bound under NumPy 2.4",
+)
 def test_under_the_interpreter() -> None:
     # Triton reads the switch when it is imported: a process of its own.
     done = subprocess.run(
