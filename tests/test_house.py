@@ -32,7 +32,6 @@ WITHOUT_TORCH = [
     "peqa_runtime/core.py",
     "peqa_runtime/errors.py",
     "peqa_runtime/scales/task_registry.py",
-    "peqa_runtime/scales/scale_store.py",
     "peqa_runtime/engine/block_manager.py",
     "peqa_runtime/engine/scheduler.py",
 ]
