@@ -81,7 +81,7 @@ class Edge:
             self._metrics.rejections.labels(note.error_code).inc()
         if note.client_gone:
             self._metrics.disconnects.inc()
-        level = logging.DEBUG if pattern in _QUIET and status < 400 else logging.INFO
+        level = logging.DEBUG if pattern in _QUIET else logging.INFO
         if log.isEnabledFor(level):
             log.log(level, _line(scope, note, status))
 
@@ -98,7 +98,7 @@ def _line(scope: Scope, note: RequestNote, status: int) -> str:
         "status": status,
         "ms": round(1000 * (time.perf_counter() - note.received), 1),
         "task": note.task,
-        "revision": note.revision[:12] if note.revision else note.revision,
+        "revision": note.revision[:12] if note.revision else None,
         "prompt_tokens": note.prompt_tokens,
         "tokens": note.generated_tokens,
         "first_token_ms": round(1000 * note.first_token_seconds, 1) if note.first_token_seconds else None,

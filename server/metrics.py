@@ -85,22 +85,21 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Turns `stats()` into one gauge (or counter, where the name ends in `_total`) per number."""
+    """Turns `stats()` into metrics: gauges, and counters (`…_total`) that say "engine", to tell them from ours."""
 
     def __init__(self, engine: HasStats) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
+        """All numbers at this moment."""
         for name, value in self._engine.stats().items():
-            full = f"peqa_{name}"
+            family: CounterMetricFamily | GaugeMetricFamily
             if name.endswith("_total"):
-                counter = CounterMetricFamily(full.removesuffix("_total"), f"Engine: {name}.")
-                counter.add_metric([], float(value))
-                yield counter
+                family = CounterMetricFamily(f"peqa_engine_{name.removesuffix('_total')}", f"Engine: {name}.")
             else:
-                gauge = GaugeMetricFamily(full, f"Engine: {name}.")
-                gauge.add_metric([], float(value))
-                yield gauge
+                family = GaugeMetricFamily(f"peqa_{name}", f"Engine: {name}.")
+            family.add_metric([], float(value))
+            yield family
 
     def describe(self) -> list[Metric]:
         """Nothing is known before the first scrape."""

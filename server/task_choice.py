@@ -56,10 +56,12 @@ def unknown(field: str, name: str) -> ApiError:
 
 
 async def acquire(tasks: TaskService, task: str, field: str) -> Lease:
-    """Pin the task's current revision. Its set may have to be read from disk, so a thread does it."""
+    """Pin the task's current revision; in a thread where its set must be read from disk first."""
     if task == BASE_TASK:
         return Lease(BASE_TASK, BASE_REVISION)
     try:
+        if tasks.in_memory(task):
+            return tasks.acquire(task)
         return await asyncio.to_thread(tasks.acquire, task)
     except UnknownTask:
         raise unknown(field, task) from None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; the stub
 from peqa_server.app import create_app
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
-from server_stubs import MANIFEST, ByteTokenizer, StubEngine, StubTasks
-
-
-@dataclass
-class Live:
-    """A running server over stubs."""
-
-    url: str
-    app: Any
-    engine: Any
-    tasks: Any
-    loop: asyncio.AbstractEventLoop
-
-    client: httpx.Client
-    spool: Path
-
-    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-        return self.client.post(path, json=body)
-
-    def send(self, content: bytes | str, path: str = "/v1/completions") -> httpx.Response:
-        return self.client.post(path, content=content)
-
-    def complete(self, prompt: Any = "hi", **body: Any) -> dict[str, Any]:
-        answer = self.post(prompt=prompt, **body)
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def error(self, status: int, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
-        """The error of a request that must be refused with `status`."""
-        return check_error(self.post(path, **body), status)
-
-    @property
-    def idle(self) -> bool:
-        return not self.engine.running and not self.tasks.leases
-
-
-def check_error(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, f"{answer.status_code}: {answer.text[:300]}"
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert len(error["message"]) > 15
-    assert answer.headers["x-request-id"]
-    return dict(error)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
+from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, wait_until
 
 
 @pytest.fixture(scope="session")

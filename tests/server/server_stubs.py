@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from peqa_runtime.core import (
     BaseManifest,
     Lease,
@@ -92,6 +94,9 @@ class StubStream:
             await asyncio.sleep(script.delay)
             if self.cancelled:
                 return
+            if not self.engine.alive:
+                yield TokenOutput(request.request_id, finish_reason="abort")
+                return
             reason = None
             if i == len(tokens) - 1:
                 if script.dies:
@@ -150,6 +155,9 @@ class StubTasks:
         lease = Lease(task, info.revision, info.kind, info.prompt_format)
         self.leases.append(lease)
         return lease
+
+    def in_memory(self, task: str) -> bool:
+        return True
 
     def release(self, lease: Lease) -> None:
         self.leases.remove(lease)
@@ -210,3 +218,52 @@ def revision_of(content: bytes) -> str:
 
 
 MANIFEST = BaseManifest("tiny-base", DIGEST, {"model.q": LinearShape(8, 4, 2)})
+
+
+@dataclass
+class Live:
+    """A running server over stubs."""
+
+    url: str
+    app: Any
+    engine: Any
+    tasks: Any
+    loop: asyncio.AbstractEventLoop
+
+    client: httpx.Client
+    spool: Path
+
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def send(self, content: bytes | str, path: str = "/v1/completions") -> httpx.Response:
+        return self.client.post(path, content=content)
+
+    def complete(self, prompt: Any = "hi", **body: Any) -> dict[str, Any]:
+        answer = self.post(prompt=prompt, **body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def error(self, status: int, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+        """The error of a request that must be refused with `status`."""
+        return check_error(self.post(path, **body), status)
+
+    @property
+    def idle(self) -> bool:
+        return not self.engine.running and not self.tasks.leases
+
+
+def check_error(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, f"{answer.status_code}: {answer.text[:300]}"
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert len(error["message"]) > 15
+    assert answer.headers["x-request-id"]
+    return dict(error)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)

@@ -7,8 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import check_error, wait_until
-from server_stubs import EOS, Script, StubEngine, revision_of
+from server_stubs import EOS, Script, StubEngine, check_error, revision_of, wait_until
 
 SQL = revision_of(b"SET sql one")
 

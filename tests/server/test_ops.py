@@ -12,13 +12,22 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import check_error, wait_until
 from peqa_server.app import create_app, create_loading_app
 from peqa_server.auth import OPEN_PATHS, read_key_file
 from peqa_server.metrics import Metrics
 from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
-from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, reply, revision_of
+from server_stubs import (
+    MANIFEST,
+    ByteTokenizer,
+    Script,
+    StubEngine,
+    StubTasks,
+    check_error,
+    reply,
+    revision_of,
+    wait_until,
+)
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
 
@@ -126,7 +135,7 @@ def test_metrics_count_and_stay_bounded(server: Any) -> None:
     assert value('peqa_time_to_first_token_seconds_count{task="sql"}') >= 1
     assert value("peqa_kv_blocks_used ") == 3
     assert value("peqa_requests_running ") == 0
-    assert value("peqa_steps_total ") == 7
+    assert value("peqa_engine_steps_total ") == 7
     for i in range(3):
         server.client.get(f"/no/such/{i}")
         server.client.get(f"/v1/tasks/nope{i}")

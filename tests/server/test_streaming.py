@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import wait_until
-from server_stubs import Script, StubEngine
+from server_stubs import Script, StubEngine, wait_until
 
 
 def stream(server: Any, **body: Any) -> list[Any]:

@@ -11,9 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import check_error, wait_until
 from peqa_server.settings import ServerSettings
-from server_stubs import StubEngine, revision_of
+from server_stubs import StubEngine, check_error, revision_of, wait_until
 
 
 def names(server: Any) -> set[str]:

@@ -1,0 +1,209 @@
+"""The `peqa` command: serve, tasks, and the offline verbs of the runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from peqa_server.task_commands import app as tasks_app
+
+from peqa_runtime.cli import app as offline_app
+
+if TYPE_CHECKING:
+    from peqa_server.loading import Report
+
+app = typer.Typer(
+    name="peqa",
+    help="One frozen integer model, many tasks: make bases, tune, evaluate, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.registered_commands += offline_app.registered_commands
+app.add_typer(tasks_app, name="tasks")
+
+
+@app.command()
+def serve(
+    base: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Base folder, Hugging Face model folder or .gguf file. Default: the demo.",
+            envvar="PEQA_BASE",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="PEQA_HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", envvar="PEQA_PORT", min=0, max=65535)
+    ] = 8000,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tasks. Default: in the home, by base.", envvar="PEQA_STORE"),
+    ] = None,
+    home: Annotated[Path, typer.Option(help="Folder for made bases and stores.", envvar="PEQA_HOME")] = Path(
+        "~/.peqa"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="PEQA_DEVICE")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of activations: auto, float32, bfloat16, float16.", envvar="PEQA_DTYPE")
+    ] = "auto",
+    bits: Annotated[int, typer.Option(help="Where a folder of floats is quantized.", envvar="PEQA_BITS")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Likewise; -1 = one scale per channel.", envvar="PEQA_GROUP_SIZE")
+    ] = 64,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest prompt plus answer, in tokens. Default: the model's.",
+            envvar="PEQA_MAX_MODEL_LEN",
+            min=1,
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Choices computed at once.", envvar="PEQA_MAX_SEQUENCES", min=1)
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one step.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Waiting choices before 429.", envvar="PEQA_MAX_WAITING", min=1)
+    ] = None,
+    kv_blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of the KV cache. Default: what fits.", envvar="PEQA_KV_BLOCKS", min=1),
+    ] = None,
+    task_rows: Annotated[
+        int | None,
+        typer.Option(help="Tasks on the device at once, the base included.", envvar="PEQA_TASK_ROWS", min=1),
+    ] = None,
+    group_rows: Annotated[
+        int | None, typer.Option(help="Likewise, of kind 'group'.", envvar="PEQA_GROUP_ROWS", min=1)
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keys, one per line; every route but /health and /ready then asks for one.",
+            envvar="PEQA_API_KEY_FILE",
+        ),
+    ] = None,
+    max_upload_mb: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest scale set file. Default: the largest valid one.", envvar="PEQA_MAX_UPLOAD_MB", min=1
+        ),
+    ] = None,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(help="Time for running answers after SIGTERM.", envvar="PEQA_DRAIN_SECONDS", min=0),
+    ] = 30.0,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error.", envvar="PEQA_LOG_LEVEL")
+    ] = "info",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Report the start as one JSON line.", envvar="PEQA_JSON")
+    ] = False,
+) -> None:
+    """Serve a base and its tasks over HTTP.
+
+    Example: peqa serve bases/smollm2 --port 8000 --store tasks
+    """
+    from peqa_server.app import create_loading_app
+    from peqa_server.auth import read_key_file
+    from peqa_server.loading import ServeOptions, load_services
+    from peqa_server.run import CannotBind, is_loopback, listen, run
+    from peqa_server.services import Services
+    from peqa_server.settings import MIB, ServerSettings
+
+    _set_up_logging(log_level)
+    try:
+        keys = read_key_file(api_key_file) if api_key_file is not None else ()
+        listener = listen(host, port)
+    except (CannotBind, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if not is_loopback(host) and not keys:
+        typer.echo(
+            f"warning: {host} can be reached from other machines, and no API key is asked for: anybody who reaches "
+            "this port can generate, upload and delete tasks. Give --api-key-file, or --host 127.0.0.1.", err=True,
+        )  # fmt: skip
+    settings = ServerSettings(
+        api_keys=keys,
+        max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
+        drain_seconds=drain_seconds,
+    )
+    sizes = {
+        "max_model_len": max_model_len,
+        "max_sequences": max_sequences,
+        "max_batch_tokens": max_batch_tokens,
+        "max_waiting": max_waiting,
+        "num_blocks": kv_blocks,
+        "task_rows": task_rows,
+        "group_rows": group_rows,
+    }
+    options = ServeOptions(
+        base=base,
+        home=home.expanduser(),
+        store=store,
+        device=device,
+        dtype=dtype,
+        bits=bits,
+        group_size=group_size,
+        engine={name: value for name, value in sizes.items() if value is not None},
+    )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    def load() -> Services:
+        services, report = load_services(options, lambda line: typer.echo(line, err=True))
+        _show(report, url, as_json)
+        return services
+
+    raise typer.Exit(run(create_loading_app(settings), listener, load, drain_seconds))
+
+
+def _set_up_logging(level: str) -> None:
+    if level.lower() not in ("debug", "info", "warning", "error"):
+        raise typer.BadParameter("must be debug, info, warning or error", param_hint="--log-level")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _show(report: Report, url: str, as_json: bool) -> None:
+    """What the start found, for people as a table."""
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report) | {"url": url}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="peqa serves", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "model": f"{report.model} (base {report.base_digest[:12]})",
+        "weights": report.quantization,
+        "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}",
+        "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
+        "tasks": ", ".join(("base", *report.tasks)) + f" (up to {report.task_rows} on the device at once)",
+        "unusable": "; ".join(report.unusable),
+        "store": report.store,
+        "URL": url,
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the `peqa` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Run an app under uvicorn: bind first, load in a thread, drain on SIGTERM, exit with a meaningful status."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from peqa_server.services import Gate, Services
+
+from peqa_runtime.errors import PeqaError
+
+log = logging.getLogger("peqa.server")
+
+KEEP_ALIVE_SECONDS = (
+    65  # longer than the minute after which common clients and balancers drop an idle connection
+)
+LAST_ANSWERS_SECONDS = 3  # after the engine has stopped: time to send what says so
+
+Load = Callable[[], Services]
+
+
+class CannotBind(Exception):
+    """The address cannot be listened on; the message says why."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `CannotBind` with a sentence."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CannotBind(
+            f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port"
+        ) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """True when only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn that, on the first SIGTERM or SIGINT, lets running answers finish; a second signal ends it at once.
+
+    While it drains it still answers: /ready and new generations get 503.
+    """
+
+    def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+            )
+        )
+        self.gate: Gate = app.state.gate
+        self.drain_seconds = drain_seconds
+        self.failed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal or a failed load."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. It is not passed on afterwards, as uvicorn would: a clean end is exit status 0."""
+        if self._loop is None or self.gate.phase in ("draining", "starting", "failed"):
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def load_in_thread(self, load: Load) -> None:
+        """Load the services beside the running server; a failure ends the server."""
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                services = load()
+            except (PeqaError, ValueError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the command's one sentence
+                self._tell(loop, self._fail, str(error))
+            except Exception:
+                log.exception("the server could not start")
+                self._tell(loop, self._fail, "the server could not start; its log says why")
+            else:
+                self._tell(loop, self.gate.open, services)
+
+        threading.Thread(target=work, name="peqa-load", daemon=True).start()
+
+    @staticmethod
+    def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], argument: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(call, argument)
+
+    def _fail(self, reason: str) -> None:
+        self.failed = True
+        self.gate.fail(reason)
+        self.should_exit = True
+
+    def _begin_drain(self) -> None:
+        if self._draining is None:
+            log.info(
+                "draining: running answers have %g s to finish; a second signal ends at once",
+                self.drain_seconds,
+            )
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        if not await self.gate.drain(self.drain_seconds):
+            log.warning("some answers did not finish in %g s and are cut short", self.drain_seconds)
+        await asyncio.to_thread(self.gate.services.engine.stop, 0.0)
+        self.should_exit = True
+
+
+def run(app: FastAPI, listener: socket.socket, load: Load, drain_seconds: float) -> int:
+    """Serve `app` on `listener` until it is told to stop; the process's exit status."""
+    server = DrainingServer(app, drain_seconds)
+
+    async def main() -> None:
+        server.load_in_thread(load)
+        await server.serve([listener])
+
+    asyncio.run(main())
+    status = 1 if server.failed else 0
+    if server.gate.phase == "starting":
+        # The loading thread is inside of native code; waiting for it, or unwinding under it, helps nobody.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
