@@ -75,7 +75,7 @@ class TaskLibrary:
         self._check_name(task)
         if isinstance(data, Path):
             try:
-                data = read_set_file(data, self.store.manifest)
+                data, _ = read_set_file(data, self.store.manifest)
             except OSError as error:
                 raise InvalidScaleSet(f"the file cannot be read: {error.strerror or error}") from None
         scale_set = ScaleSet.parse(data, self.store.manifest, max_ratio=self._max_ratio)
@@ -164,6 +164,12 @@ class TaskLibrary:
                 raise
             else:
                 return lease
+
+    def in_memory(self, task: str) -> bool:
+        """True when `acquire` of this task would not read the disk at this moment."""
+        revision = self.registry.current(task)
+        with self._host_lock:
+            return revision is None or revision in self._host
 
     def release(self, lease: Lease) -> None:
         """Give a lease back, exactly once."""
