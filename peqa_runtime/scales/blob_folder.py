@@ -12,7 +12,7 @@ from pathlib import Path
 from peqa_runtime.core import BaseManifest
 from peqa_runtime.errors import InvalidScaleSet
 from peqa_runtime.scales.atomic_file import write_atomic
-from peqa_runtime.scales.scale_set import check_header, read_set_file
+from peqa_runtime.scales.scale_set import read_set_file
 from peqa_runtime.scales.set_file import content_digest
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class BlobFolder:
 
     def read(self, revision: str) -> bytes:
         """Return the file. Raises `InvalidScaleSet` unless it fits the base and the digest that it is named by."""
-        data = read_set_file(self._path(revision), self._manifest)
-        if content_digest(check_header(data, len(data), self._manifest), data) != revision:
+        data, header = read_set_file(self._path(revision), self._manifest)
+        if content_digest(header, data) != revision:
             raise InvalidScaleSet("the content does not have the digest that it is named by")
         return data
 

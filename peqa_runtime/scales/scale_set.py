@@ -77,14 +77,14 @@ class ScaleSet:
         another base.
         """
         if isinstance(data, Path):
-            path = data
             try:
-                data = read_set_file(path, manifest)
+                content, header = read_set_file(data, manifest)
             except OSError as error:
-                raise InvalidScaleSet(f"cannot read {path}: {error.strerror or error}") from None
-        header = check_header(data, len(data), manifest)
+                raise InvalidScaleSet(f"cannot read {data}: {error.strerror or error}") from None
+        else:
+            content, header = data, check_header(data, len(data), manifest)
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise InvalidScaleSet(f"not a readable safetensors file: {str(error)[:200]}") from None
         _check_values(tensors, max_ratio)
@@ -93,7 +93,7 @@ class ScaleSet:
             kind=_kind_of(metadata),
             base_digest=metadata["base_digest"],
             tensors=MappingProxyType(tensors),
-            revision=content_digest(header, data),
+            revision=content_digest(header, content),
             task=metadata.get("task", ""),
             prompt_format=metadata.get("prompt_format", ""),
             note=MappingProxyType(parse_json_object(metadata.get("note") or "{}", "the metadata's note")),
@@ -177,8 +177,8 @@ def max_file_bytes(manifest: BaseManifest) -> int:
     return 8 + header_limit(_expected_tensors(manifest)) + 4 * most
 
 
-def read_set_file(path: Path, manifest: BaseManifest) -> bytes:
-    """Return the bytes of the file at `path`, of which no more than a sound header promises are read.
+def read_set_file(path: Path, manifest: BaseManifest) -> tuple[bytes, SetHeader]:
+    """Return the bytes of the file at `path` and its checked header; no more is read than a sound header promises.
 
     Raises `InvalidScaleSet` as `check_header` does, and `OSError` when the file cannot be read.
     """
@@ -187,11 +187,11 @@ def read_set_file(path: Path, manifest: BaseManifest) -> bytes:
         head = file.read(8)
         end = header_end(head, total, header_limit(_expected_tensors(manifest)))
         head += file.read(end - 8)
-        check_header(head, total, manifest)
+        header = check_header(head, total, manifest)
         data = head + file.read(total - end)
     if len(data) != total:
         raise InvalidScaleSet(f"{path.name} became shorter while it was read")
-    return data
+    return data, header
 
 
 def check_header(data: bytes, total_bytes: int, manifest: BaseManifest) -> SetHeader:

@@ -249,7 +249,10 @@ def test_a_start_reads_no_tensors(folder: Path) -> None:
     again = new_library(folder)
     assert [i.task for i in again.list()] == ["a", "b"]
     assert again.host_counts() == (0, 0)
+    assert again.in_memory("base")
+    assert not again.in_memory("b")
     again.acquire("b")
+    assert again.in_memory("b")
     assert again.host_counts() == (1, SET_BYTES)
 
 
