@@ -10,28 +10,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from peqa_runtime.core import SCALE_KINDS, ScaleKind, check_task_name
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.callbacks import KeepPositive, ProgressBar, StopOnSignal
 from peqa_runtime.training.data import EncodedData, Example, TokenBatch, collate, plan_batches
 from peqa_runtime.training.tuning import (
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
     Compute,
     TunableModel,
     batch_to,
@@ -98,6 +94,8 @@ class TuneResult:
 class ScaleTrainer(Trainer):
     """`transformers.Trainer` that trains, saves and restores the scales only."""
 
+    control: TrainerControl
+
     def __init__(self, *, tunable: TunableModel, held_out: Sequence[TokenBatch], **kwargs: Any) -> None:
         super().__init__(model=tunable.model, **kwargs)
         self.held_out = held_out
@@ -149,96 +147,6 @@ class ScaleTrainer(Trainer):
 def detached(scales: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies on the host, fp32."""
     return {name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in scales.items()}
-
-
-class KeepPositive(TrainerCallback):
-    """Clamp the scales into the range that servers accept, after every optimizer step."""
-
-    def __init__(self, scales: Sequence[nn.Parameter]) -> None:
-        self.scales = list(scales)
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One fused clamp."""
-        with torch.no_grad():
-            torch._foreach_clamp_min_(self.scales, SMALLEST_SCALE)
-            torch._foreach_clamp_max_(self.scales, LARGEST_SCALE)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._before: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def install(self) -> None:
-        """Take the signals over (main thread only; elsewhere nothing happens)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:
-                return
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask for a checkpoint and the end."""
-        if self.stopped and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-class ProgressBar(TrainerCallback):
-    """Steps, loss, held-out loss and tokens per second on stderr."""
-
-    def __init__(self, trainer: ScaleTrainer, *, show: bool) -> None:
-        self.trainer, self.show = trainer, show
-        self.bar: tqdm | None = None
-        self.start = time.monotonic()
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the resumed step."""
-        self.start = time.monotonic()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            desc="tuning",
-            disable=not self.show,
-        )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move on."""
-        assert self.bar is not None
-        self.bar.update(1)
-        self.shown["tok/s"] = f"{self.trainer.tokens_seen / max(time.monotonic() - self.start, 1e-9):.0f}"
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        """Show the newest losses."""
-        for key, label in (("loss", "loss"), ("eval_loss", "held-out")):
-            if logs and key in logs:
-                self.shown[label] = f"{logs[key]:.4f}"
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 class PlannedBatches(torch.utils.data.Dataset):
@@ -345,7 +253,7 @@ def tune(
     )
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    trainer.add_callback(ProgressBar(trainer, show=progress))
+    trainer.add_callback(ProgressBar(lambda: trainer.tokens_seen, show=progress))
     stop.install()
     start = time.monotonic()
     try:

@@ -17,10 +17,10 @@ from peqa_runtime.errors import InvalidData
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
 from peqa_runtime.training import trainer as trainer_module
+from peqa_runtime.training.callbacks import KeepPositive
 from peqa_runtime.training.data import encode_rows, read_rows
 from peqa_runtime.training.run import FinishedRun, TrainingFiles, steps_for, train_file
 from peqa_runtime.training.trainer import (
-    KeepPositive,
     TrainingInterrupted,
     TuneConfig,
     last_checkpoint,
