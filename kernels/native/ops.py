@@ -15,7 +15,7 @@ from .isa import Isa
 from .packed import PackedWeight
 from .pool import Pool, find_pool
 
-ABI = 2  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 3  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 
 class StaleLibrary(Exception):
@@ -58,7 +58,7 @@ class NativeOps:
         self._pool_pointer = ctypes.addressof(self._pool)
         self._scratch = _Scratch()
         self._matmul_scratch = self._library.peqa_quant_matmul_scratch
-        self._matmul_scratch.argtypes = (c_void_p, c_int64, c_int64)
+        self._matmul_scratch.argtypes = (c_void_p, c_int64)
         self._matmul_scratch.restype = c_int64
         self._matmul = self._library.peqa_quant_matmul
         self._matmul.argtypes = (
@@ -117,7 +117,7 @@ class NativeOps:
             pointer,
             self._pool_pointer,
             threads,
-            self._scratch.at_least(self._matmul_scratch(pointer, rows, threads)),
+            self._scratch.at_least(self._matmul_scratch(pointer, rows)),
             x.data_ptr(),
             x.stride(0),
             rows,

@@ -25,27 +25,6 @@ typedef struct {
     size_t *next; /* the next work item that no thread has taken */
 } attention;
 
-/* The first n (<= VL) of the floats at p; nothing behind them is read. */
-INLINE vf vpart(const float *p, size_t n)
-{
-    if (__builtin_expect(n >= VL, 1))
-        return vload(p);
-    float lane[VL] = {0};
-    for (size_t i = 0; i < n; i++)
-        lane[i] = p[i];
-    return vload(lane);
-}
-
-INLINE void vput(float *p, vf v, size_t n)
-{
-    if (__builtin_expect(n >= VL, 1)) {
-        vstore(p, v);
-        return;
-    }
-    for (size_t i = 0; i < n; i++)
-        p[i] = v[i];
-}
-
 INLINE vf vselect(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
 /* Lanes from..to of x, elsewhere `other`; both bounds may lie outside the vector. */

@@ -21,7 +21,6 @@
 #define ROWS_MAX 6
 #define TILE_V 2
 #endif
-#define DIRECT_MAX 4 /* up to this many rows codes go to registers, above it through a buffer in L1 */
 
 /* One frozen weight in its run-time layout. Codes are stored centred, code - 2^(bits-1), as signed fields. */
 typedef struct {
@@ -62,7 +61,7 @@ INLINE size_t piece_length(const cuts *c, size_t piece)
 /* Rows are dealt evenly to blocks of at most ROWS_MAX. */
 INLINE size_t block_count(size_t rows)
 {
-    return rows <= DIRECT_MAX ? 1 : (rows + ROWS_MAX - 1) / ROWS_MAX;
+    return (rows + ROWS_MAX - 1) / ROWS_MAX;
 }
 
 INLINE size_t block_start(size_t block, size_t rows) { return block * rows / block_count(rows); }

@@ -13,11 +13,16 @@
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+/* immintrin.h wants stdlib.h for _mm_malloc; these are the names by which gcc and clang know that it was read. */
+#define _MM_MALLOC_H_INCLUDED
+#define __MM_MALLOC_H
 #include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
 #define VL 8
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -37,6 +42,27 @@ typedef int8_t vb_u __attribute__((vector_size(VL), aligned(1), may_alias));
 INLINE vf vload(const float *p) { return *(const vf_u *)p; }
 INLINE void vstore(float *p, vf v) { *(vf_u *)p = v; }
 INLINE vi iload(const int32_t *p) { return *(const vi_u *)p; }
+
+/* The first n of the floats at p, at most VL; nothing behind them is read. */
+INLINE vf vpart(const float *p, size_t n)
+{
+    if (__builtin_expect(n >= VL, 1))
+        return vload(p);
+    float lane[VL] = {0};
+    for (size_t i = 0; i < n; i++)
+        lane[i] = p[i];
+    return vload(lane);
+}
+
+INLINE void vput(float *p, vf v, size_t n)
+{
+    if (__builtin_expect(n >= VL, 1)) {
+        vstore(p, v);
+        return;
+    }
+    for (size_t i = 0; i < n; i++)
+        p[i] = v[i];
+}
 
 INLINE vf vset(float x)
 {
