@@ -1,0 +1,278 @@
+"""The app over the real engine and a tiny real model: what stubs cannot show. And the openai client, unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from peqa_server.app import create_loading_app
+from peqa_server.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
+from server_stubs import check_error, wait_until
+
+from peqa_runtime.model import read_manifest
+from peqa_runtime.scales.scale_set import ScaleSet
+
+
+def scale_set(base: Path, seed: int, kind: str = "channel") -> bytes:
+    """A scale set that changes the tiny model's answers."""
+    manifest = read_manifest(base)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"{name}.out_scale": 1 + 0.3 * torch.rand(shape.out_features, generator=generator)
+        for name, shape in manifest.linears.items()
+    }
+    return bytes(ScaleSet.build(kind, tensors, manifest, task="noted", prompt_format="<{prompt}>").to_bytes())
+
+
+class Real:
+    def __init__(self, url: str, services: Any, report: Report) -> None:
+        self.url, self.services, self.report = url, services, report
+        self.client = httpx.Client(base_url=url, timeout=30)
+
+    def complete(self, prompt: Any = "the cat", **body: Any) -> dict[str, Any]:
+        body = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | body
+        answer = self.client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def metric(self, name: str) -> float:
+        rows = self.client.get("/metrics").text.splitlines()
+        return sum(float(row.rsplit(" ", 1)[1]) for row in rows if row.startswith(f"{name} "))
+
+
+@pytest.fixture(scope="module")
+def real(run_app: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    store = tmp_path_factory.mktemp("real") / "store"
+    options = ServeOptions(
+        tiny_base, home=store.parent, store=store, engine={"num_blocks": 64, "task_rows": 4}
+    )
+    services, report = load_services(options, lambda line: None)
+    app = create_loading_app()
+    url, loop = run_app(app)
+    loop.call_soon_threadsafe(app.state.gate.open, services)
+    server = Real(url, services, report)
+    wait_until(lambda: server.client.get("/ready").status_code == 200)
+    for seed, task in enumerate(("one", "two")):
+        put = server.client.put(f"/v1/tasks/{task}", content=scale_set(tiny_base, seed))
+        assert put.status_code == 200, put.text
+    yield server
+    services.engine.stop()
+
+
+def test_tasks_change_the_answer(real: Real) -> None:
+    answers = {task: real.complete(task=task, max_tokens=12) for task in ("base", "one", "two")}
+    assert len({tuple(a["choices"][0]["token_ids"]) for a in answers.values()}) == 3
+    for answer in answers.values():
+        assert answer["usage"]["completion_tokens"] == 12
+    assert answers["one"]["revision"] == real.client.get("/v1/tasks/one").json()["revision"]
+
+
+def test_the_report_says_what_is_served(real: Real, tiny_base: Path) -> None:
+    assert real.report.model == "tiny-llama"
+    assert real.report.quantization == "4 bits, groups of 32, 14 linears"
+    assert real.report.kv_tokens == 64 * 16
+    assert real.report.base == str(tiny_base)
+    assert real.client.get("/v1/tasks/one").json()["prompt_format"] == "<{prompt}>"
+
+
+def test_streamed_equals_whole_and_echoed_logprobs_equal_generated(real: Real) -> None:
+    whole = real.complete(task="one", max_tokens=8, logprobs=3)
+    text = ""
+    body = {
+        "prompt": "the cat",
+        "task": "one",
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": 8,
+        "stream": True,
+    }
+    with real.client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                text += httpx.Response(200, text=line[6:]).json()["choices"][0]["text"]
+    choice = whole["choices"][0]
+    assert text == choice["text"]
+    scored = real.complete(choice["prompt_token_ids"] + choice["token_ids"], task="one", max_tokens=0, echo=True,
+                           logprobs=3)["choices"][0]  # fmt: skip
+    count = len(choice["prompt_token_ids"])
+    assert scored["logprobs"]["token_logprobs"][0] is None
+    assert scored["logprobs"]["token_logprobs"][count:] == pytest.approx(
+        choice["logprobs"]["token_logprobs"], abs=1e-4
+    )
+    for value, top in zip(
+        choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True
+    ):
+        assert value == max(top.values()), (
+            "greedy: the chosen token's value is the very same float as the largest"
+        )
+
+
+def test_sampling_is_seeded_and_choices_differ(real: Real) -> None:
+    one = real.complete(temperature=1.0, seed=5, n=3, max_tokens=10)
+    again = real.complete(temperature=1.0, seed=5, n=3, max_tokens=10)
+    ids = [c["token_ids"] for c in one["choices"]]
+    assert ids == [c["token_ids"] for c in again["choices"]]
+    assert len({tuple(i) for i in ids}) == 3
+
+
+def test_limits_of_the_model_and_its_cache(real: Real) -> None:
+    error = check_error(
+        real.client.post("/v1/completions", json={"prompt": [5] * 500, "max_tokens": 13}), 400
+    )
+    assert error["code"] == "context_length_exceeded"
+    assert "512" in error["message"]
+    check_error(real.client.post("/v1/completions", json={"prompt": [300]}), 400)
+
+
+def test_a_wrong_set_changes_nothing(real: Real, tiny_base: Path) -> None:
+    before = real.client.get("/v1/tasks").json()
+    good = scale_set(tiny_base, 0)
+    check_error(real.client.put("/v1/tasks/one", content=good[:-10]), 422)
+    digest = read_manifest(tiny_base).base_digest.encode()
+    check_error(real.client.put("/v1/tasks/one", content=good.replace(digest, b"0" * 64)), 409)
+    check_error(real.client.put("/v1/tasks/tiny-llama", content=good), 422)
+    assert real.client.get("/v1/tasks").json() == before
+    spool = real.services.spool_folder
+    assert not spool.exists() or not list(spool.iterdir())
+
+
+def test_answers_during_uploads_belong_to_one_revision(real: Real, tiny_base: Path) -> None:
+    files = [scale_set(tiny_base, 11), scale_set(tiny_base, 12)]
+    expected = {}
+    for file in files:
+        real.client.put("/v1/tasks/swing", content=file)
+        answer = real.complete(task="swing", max_tokens=24)
+        expected[answer["revision"]] = answer["choices"][0]["token_ids"]
+    assert len({tuple(ids) for ids in expected.values()}) == 2
+    seen: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(
+            target=lambda: seen.extend(real.complete(task="swing", max_tokens=24) for _ in range(8))
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for i in range(30):
+        revision = real.client.put("/v1/tasks/swing", content=files[i % 2]).json()["revision"]
+        fresh = real.complete(task="swing", max_tokens=1)
+        assert fresh["revision"] == revision, "live at its 200"
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 24
+    for answer in seen:
+        assert answer["choices"][0]["token_ids"] == expected[answer["revision"]]
+
+
+def test_a_client_that_leaves_frees_its_blocks(real: Real) -> None:
+    wait_until(lambda: real.metric("peqa_kv_blocks_used") == 0)
+    body = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 2, "task": "one"}
+    with real.client.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    wait_until(
+        lambda: real.metric("peqa_kv_blocks_used") == 0 and real.metric("peqa_requests_running") == 0, 2.0
+    )
+    wait_until(lambda: real.services.tasks.registry.counts().leases == 0, 2.0)
+
+
+def test_the_openai_client(real: Real) -> None:
+    client = openai.OpenAI(base_url=real.url + "/v1", api_key="none")
+    assert {m.id for m in client.models.list()} >= {"tiny-llama", "one", "two"}
+    assert client.models.retrieve("one").id == "one"
+    answer = client.completions.create(
+        model="tiny-llama",
+        prompt="the cat",
+        max_tokens=6,
+        temperature=0,
+        logprobs=2,
+        extra_body={"task": "one"},
+    )
+    assert answer.task == "one"  # type: ignore[attr-defined]
+    assert answer.choices[0].logprobs is not None
+    same = client.completions.create(model="one", prompt="the cat", max_tokens=6, temperature=0)
+    assert same.choices[0].text == answer.choices[0].text
+    stream = client.completions.create(
+        model="one",
+        prompt="the cat",
+        max_tokens=6,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == answer.choices[0].text
+    assert chunks[-1].usage is not None
+    chat = client.chat.completions.create(
+        model="tiny-llama",
+        messages=[{"role": "user", "content": "hi"}],
+        max_completion_tokens=5,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert chat.choices[0].message.role == "assistant"
+    pieces = client.chat.completions.create(
+        model="two", messages=[{"role": "user", "content": "hi"}], max_tokens=5, stream=True, temperature=0
+    )
+    assert next(p.choices[0].delta.role for p in pieces) == "assistant"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="nope", prompt="x")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="one", prompt="x", max_tokens=10_000)
+
+
+def test_the_async_openai_client_runs_many(real: Real) -> None:
+    async def ask_all() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=real.url + "/v1", api_key="none") as client:
+            calls = [
+                client.completions.create(
+                    model=("one", "two", "tiny-llama")[i % 3], prompt=f"cat {i}", max_tokens=8, temperature=0
+                )
+                for i in range(12)
+            ]
+            return list(await asyncio.gather(*calls))
+
+    for i, answer in enumerate(asyncio.run(ask_all())):
+        task = ("one", "two", "base")[i % 3]
+        alone = real.client.post(
+            "/v1/completions", json={"prompt": f"cat {i}", "task": task, "max_tokens": 8, "temperature": 0}
+        ).json()
+        assert answer.task == task
+        assert answer.choices[0].text == alone["choices"][0]["text"]
+
+
+def test_a_folder_of_floats_is_quantized_once(tiny_hf_folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    options = ServeOptions(tiny_hf_folder, home=tmp_path, bits=3, group_size=-1)
+    base, sets = find_base(options, said.append)
+    assert (sets, len(said)) == ((), 1)
+    assert read_manifest(base).model_id == "tiny-llama"
+    assert find_base(options, said.append)[0] == base
+    assert len(said) == 1
+    other = ServeOptions(tiny_hf_folder, home=tmp_path, bits=4, group_size=32)
+    assert find_base(other, said.append)[0] != base
+
+
+def test_demo_tasks_are_seeded_once(real: Real, tiny_base: Path, tmp_path: Path) -> None:
+    files = []
+    for seed, task in enumerate(("seed-a", "seed-b")):
+        files.append(tmp_path / f"{task}.safetensors")
+        files[-1].write_bytes(scale_set(tiny_base, seed))
+    bad = tmp_path / "seed-bad.safetensors"
+    bad.write_bytes(b"junk")
+    tasks = real.services.tasks
+    seed_tasks(tasks, tmp_path, (files[0], bad))
+    (tmp_path / SEEDED).unlink()
+    seed_tasks(tasks, tmp_path, (*files, bad))
+    assert {"seed-a", "seed-b"} <= {info.task for info in tasks.list()}
+    tasks.delete("seed-a")
+    seed_tasks(tasks, tmp_path, tuple(files))
+    assert "seed-a" not in {info.task for info in tasks.list()}, "what was deleted stays deleted"
+    tasks.delete("seed-b")
