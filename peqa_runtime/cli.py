@@ -206,7 +206,10 @@ def train(
     ] = 0.0,
     epochs: Annotated[float, typer.Option(help="Times over the rows.", envvar="PEQA_EPOCHS")] = 1.0,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, instead of --epochs.", envvar="PEQA_STEPS")
+        int | None,
+        typer.Option(
+            "--steps", "--max-steps", help="Optimizer steps, instead of --epochs.", envvar="PEQA_STEPS"
+        ),
     ] = None,
     learning_rate: Annotated[
         float, typer.Option("--lr", help="Per step, on the relative scale.", envvar="PEQA_LR")

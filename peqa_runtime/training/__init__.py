@@ -1,1 +1,24 @@
-"""To come."""
+"""Tuning scale sets on a frozen base, and measuring them. Uses model/ and scales/, never engine/."""
+
+from __future__ import annotations
+
+from peqa_runtime.training.evaluate import completion_logprobs, exact_match, perplexity, token_logprobs
+from peqa_runtime.training.run import FinishedRun, TrainingFiles, train_file
+from peqa_runtime.training.trainer import TrainingInterrupted, TuneConfig, TuneResult
+from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable
+
+__all__ = [
+    "FinishedRun",
+    "TrainingFiles",
+    "TrainingInterrupted",
+    "TunableModel",
+    "TuneConfig",
+    "TuneResult",
+    "apply_scale_set",
+    "completion_logprobs",
+    "exact_match",
+    "load_tunable",
+    "perplexity",
+    "token_logprobs",
+    "train_file",
+]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.data import Example, Row, collate, encode_text, fill_prompt
-from peqa_runtime.training.tuning import TunableModel, batch_to, logits_at
+from peqa_runtime.training.data import Example, Row, collate, encode_rows, encode_text, fill_prompt
+from peqa_runtime.training.tuning import TunableModel, apply_scale_set, batch_to, load_tunable, logits_at
 
 Progress = Callable[[int, int], None]
 """Called with (done, all)."""
@@ -159,6 +160,43 @@ def greedy(tunable: TunableModel, prompts: Sequence[Sequence[int]], *, max_new_t
         end = ids.index(eos) if eos in ids else len(ids)
         answers.append(str(tunable.tokenizer.decode(ids[:end], skip_special_tokens=True)))
     return answers
+
+
+@dataclass(frozen=True)
+class RowLogprobs:
+    """Tokens of prompt, completion and end-of-sequence; log-probabilities of the last `len(logprobs)` of them."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+def completion_logprobs(
+    base: Path,
+    scale_set: Path | None,
+    rows: Sequence[Mapping[str, str]],
+    *,
+    device: str = "cpu",
+) -> list[RowLogprobs]:
+    """Log-probabilities of each row's completion tokens and its end under a saved set, in fp32, as training sees them.
+
+    `rows` hold "prompt" and "completion"; the set's prompt format is applied. None is the base. Raises as
+    `load_tunable` and `ScaleSet.parse` do.
+    """
+    tunable = load_tunable(base, device=device)
+    prompt_format = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
+    data = encode_rows(
+        [Row(row["prompt"], row["completion"], line) for line, row in enumerate(rows, start=1)],
+        tunable.encode,
+        tunable.eos_token_id,
+        prompt_format=prompt_format,
+        max_tokens=tunable.max_tokens,
+        too_long="fail",
+    )
+    found = token_logprobs(tunable, [example.token_ids for example in data.examples])
+    return [
+        RowLogprobs(example.token_ids, tuple(logprobs[example.loss_from - 1 :]))
+        for example, logprobs in zip(data.examples, found, strict=True)
+    ]
 
 
 def token_logprobs(tunable: TunableModel, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

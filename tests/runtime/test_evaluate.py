@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peqa_runtime.training.data import Row
 from peqa_runtime.training.evaluate import (
     ExactMatch,
     Prediction,
+    completion_logprobs,
     exact_match,
     greedy,
     perplexity,
@@ -77,6 +79,22 @@ def test_token_logprobs_are_the_models_own(tunable: TunableModel, kind: ScaleKin
             assert (logprobs - unscaled).abs().max() > 0.1, "the set changes the model"
     with pytest.raises(InvalidData, match="two tokens"):
         token_logprobs(tunable, [[5]])
+
+
+def test_completion_logprobs_are_those_of_a_saved_set(
+    tunable: TunableModel, tiny_base: Path, tmp_path: Path
+) -> None:
+    scale_set = random_set(tunable, "channel")
+    file = tmp_path / "s.safetensors"
+    replace(scale_set, prompt_format="Q {prompt} A ").save(file)
+    (row,) = completion_logprobs(tiny_base, file, [{"prompt": "the", "completion": "cat"}])
+    assert list(row.token_ids) == [*tunable.encode("Q the A "), *tunable.encode("cat"), tunable.eos_token_id]
+    apply_scale_set(tunable, scale_set)
+    expected = token_logprobs(tunable, [row.token_ids])[0]
+    assert list(row.logprobs) == expected[-len(tunable.encode("cat")) - 1 :]
+    (base,) = completion_logprobs(tiny_base, None, [{"prompt": "the", "completion": "cat"}])
+    assert base.logprobs != row.logprobs
+    assert len(base.logprobs) == len(row.logprobs)
 
 
 def test_greedy_takes_the_most_likely_token_whatever_is_in_the_batch(tunable: TunableModel) -> None:
