@@ -55,13 +55,17 @@ class Generation:
         self._note = note
         self._metrics = metrics
         self._id = uuid.uuid4().hex  # not the client's X-Request-Id: two requests may carry the same one
-        self._label = metrics.task_label(lease.task)
+        label = metrics.task_label(lease.task)
+        self._label = label
+        self._generated = metrics.generated_tokens.labels(label)
+        self._first_token = metrics.first_token.labels(label)
+        self._inter_token = metrics.inter_token.labels(label)
         self._streams: list[TokenStream] = []
         tokenizer = services.model.tokenizer
         self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
         note.prompt_tokens = self.num_prompt_tokens
-        metrics.prompt_tokens.labels(self._label).inc(self.num_prompt_tokens)
+        metrics.prompt_tokens.labels(label).inc(self.num_prompt_tokens)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -159,14 +163,14 @@ class Generation:
         raise EngineDead("the engine ended before this answer was complete")
 
     def _observe_token(self, now: float, last: float | None) -> None:
-        self._metrics.generated_tokens.labels(self._label).inc()
+        self._generated.inc()
         if last is None:
             waited = now - self._note.received
-            self._metrics.first_token.labels(self._label).observe(waited)
+            self._first_token.observe(waited)
             if self._note.first_token_seconds is None:
                 self._note.first_token_seconds = waited
         else:
-            self._metrics.inter_token.labels(self._label).observe(now - last)
+            self._inter_token.observe(now - last)
 
     def _finish(self, piece: Piece, stream: TokenStream, output: TokenOutput, now: float) -> None:
         if not output.finished:
