@@ -9,7 +9,9 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
 #define MAX_V 8
+#ifndef ROLL
 #define ROLL 5 /* rows from which a word's codes are taken in a loop */
+#endif
 #define CODES_AT_ONCE ((size_t)1 << 18) /* bytes of codes that stay in the second cache level for all blocks of rows */
 
 typedef struct {
@@ -239,14 +241,16 @@ INLINE void tile(const int R, const int V, const int width, const job *j, size_t
             for (size_t lane = 0; lane < PANEL; lane += TILE_V * VL)                                                   \
                 tile(R, TILE_V, WIDTH, j, panel, lane, block);                                                         \
     }
-#define TILES_6(W) TILE(1, W) TILE(2, W) TILE(3, W) TILE(4, W) TILE(5, W) TILE(6, W)
-#define NAMES_6(W) tile_1_##W, tile_2_##W, tile_3_##W, tile_4_##W, tile_5_##W, tile_6_##W
+#define TILES_4(W) TILE(1, W) TILE(2, W) TILE(3, W) TILE(4, W)
+#define NAMES_4(W) tile_1_##W, tile_2_##W, tile_3_##W, tile_4_##W
 #if ROWS_MAX == 12
-#define TILES(W) TILES_6(W) TILE(7, W) TILE(8, W) TILE(9, W) TILE(10, W) TILE(11, W) TILE(12, W)
-#define NAMES(W) NAMES_6(W), tile_7_##W, tile_8_##W, tile_9_##W, tile_10_##W, tile_11_##W, tile_12_##W
+#define TILES_8(W) TILES_4(W) TILE(5, W) TILE(6, W) TILE(7, W) TILE(8, W)
+#define NAMES_8(W) NAMES_4(W), tile_5_##W, tile_6_##W, tile_7_##W, tile_8_##W
+#define TILES(W) TILES_8(W) TILE(9, W) TILE(10, W) TILE(11, W) TILE(12, W)
+#define NAMES(W) NAMES_8(W), tile_9_##W, tile_10_##W, tile_11_##W, tile_12_##W
 #else
-#define TILES(W) TILES_6(W)
-#define NAMES(W) NAMES_6(W)
+#define TILES(W) TILES_4(W)
+#define NAMES(W) NAMES_4(W)
 #endif
 TILES(2)
 TILES(4)

@@ -8,17 +8,15 @@
 #define PANEL 32  /* outputs of one panel: lanes of the arithmetic */
 #define PIECE 128 /* inputs summed in one chain before their scale is applied; part of the order of additions */
 
+/* Rows and vectors of a register tile: the sums, the codes as words and as floats, and an activation. */
 #if VL == 16
-#define ROWS_MAX 12 /* rows of one register tile: 12 x 2 sums + 2 weights + 1 activation of 32 registers */
-#define TILE_V 2
-#elif VL == 8
-#define ROWS_MAX 6 /* 6 x 2 + 3 of 16 registers */
+#define ROWS_MAX 12 /* 12 x 2 + 2 + 2 + 1 of 32 registers */
 #define TILE_V 2
 #elif defined(__aarch64__)
-#define ROWS_MAX 6 /* 6 x 4 + 5 of 32 registers */
+#define ROWS_MAX 4 /* 4 x 4 + 4 + 4 + 1 of 32 registers */
 #define TILE_V 4
 #else
-#define ROWS_MAX 6
+#define ROWS_MAX 4 /* 4 x 2 + 2 + 2 + 1 of 16 registers; 5 and 6 rows spill and are slower */
 #define TILE_V 2
 #endif
 
