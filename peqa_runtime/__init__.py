@@ -11,79 +11,186 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peqa_runtime.core import (
+        BASE_REVISION,
         BASE_TASK,
+        SCALE_KINDS,
         BaseManifest,
+        FinishReason,
         Lease,
+        LinearShape,
         Request,
         RevisionInfo,
         SamplingParams,
+        ScaleKind,
         TaskInfo,
+        TokenLogprobs,
         TokenOutput,
+        check_task_name,
     )
-    from peqa_runtime.engine.async_engine import AsyncEngine
+    from peqa_runtime.engine.async_engine import AsyncEngine, TokenStream
     from peqa_runtime.engine.config import EngineConfig
     from peqa_runtime.engine.engine import Engine
-    from peqa_runtime.errors import PeqaError
-    from peqa_runtime.model import LoadedModel, import_gguf, load, quantize_folder, read_manifest
+    from peqa_runtime.engine.offline import Completion
+    from peqa_runtime.errors import (
+        EngineDead,
+        InvalidCheckpoint,
+        InvalidData,
+        InvalidRequest,
+        InvalidScaleSet,
+        InvalidTaskName,
+        NoSuchRevision,
+        Overloaded,
+        PeqaError,
+        PromptTooLong,
+        RevisionConflict,
+        StoreError,
+        UnknownTask,
+        UnsupportedModel,
+        WrongBase,
+    )
+    from peqa_runtime.model import (
+        LoadedModel,
+        import_gguf,
+        load,
+        quantize_folder,
+        read_manifest,
+    )
     from peqa_runtime.scales.scale_set import ScaleSet
     from peqa_runtime.scales.scale_store import ScaleStore
     from peqa_runtime.scales.task_library import TaskLibrary
     from peqa_runtime.scales.task_registry import TaskRegistry
+    from peqa_runtime.text import (
+        IncrementalDecoder,
+        StopStrings,
+        apply_chat_template,
+        decode,
+        encode,
+        token_text,
+    )
 
 _HOMES = {
-    "BASE_TASK": "peqa_runtime.core",
-    "AsyncEngine": "peqa_runtime.engine.async_engine",
-    "BaseManifest": "peqa_runtime.core",
-    "Engine": "peqa_runtime.engine.engine",
-    "EngineConfig": "peqa_runtime.engine.config",
-    "Lease": "peqa_runtime.core",
-    "LoadedModel": "peqa_runtime.model",
-    "PeqaError": "peqa_runtime.errors",
-    "Request": "peqa_runtime.core",
-    "RevisionInfo": "peqa_runtime.core",
-    "SamplingParams": "peqa_runtime.core",
-    "ScaleSet": "peqa_runtime.scales.scale_set",
-    "ScaleStore": "peqa_runtime.scales.scale_store",
-    "TaskInfo": "peqa_runtime.core",
-    "TaskLibrary": "peqa_runtime.scales.task_library",
-    "TaskRegistry": "peqa_runtime.scales.task_registry",
-    "TokenOutput": "peqa_runtime.core",
-    "import_gguf": "peqa_runtime.model",
-    "load": "peqa_runtime.model",
-    "quantize_folder": "peqa_runtime.model",
-    "read_manifest": "peqa_runtime.model",
+    "peqa_runtime.core": (
+        "BASE_REVISION",
+        "BASE_TASK",
+        "SCALE_KINDS",
+        "BaseManifest",
+        "FinishReason",
+        "Lease",
+        "LinearShape",
+        "Request",
+        "RevisionInfo",
+        "SamplingParams",
+        "ScaleKind",
+        "TaskInfo",
+        "TokenLogprobs",
+        "TokenOutput",
+        "check_task_name",
+    ),
+    "peqa_runtime.engine.async_engine": (
+        "AsyncEngine",
+        "TokenStream",
+    ),
+    "peqa_runtime.engine.config": ("EngineConfig",),
+    "peqa_runtime.engine.engine": ("Engine",),
+    "peqa_runtime.engine.offline": ("Completion",),
+    "peqa_runtime.errors": (
+        "EngineDead",
+        "InvalidCheckpoint",
+        "InvalidData",
+        "InvalidRequest",
+        "InvalidScaleSet",
+        "InvalidTaskName",
+        "NoSuchRevision",
+        "Overloaded",
+        "PeqaError",
+        "PromptTooLong",
+        "RevisionConflict",
+        "StoreError",
+        "UnknownTask",
+        "UnsupportedModel",
+        "WrongBase",
+    ),
+    "peqa_runtime.model": (
+        "LoadedModel",
+        "import_gguf",
+        "load",
+        "quantize_folder",
+        "read_manifest",
+    ),
+    "peqa_runtime.scales.scale_set": ("ScaleSet",),
+    "peqa_runtime.scales.scale_store": ("ScaleStore",),
+    "peqa_runtime.scales.task_library": ("TaskLibrary",),
+    "peqa_runtime.scales.task_registry": ("TaskRegistry",),
+    "peqa_runtime.text": (
+        "IncrementalDecoder",
+        "StopStrings",
+        "apply_chat_template",
+        "decode",
+        "encode",
+        "token_text",
+    ),
 }
 
 __all__ = [
+    "BASE_REVISION",
     "BASE_TASK",
+    "SCALE_KINDS",
     "AsyncEngine",
     "BaseManifest",
+    "Completion",
     "Engine",
     "EngineConfig",
+    "EngineDead",
+    "FinishReason",
+    "IncrementalDecoder",
+    "InvalidCheckpoint",
+    "InvalidData",
+    "InvalidRequest",
+    "InvalidScaleSet",
+    "InvalidTaskName",
     "Lease",
+    "LinearShape",
     "LoadedModel",
+    "NoSuchRevision",
+    "Overloaded",
     "PeqaError",
+    "PromptTooLong",
     "Request",
+    "RevisionConflict",
     "RevisionInfo",
     "SamplingParams",
+    "ScaleKind",
     "ScaleSet",
     "ScaleStore",
+    "StopStrings",
+    "StoreError",
     "TaskInfo",
     "TaskLibrary",
     "TaskRegistry",
+    "TokenLogprobs",
     "TokenOutput",
+    "TokenStream",
+    "UnknownTask",
+    "UnsupportedModel",
+    "WrongBase",
+    "apply_chat_template",
+    "check_task_name",
+    "decode",
+    "encode",
     "import_gguf",
     "load",
     "quantize_folder",
     "read_manifest",
+    "token_text",
 ]
 
 
 def __getattr__(name: str) -> object:
     """Import the module that a public name lives in."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
