@@ -85,11 +85,12 @@ KINDS: list[dict[str, object]] = [
     "width", [VOCAB, 49_152]
 )  # torch splits a wide single row among threads in some sums
 def test_a_row_does_not_depend_on_its_neighbours(width: int) -> None:
-    logits = torch.randn(40, width, generator=torch.Generator().manual_seed(0)) * 2
-    items = [share(sequence(seed=i, **KINDS[i % len(KINDS)])) for i in range(40)]  # type: ignore[arg-type]
+    count = 40 if width == VOCAB else len(KINDS)
+    logits = torch.randn(count, width, generator=torch.Generator().manual_seed(0)) * 2
+    items = [share(sequence(seed=i, **KINDS[i % len(KINDS)])) for i in range(count)]  # type: ignore[arg-type]
     together = run(logits, *items)
     backwards = run(logits.flip(0), *reversed(items))[::-1]
-    alone = [run(logits[i : i + 1], items[i])[0] for i in range(40)]
+    alone = [run(logits[i : i + 1], items[i])[0] for i in range(count)]
     assert together == backwards == alone
 
 
@@ -115,21 +116,22 @@ def test_the_seed_and_the_position_make_the_choice() -> None:
     ],
 )
 def test_the_distribution_is_the_one_asked_for(params: dict[str, float]) -> None:
-    logits = torch.full((VOCAB,), -40.0)
+    size = 200
+    logits = torch.full((size,), -40.0)
     logits[100:110] = torch.linspace(2.0, 0.0, 10)
     p = torch.softmax(logits.double() / params.get("temperature", 1.0), -1)
     order = p.argsort(descending=True)
-    kept = torch.zeros(VOCAB, dtype=torch.bool)
-    total = p[order[: int(params.get("top_k", VOCAB))]].sum()
+    kept = torch.zeros(size, dtype=torch.bool)
+    total = p[order[: int(params.get("top_k", size))]].sum()
     mass = 0.0
     for rank, token in enumerate(order.tolist()):
-        if rank >= params.get("top_k", VOCAB) or mass >= params.get("top_p", 1.1) * total:
+        if rank >= params.get("top_k", size) or mass >= params.get("top_p", 1.1) * total:
             break
         if p[token] >= params.get("min_p", 0.0) * p[order[0]]:
             kept[token] = True
         mass += p[token]
     want = p * kept / (p * kept).sum()
-    n = 4000
+    n = 2000
     rows = run(logits.expand(n, -1), *(share(sequence(seed=i, **params)) for i in range(n)))  # type: ignore[arg-type]
     seen = Counter(r.token_id for r in rows)
     for token in range(100, 110):
@@ -146,9 +148,10 @@ def test_a_flat_distribution_is_narrowed_over_the_whole_vocabulary(params: dict[
     logits += torch.arange(VOCAB) * 1e-6
     keep = {"top_p": 0.9 * VOCAB, "min_p": VOCAB, "top_k": 700}
     expected = 630 if len(params) == 2 else keep[next(iter(params))]
-    tokens = {one(logits, seed=i, **params).token_id for i in range(1500)}
+    items = [share(sequence(seed=i, **params)) for i in range(300)]  # type: ignore[arg-type]
+    tokens = {r.token_id for r in run(logits.expand(300, -1), *items)}
     assert min(t for t in tokens if t is not None) >= VOCAB - expected - 1
-    assert len(tokens) > 0.5 * min(expected, 1500)
+    assert len(tokens) > 200, "all over the range, not only its top"
 
 
 def test_penalties_follow_their_formulas() -> None:
