@@ -14,7 +14,8 @@ from peqa_server.task_commands import app as tasks_app
 from peqa_runtime.cli import app as offline_app
 
 if TYPE_CHECKING:
-    from peqa_server.loading import Report
+    from peqa_server.loading import Report, ServeOptions
+    from peqa_server.services import Services
 
 app = typer.Typer(
     name="peqa",
@@ -28,114 +29,109 @@ app.registered_commands += offline_app.registered_commands
 app.add_typer(tasks_app, name="tasks")
 
 
+Base = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Base folder, Hugging Face model folder or .gguf file. Default: the demo.", envvar="PEQA_BASE"
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.", envvar="PEQA_HOST")]
+Port = Annotated[
+    int, typer.Option(help="Port to listen on; 0 takes a free one.", envvar="PEQA_PORT", min=0, max=65535)
+]
+Store = Annotated[
+    Path | None, typer.Option(help="Folder of the tasks. Default: in the home, by base.", envvar="PEQA_STORE")
+]
+Home = Annotated[Path, typer.Option(help="Folder for made bases and stores.", envvar="PEQA_HOME")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="PEQA_DEVICE")]
+Dtype = Annotated[
+    str, typer.Option(help="Of activations: auto, float32, bfloat16, float16.", envvar="PEQA_DTYPE")
+]
+Bits = Annotated[int, typer.Option(help="Where a folder of floats is quantized.", envvar="PEQA_BITS")]
+GroupSize = Annotated[
+    int, typer.Option(help="Likewise; -1 = one scale per channel.", envvar="PEQA_GROUP_SIZE")
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest prompt plus answer, in tokens. Default: the model's.",
+        envvar="PEQA_MAX_MODEL_LEN",
+        min=1,
+    ),
+]
+MaxSequences = Annotated[
+    int | None, typer.Option(help="Choices computed at once.", envvar="PEQA_MAX_SEQUENCES", min=1)
+]
+MaxBatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens of one step.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
+]
+MaxWaiting = Annotated[
+    int | None, typer.Option(help="Waiting choices before a 429.", envvar="PEQA_MAX_WAITING", min=1)
+]
+KVBlocks = Annotated[
+    int | None,
+    typer.Option(help="Blocks of the KV cache. Default: what fits.", envvar="PEQA_KV_BLOCKS", min=1),
+]
+TaskRows = Annotated[
+    int | None,
+    typer.Option(help="Tasks on the device at once, the base included.", envvar="PEQA_TASK_ROWS", min=1),
+]
+GroupRows = Annotated[
+    int | None, typer.Option(help="Likewise, of kind 'group'.", envvar="PEQA_GROUP_ROWS", min=1)
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keys, one per line; every route but /health and /ready then asks for one.",
+        envvar="PEQA_API_KEY_FILE",
+    ),
+]
+MaxUpload = Annotated[
+    int | None,
+    typer.Option(
+        help="Largest scale set file. Default: the largest valid one.", envvar="PEQA_MAX_UPLOAD_MB", min=1
+    ),
+]
+DrainSeconds = Annotated[
+    float, typer.Option(help="Time for running answers after SIGTERM.", envvar="PEQA_DRAIN_SECONDS", min=0)
+]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.", envvar="PEQA_LOG_LEVEL")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Report the start as one JSON line.", envvar="PEQA_JSON")
+]
+
+
 @app.command()
 def serve(
-    base: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Base folder, Hugging Face model folder or .gguf file. Default: the demo.",
-            envvar="PEQA_BASE",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="PEQA_HOST")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one.", envvar="PEQA_PORT", min=0, max=65535)
-    ] = 8000,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the tasks. Default: in the home, by base.", envvar="PEQA_STORE"),
-    ] = None,
-    home: Annotated[Path, typer.Option(help="Folder for made bases and stores.", envvar="PEQA_HOME")] = Path(
-        "~/.peqa"
-    ),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="PEQA_DEVICE")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Of activations: auto, float32, bfloat16, float16.", envvar="PEQA_DTYPE")
-    ] = "auto",
-    bits: Annotated[int, typer.Option(help="Where a folder of floats is quantized.", envvar="PEQA_BITS")] = 4,
-    group_size: Annotated[
-        int, typer.Option(help="Likewise; -1 = one scale per channel.", envvar="PEQA_GROUP_SIZE")
-    ] = 64,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest prompt plus answer, in tokens. Default: the model's.",
-            envvar="PEQA_MAX_MODEL_LEN",
-            min=1,
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int | None, typer.Option(help="Choices computed at once.", envvar="PEQA_MAX_SEQUENCES", min=1)
-    ] = None,
-    max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of one step.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
-    ] = None,
-    max_waiting: Annotated[
-        int | None, typer.Option(help="Waiting choices before 429.", envvar="PEQA_MAX_WAITING", min=1)
-    ] = None,
-    kv_blocks: Annotated[
-        int | None,
-        typer.Option(help="Blocks of the KV cache. Default: what fits.", envvar="PEQA_KV_BLOCKS", min=1),
-    ] = None,
-    task_rows: Annotated[
-        int | None,
-        typer.Option(help="Tasks on the device at once, the base included.", envvar="PEQA_TASK_ROWS", min=1),
-    ] = None,
-    group_rows: Annotated[
-        int | None, typer.Option(help="Likewise, of kind 'group'.", envvar="PEQA_GROUP_ROWS", min=1)
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keys, one per line; every route but /health and /ready then asks for one.",
-            envvar="PEQA_API_KEY_FILE",
-        ),
-    ] = None,
-    max_upload_mb: Annotated[
-        int | None,
-        typer.Option(
-            help="Largest scale set file. Default: the largest valid one.", envvar="PEQA_MAX_UPLOAD_MB", min=1
-        ),
-    ] = None,
-    drain_seconds: Annotated[
-        float,
-        typer.Option(help="Time for running answers after SIGTERM.", envvar="PEQA_DRAIN_SECONDS", min=0),
-    ] = 30.0,
-    log_level: Annotated[
-        str, typer.Option(help="debug, info, warning or error.", envvar="PEQA_LOG_LEVEL")
-    ] = "info",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Report the start as one JSON line.", envvar="PEQA_JSON")
-    ] = False,
+    base: Base = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    store: Store = None,
+    home: Home = Path("~/.peqa"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    bits: Bits = 4,
+    group_size: GroupSize = 64,
+    max_model_len: MaxModelLen = None,
+    max_sequences: MaxSequences = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_waiting: MaxWaiting = None,
+    kv_blocks: KVBlocks = None,
+    task_rows: TaskRows = None,
+    group_rows: GroupRows = None,
+    api_key_file: ApiKeyFile = None,
+    max_upload_mb: MaxUpload = None,
+    drain_seconds: DrainSeconds = 30.0,
+    log_level: LogLevel = "info",
+    as_json: AsJson = False,
 ) -> None:
     """Serve a base and its tasks over HTTP.
 
     Example: peqa serve bases/smollm2 --port 8000 --store tasks
     """
-    from peqa_server.app import create_loading_app
-    from peqa_server.auth import read_key_file
-    from peqa_server.loading import ServeOptions, load_services
-    from peqa_server.run import CannotBind, is_loopback, listen, run
-    from peqa_server.services import Services
-    from peqa_server.settings import MIB, ServerSettings
+    from peqa_server.loading import ServeOptions
 
     _set_up_logging(log_level)
-    try:
-        keys = read_key_file(api_key_file) if api_key_file is not None else ()
-        listener = listen(host, port)
-    except (CannotBind, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    if not is_loopback(host) and not keys:
-        typer.echo(
-            f"warning: {host} can be reached from other machines, and no API key is asked for: anybody who reaches "
-            "this port can generate, upload and delete tasks. Give --api-key-file, or --host 127.0.0.1.", err=True,
-        )  # fmt: skip
-    settings = ServerSettings(
-        api_keys=keys,
-        max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
-        drain_seconds=drain_seconds,
-    )
     sizes = {
         "max_model_len": max_model_len,
         "max_sequences": max_sequences,
@@ -155,6 +151,42 @@ def serve(
         group_size=group_size,
         engine={name: value for name, value in sizes.items() if value is not None},
     )
+    raise typer.Exit(_serve(options, host, port, api_key_file, max_upload_mb, drain_seconds, as_json))
+
+
+def _serve(
+    options: ServeOptions,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    max_upload_mb: int | None,
+    drain_seconds: float,
+    as_json: bool,
+) -> int:
+    """Bind, then load beside the running server; the exit status."""
+    from peqa_server.app import create_loading_app
+    from peqa_server.auth import read_key_file
+    from peqa_server.loading import load_services
+    from peqa_server.run import CannotBind, is_loopback, listen, run
+    from peqa_server.settings import MIB, ServerSettings
+
+    try:
+        keys = read_key_file(api_key_file) if api_key_file is not None else ()
+        listener = listen(host, port)
+    except (CannotBind, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        return 1
+    if not is_loopback(host) and not keys:
+        typer.echo(
+            f"warning: {host} can be reached from other machines, and no API key is asked for: anybody who reaches "
+            "this port can generate, upload and delete tasks. Give --api-key-file, or --host 127.0.0.1.",
+            err=True,
+        )
+    settings = ServerSettings(
+        api_keys=keys,
+        max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
+        drain_seconds=drain_seconds,
+    )
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def load() -> Services:
@@ -162,7 +194,7 @@ def serve(
         _show(report, url, as_json)
         return services
 
-    raise typer.Exit(run(create_loading_app(settings), listener, load, drain_seconds))
+    return run(create_loading_app(settings), listener, load, drain_seconds)
 
 
 def _set_up_logging(level: str) -> None:
