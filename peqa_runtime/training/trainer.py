@@ -158,6 +158,12 @@ class PlannedBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run, padding included."""
+        lengths = [len(example.token_ids) - 1 for example in self.data.examples]
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in self.plan)
+
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         batch = collate([self.data.examples[i] for i in self.plan[step]], self.pad_token_id)
         return {"input_ids": batch.input_ids, "positions": batch.positions, "targets": batch.targets}
@@ -273,7 +279,7 @@ def _result(trainer: ScaleTrainer, with_held_out: bool, seconds: float) -> TuneR
         train_loss=losses[-1] if losses else float("nan"),
         held_out_loss=state.best_metric if with_held_out else None,
         best_step=state.best_global_step or state.global_step if with_held_out else state.global_step,
-        tokens=trainer.tokens_seen,
+        tokens=trainer.train_dataset.num_tokens,
         seconds=seconds,
     )
 

@@ -141,6 +141,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     for name, tensor in expected.tensors.items():
         assert torch.equal(tensor, resumed.tensors[name]), name
     assert resumed.revision == expected.revision
+    assert resumed.note["tokens"] == expected.note["tokens"] > 0
+    assert resumed.note["held_out_loss"] == expected.note["held_out_loss"]
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
