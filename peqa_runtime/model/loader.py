@@ -105,13 +105,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     _check_names(folder, model, manifest)
     linears = fuse_siblings(model, manifest.linears, fuse=fuse)
     steady_linears(model)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prepare()
-        elif isinstance(module, TiedHead):
-            module.embedding.prepare()
-    for linear in linears:
-        linear.module.prepare()
+    _prepare(model, linears)
     step = StepContext()
     layers = place_layers(model, step) if paged else []
     loaded = LoadedModel(
@@ -133,6 +127,17 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     if paged:
         self_check(loaded)
     return loaded
+
+
+def _prepare(model: PreTrainedModel, linears: list[LinearSpec]) -> None:
+    """Lay all codes out for the device: fused launches, and heads that are codes."""
+    for linear in linears:
+        linear.module.prepare()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare()
+        elif isinstance(module, TiedHead):
+            module.embedding.prepare()
 
 
 def pick_device(name: str) -> torch.device:
