@@ -27,7 +27,7 @@ log = logging.getLogger("peqa.server")
 Say = Callable[[str], None]
 
 SEEDED = "demo-tasks-seeded"
-"""Marks a store that got the demo's tasks: what its owner deletes afterwards stays deleted."""
+"""Names the demo's tasks that a store has got once: what its owner deletes afterwards stays deleted."""
 
 
 @dataclass(frozen=True)
@@ -158,19 +158,21 @@ def _converted(source: Path, options: ServeOptions, say: Say) -> Path:
 
 
 def seed_tasks(tasks: TaskLibrary, store: Path, sets: tuple[Path, ...]) -> None:
-    """Put the demo's sets into a store that never had them. Interrupted, the next start goes on."""
+    """Put each of the demo's sets into the store once. Interrupted, the next start goes on."""
     mark = store / SEEDED
-    if mark.exists():
-        return
+    done = set(mark.read_text(encoding="utf-8").split()) if mark.exists() else set()
     known = {info.task for info in tasks.list()}
     for path in sets:
-        if path.stem in known:
+        if path.stem in done:
             continue
-        try:
-            tasks.upload(path.stem, path)
-        except PeqaError as error:
-            log.warning("the demo's task %s cannot be used: %s", path.stem, error)
-    mark.touch()
+        if path.stem not in known:
+            try:
+                tasks.upload(path.stem, path)
+            except PeqaError as error:
+                log.warning("the demo's task %s cannot be used: %s", path.stem, error)
+                continue
+        with mark.open("a", encoding="utf-8") as file:
+            file.write(f"{path.stem}\n")
 
 
 def _report(base: Path, store: Path, engine: Engine) -> Report:

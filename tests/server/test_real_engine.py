@@ -269,9 +269,9 @@ def test_demo_tasks_are_seeded_once(real: Real, tiny_base: Path, tmp_path: Path)
     bad.write_bytes(b"junk")
     tasks = real.services.tasks
     seed_tasks(tasks, tmp_path, (files[0], bad))
-    (tmp_path / SEEDED).unlink()
     seed_tasks(tasks, tmp_path, (*files, bad))
     assert {"seed-a", "seed-b"} <= {info.task for info in tasks.list()}
+    assert (tmp_path / SEEDED).read_text().split() == ["seed-a", "seed-b"]
     tasks.delete("seed-a")
     seed_tasks(tasks, tmp_path, tuple(files))
     assert "seed-a" not in {info.task for info in tasks.list()}, "what was deleted stays deleted"
