@@ -25,10 +25,13 @@ typedef struct {
     int64_t position;                         /* of the first query */
 } item;
 
-#if VL >= 8
-#define SCORE_V (VL == 16 ? 4 : 2)
+/* Vectors of a register tile beside its 6 rows. */
+#if VL == 16 || defined(__aarch64__)
+#define SCORE_V 4
+#define VALUE_V 4
 #else
 #define SCORE_V 2
+#define VALUE_V 2
 #endif
 
 INLINE size_t group_of(const attention *a) { return a->heads / a->kv_heads; }
@@ -89,78 +92,72 @@ static void take_queries(const attention *a, const item *it, item_memory *m)
 
 /* ---- scores ---- */
 
-INLINE void score_tile(const int R, const size_t d, const float *keys, const float *q, float *score)
+/* R rows against V vectors of positions. */
+INLINE void score_tile(const int R, const int V, const size_t d, const float *keys, const float *q, float *score)
 {
     vf acc[BLOCK_ROWS][SCORE_V];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-        for (int v = 0; v < SCORE_V; v++)
-            acc[r][v] = vset(0.0f);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = vset(0.0f);
     for (size_t i = 0; i < d; i++, keys += CHUNK, q += R) {
         vf k[SCORE_V];
-#pragma GCC unroll 16
-        for (int v = 0; v < SCORE_V; v++)
-            k[v] = vload(keys + v * VL);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < V; v++) k[v] = vload(keys + v * VL);
+        UNROLL for (int r = 0; r < R; r++)
+        {
             const vf x = vset(q[r]);
-#pragma GCC unroll 16
-            for (int v = 0; v < SCORE_V; v++)
-                acc[r][v] = vfma(x, k[v], acc[r][v]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] = vfma(x, k[v], acc[r][v]);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-        for (int v = 0; v < SCORE_V; v++)
-            vstore(score + (size_t)r * CHUNK + v * VL, acc[r][v]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) vstore(score + (size_t)r * CHUNK + v * VL, acc[r][v]);
 }
 
-static void scores(const attention *a, const item *it, const item_memory *m)
+#define SCORES(R)                                                                                                      \
+    static void scores_##R(const size_t d, const float *keys, const float *q, float *score, size_t end)                \
+    {                                                                                                                  \
+        size_t at = 0;                                                                                                 \
+        for (; at + SCORE_V * VL <= end; at += SCORE_V * VL)                                                           \
+            score_tile(R, SCORE_V, d, keys + at, q, score + at);                                                       \
+        for (; at < end; at += VL)                                                                                     \
+            score_tile(R, 1, d, keys + at, q, score + at);                                                             \
+    }
+SCORES(1) SCORES(2) SCORES(3) SCORES(4) SCORES(5) SCORES(6)
+
+/* q k for the chunk's positions up to `end`, rounded up to whole vectors. */
+static void scores(const attention *a, const item *it, const item_memory *m, size_t end)
 {
+    typedef void (*run)(size_t, const float *, const float *, float *, size_t);
+    static const run table[BLOCK_ROWS + 1] = {0, scores_1, scores_2, scores_3, scores_4, scores_5, scores_6};
     for (size_t block = 0; block < blocks_of(it->rows); block++) {
         const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        const float *q = m->query + first * a->d;
-        for (size_t at = 0; at < CHUNK; at += SCORE_V * VL) {
-            float *score = m->score + first * CHUNK + at;
-            switch (n) {
-            case 1: score_tile(1, a->d, m->keys + at, q, score); break;
-            case 2: score_tile(2, a->d, m->keys + at, q, score); break;
-            case 3: score_tile(3, a->d, m->keys + at, q, score); break;
-            case 4: score_tile(4, a->d, m->keys + at, q, score); break;
-            case 5: score_tile(5, a->d, m->keys + at, q, score); break;
-            default: score_tile(6, a->d, m->keys + at, q, score);
-            }
-        }
+        table[n](a->d, m->keys, m->query + first * a->d, m->score + first * CHUNK, end);
     }
 }
 
 /* ---- softmax ---- */
 
-/* Turns row's scores of the chunk at `start` into weights; `from`..`to` is what this row sees of it. */
-static void weigh(const attention *a, const item_memory *m, size_t row, int64_t start, int64_t from, int64_t to)
+/* Turns row's scores of the chunk into weights; it sees the offsets from..to of those before `end`. */
+static void weigh(const attention *a, const item_memory *m, size_t row, int32_t from, int32_t to, int32_t end)
 {
+    const int vectors = (end + VL - 1) / VL; /* what lies behind would add exact zeros */
     float *score = m->score + row * CHUNK;
     if (from >= to) {
-        for (size_t i = 0; i < CHUNK; i += VL)
-            vstore(score + i, vset(0.0f));
+        for (int i = 0; i < vectors; i++)
+            vstore(score + i * VL, vset(0.0f));
         m->shrink[row] = 1.0f;
         return;
     }
     const vf low = vset(-__builtin_inff());
     vf best = low, s[CHUNK / VL];
-    for (int i = 0; i < CHUNK / VL; i++) {
+    for (int i = 0; i < vectors; i++) {
         vf x = vload(score + i * VL) * vset(a->scaling);
         if (a->softcap != 0.0f)
             x = vset(a->softcap) * vtanh(x / vset(a->softcap));
-        s[i] = vwithin(x, (int32_t)(from - start) - i * VL, (int32_t)(to - start) - i * VL, low);
+        s[i] = vwithin(x, from - i * VL, to - i * VL, low);
         best = vmax(s[i], best);
     }
     const float before = m->top[row], top = hmax(best) > before ? hmax(best) : before;
     const float shrink = vexp(vset(before - top))[0]; /* exp(-inf) = 0 in the first chunk */
     vf sum = vload(m->sum + row * VL) * vset(shrink);
-    for (int i = 0; i < CHUNK / VL; i++) {
+    for (int i = 0; i < vectors; i++) {
         const vf weight = vexp(s[i] - vset(top));
         sum += weight;
         vstore(score + i * VL, weight);
@@ -176,33 +173,24 @@ static void weigh(const attention *a, const item_memory *m, size_t row, int64_t 
 INLINE void value_tile(const int R, const int V, const float *const *value, size_t feature, size_t features, size_t n,
                        const float *weight, const float *shrink, float *out, size_t d_v)
 {
-    vf acc[BLOCK_ROWS][4];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            acc[r][v] = vpart(out + (size_t)r * d_v + v * VL, V > 1 ? VL : features) * vset(shrink[r]);
+    const size_t width = V > 1 ? VL : features;
+    vf acc[BLOCK_ROWS][VALUE_V];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) acc[r][v] =
+            vpart(out + (size_t)r * d_v + v * VL, width) * vset(shrink[r]);
     for (size_t i = 0; i < n; i++) {
-        vf x[4];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            x[v] = vpart(value[i] + feature + v * VL, V > 1 ? VL : features);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
+        vf x[VALUE_V];
+        UNROLL for (int v = 0; v < V; v++) x[v] = vpart(value[i] + feature + v * VL, width);
+        UNROLL for (int r = 0; r < R; r++)
+        {
             const vf w = vset(weight[(size_t)r * CHUNK + i]);
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++)
-                acc[r][v] = vfma(w, x[v], acc[r][v]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] = vfma(w, x[v], acc[r][v]);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            vput(out + (size_t)r * d_v + v * VL, acc[r][v], V > 1 ? VL : features);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) vput(out + (size_t)r * d_v + v * VL, acc[r][v], width);
 }
 
-#define VALUE_V (VL == 8 || (VL == 4 && !VEC_32_REGISTERS) ? 2 : 4)
 #define VALUES(R)                                                                                                      \
     static void values_##R(const float *const *value, size_t n, const float *weight, const float *shrink, float *out,  \
                            size_t d_v)                                                                                 \
@@ -229,26 +217,37 @@ static void values(const attention *a, const item *it, const item_memory *m, con
 
 /* ---- one item ---- */
 
-/* Positions start + from .. start + to of the chunk: their keys transposed into m->keys, their values' addresses. */
-static void gather(const attention *a, const item *it, const item_memory *m, int64_t start, size_t from, size_t to,
-                   const float **value)
+/* Where the keys and values of one chunk lie; value[i] and key[from + i] belong together. */
+typedef struct {
+    const float *key[CHUNK], *value[CHUNK];
+    int32_t from, to; /* offsets in the chunk that some row of the item sees */
+} places;
+
+static void locate(const attention *a, const item *it, const item_memory *m, int64_t start, int64_t begin, int64_t end,
+                   places *p)
 {
     const int32_t *table = a->block_tables + it->sequence * a->table_stride;
-    const float *key[CHUNK];
-    size_t slot = (size_t)(start + (int64_t)from), block = slot / a->block_size, offset = slot % a->block_size;
-    for (size_t i = 0; i < CHUNK; i++)
-        key[i] = m->nothing;
-    for (size_t i = from; i < to; i++) {
+    p->from = begin > start ? (int32_t)(begin - start) : 0;
+    p->to = end < start + CHUNK ? (int32_t)(end - start) : CHUNK;
+    size_t slot = (size_t)(start + p->from), block = slot / a->block_size, offset = slot % a->block_size;
+    for (int32_t i = 0; i < CHUNK; i++)
+        p->key[i] = m->nothing;
+    for (int32_t i = p->from; i < p->to; i++) {
         const size_t token = (size_t)table[block] * a->block_size + offset;
-        key[i] = a->keys + (token * a->kv_heads + it->kv_head) * a->d;
-        value[i - from] = a->values + (token * a->kv_heads + it->kv_head) * a->d_v;
+        const float *key = a->keys + (token * a->kv_heads + it->kv_head) * a->d;
+        const float *value = a->values + (token * a->kv_heads + it->kv_head) * a->d_v;
+        p->key[i] = key;
+        p->value[i - p->from] = value;
+        /* Rows of one head lie apart, so the hardware does not see what comes next (a third of a cold step's time). */
+        for (size_t f = 0; f < a->d; f += 16)
+            __builtin_prefetch(key + f);
+        for (size_t f = 0; f < a->d_v; f += 16)
+            __builtin_prefetch(value + f);
         if (++offset == a->block_size) {
             offset = 0;
             block++;
         }
     }
-    for (size_t i = 0; i < CHUNK; i += VL)
-        transpose_rows(key + i, a->d, m->keys + i, CHUNK);
 }
 
 static void attend(const attention *a, const item *it, item_memory *m)
@@ -256,18 +255,24 @@ static void attend(const attention *a, const item *it, item_memory *m)
     const size_t group = group_of(a);
     const int64_t end = it->position + (int64_t)it->queries; /* behind the last key that any row sees */
     const int64_t begin = a->window && it->position + 1 > a->window ? it->position + 1 - a->window : 0;
-    const float *value[CHUNK];
+    places two[2];
+    int64_t start = begin / CHUNK * CHUNK;
+    locate(a, it, m, start, begin, end, &two[0]);
     take_queries(a, it, m);
-    for (int64_t start = begin / CHUNK * CHUNK; start < end; start += CHUNK) {
-        const int64_t from = begin > start ? begin : start, to = end < start + CHUNK ? end : start + CHUNK;
-        gather(a, it, m, start, (size_t)(from - start), (size_t)(to - start), value);
-        scores(a, it, m);
+    for (int turn = 0; start < end; start += CHUNK, turn ^= 1) {
+        const places *p = &two[turn];
+        if (start + CHUNK < end) /* so its loads run while this chunk is computed */
+            locate(a, it, m, start + CHUNK, begin, end, &two[turn ^ 1]);
+        for (int32_t i = 0; i < p->to; i += VL)
+            transpose_rows(p->key + i, a->d, m->keys + i, CHUNK);
+        scores(a, it, m, (size_t)p->to);
         for (size_t row = 0; row < it->rows; row++) {
-            const int64_t at = it->position + (int64_t)(row / group);
-            const int64_t first = a->window && at + 1 - a->window > from ? at + 1 - a->window : from;
-            weigh(a, m, row, start, first, at + 1 < to ? at + 1 : to);
+            const int64_t behind = it->position + (int64_t)(row / group) + 1 - start; /* the last offset it sees */
+            const int64_t first = a->window ? behind - a->window : p->from;
+            weigh(a, m, row, first > p->from ? (int32_t)first : p->from, behind < p->to ? (int32_t)behind : p->to,
+                  p->to);
         }
-        values(a, it, m, value, (size_t)(from - start), (size_t)(to - start));
+        values(a, it, m, p->value, (size_t)p->from, (size_t)p->to);
     }
     const size_t token = (size_t)a->query_starts[it->sequence] + it->first;
     for (size_t row = 0; row < it->rows; row++) {

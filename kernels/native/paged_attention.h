@@ -9,12 +9,6 @@
 #define ITEM_ROWS 48 /* queries x heads of one work item: enough to pay for transposing the keys */
 #define BLOCK_ROWS 6 /* rows of one register tile */
 
-#if VL == 16 || defined(__aarch64__)
-#define VEC_32_REGISTERS 1
-#else
-#define VEC_32_REGISTERS 0
-#endif
-
 typedef struct {
     float *scratch, *out;
     const float *q, *keys, *values, *sinks;

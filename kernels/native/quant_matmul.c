@@ -6,7 +6,6 @@
  */
 #include "quant_matmul.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
 #define MAX_V 8
 #ifndef ROLL

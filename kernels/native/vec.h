@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
