@@ -7,7 +7,21 @@ from typing import Any
 
 import httpx
 import pytest
-from server_stubs import EOS, Script, StubEngine, check_error, revision_of, wait_until
+from peqa_server.answers import Answer, AnswerStyle
+from peqa_server.choice import Piece, TokenPiece
+from peqa_server.services import ServedModel
+from server_stubs import (
+    EOS,
+    MANIFEST,
+    ByteTokenizer,
+    Script,
+    StubEngine,
+    check_error,
+    revision_of,
+    wait_until,
+)
+
+from peqa_runtime.core import Lease, TokenLogprobs
 
 SQL = revision_of(b"SET sql one")
 
@@ -268,3 +282,17 @@ def test_request_ids_are_echoed_and_never_shared(server: Any) -> None:
         )
         assert answer.headers["x-request-id"] == "mine-7"
     assert len({r.request_id for r in server.engine.requests}) == 2
+
+
+def test_a_token_that_shares_its_text_does_not_pass_for_the_likeliest() -> None:
+    """Scoring tools take "the chosen value is the largest" for "greedy chose it"."""
+    model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+    answer = Answer(model, Lease("base", ""), AnswerStyle(logprobs=1), None)
+    half = TokenLogprobs(195, -3.0, ((169, -0.5), (97, -1.0)))  # 195 and 169 are both half a character: "�"
+    row = answer.chunk_choice(Piece("", (TokenPiece(195, 0, half),)))["logprobs"]
+    assert row["token_logprobs"] == [-3.0]
+    assert max(row["top_logprobs"][0].values()) == -0.5
+    never = TokenLogprobs(98, float("-inf"), ())
+    assert answer.chunk_choice(Piece("b", (TokenPiece(98, 0, never),)))["logprobs"]["token_logprobs"] == [
+        -9999.0
+    ]
