@@ -62,12 +62,12 @@ class ModelRunner:
         self._sampler = sampler
         self._block_size = block_size
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[StepResult]:
         """Write new rows, compute the batch's tokens, choose the next ones: one result per scheduled sequence."""
         for write in batch.bank_writes:
             self._bank.write(write.row, write.group_row, self._scale_set(write.revision))
-        return self._sampler.sample(batch, self._forward(batch))
+        with torch.inference_mode():
+            return self._sampler.sample(batch, self._forward(batch))
 
     def _forward(self, batch: Batch) -> Tensor:
         """One pass of the model: float32 logits [rows, vocab], rows as `logit_positions` lists them."""

@@ -7,7 +7,7 @@ tokens `[num_computed_tokens, num_tokens)` are to compute, and one budget of tok
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
@@ -31,12 +31,18 @@ NOT_FINITE = (
     "check the task's scale set (other requests are not affected)"
 )
 
+_PATIENCE = 64
+"""Younger requests that may start before one that lacks a bank row. Enough to keep the batch full while some running
+request ends (it takes a row's last user to do so), few enough to bound the wait."""
+
 
 class RowPlacer(Protocol):
     """Who may use a row of the scale bank (the TaskRegistry)."""
 
-    def place(self, revision: str, kind: ScaleKind) -> Placement | None:
-        """A row for this leased revision, or None when every row is pinned by another lease."""
+    def place(
+        self, revision: str, kind: ScaleKind, *, in_use: Collection[str] | None = None
+    ) -> Placement | None:
+        """A row for this leased revision, never one of a revision `in_use`; None when there is no other."""
 
 
 @dataclass
@@ -63,7 +69,8 @@ class _Budget:
 class Scheduler:
     """Waiting and running sequences, oldest first in both; `schedule` plans a step, `update` books its result.
 
-    Age rules: the oldest running sequence is never preempted, so it always ends, so everything ends.
+    Age rules: the oldest running sequence is never preempted, so it always ends; the oldest waiting one is overtaken
+    a bounded number of times; so everything ends.
     """
 
     def __init__(
@@ -86,6 +93,9 @@ class Scheduler:
         self._max_prompt_logprob_rows = max_prompt_logprob_rows
         self._eos_token_ids = frozenset(eos_token_ids)
         self._arrivals = count()
+        self._overtaken: dict[
+            int, int
+        ] = {}  # arrival of the oldest sequence without a row -> how often overtaken
         # Writes that no step has completed yet, by row: a step that fails leaves them for the next user of the row.
         self._pending_writes: dict[int, BankWrite] = {}
 
@@ -159,10 +169,12 @@ class Scheduler:
         """Move waiting sequences to running, oldest first; return their shares of the step.
 
         Blocks for all known tokens are given at once, so a prompt once begun never runs out of them. Too few
-        blocks stop admission (a long prompt is not overtaken for ever); no row only skips that one sequence.
+        blocks stop admission (a long prompt is not overtaken for ever); no row only skips that one sequence, until
+        it has been overtaken `_PATIENCE` times: then nobody behind it starts until running ones free a row.
         """
         shares: list[ScheduledSequence] = []
         without_row: set[str] = set()
+        skipped: Sequence | None = None
         for sequence in self.waiting:
             if budget.tokens == 0 or len(self.running) == self._max_sequences:
                 break
@@ -173,6 +185,9 @@ class Scheduler:
                 break
             if not self._place(sequence):
                 without_row.add(sequence.request.revision)
+                skipped = skipped or sequence
+                if self._overtaken.get(skipped.arrival, 0) >= _PATIENCE:
+                    break
                 continue
             share = budget.take(sequence)
             if share is not None:
@@ -180,6 +195,8 @@ class Scheduler:
                 sequence.status = "running"
                 insort(self.running, sequence, key=_arrival)
                 shares.append(share)
+                if skipped is not None:
+                    self._overtaken = {skipped.arrival: self._overtaken.get(skipped.arrival, 0) + 1}
         if shares:
             self.waiting = [s for s in self.waiting if s.status == "waiting"]
         return shares
@@ -189,7 +206,8 @@ class Scheduler:
         request = sequence.request
         if request.revision == BASE_REVISION:
             return True  # row 0, the default
-        placement = self._rows.place(request.revision, request.kind)
+        in_use = {s.request.revision for s in self.running}
+        placement = self._rows.place(request.revision, request.kind, in_use=in_use)
         if placement is None:
             return False
         if placement.write:

@@ -3,7 +3,8 @@
 One registry is the single source of truth. Three rules, each under one lock:
 
 - `acquire` looks a task up *and* pins its revision in one step, so that no upload or delete comes between.
-- A revision keeps its row while anybody holds a lease on it; rows of leased revisions are never given away.
+- A revision keeps its row while anybody holds a lease on it; rows of leased revisions are never given away (except
+  by `place(..., in_use=...)`, whose caller says which leased revisions it is not about to read).
 - Deleting a task (or replacing its revision) is two-phase: the name changes at once, the old revision's row is
   free when its last lease is released.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Placement, ScaleKind
@@ -96,8 +98,14 @@ class TaskRegistry:
                 del self._holders[lease.revision]
                 self._free_if_stale(lease.revision)
 
-    def place(self, revision: str, kind: ScaleKind) -> Placement | None:
+    def place(
+        self, revision: str, kind: ScaleKind, *, in_use: Collection[str] | None = None
+    ) -> Placement | None:
         """Return the row of a leased revision, giving it a free or the least recently used unpinned one if need be.
+
+        A lease pins a row. With `in_use` (the revisions that the next forward may read) it does so only weakly: when
+        nothing else is left, the row of a leased revision that is not among them is taken, and that revision is
+        placed and written anew when it is its turn. So requests that only wait do not keep others from running.
 
         None: every row that could serve is pinned; try again when a lease was released. `write` is true exactly
         once per placement: the caller copies the set into the row before the next forward, whatever else happens
@@ -113,9 +121,9 @@ class TaskRegistry:
                 write = revision in self._unwritten
                 self._unwritten.discard(revision)
                 return Placement(row, group_row, write)
-            if kind == "group" and not self._free_group and not self._evict(with_group_row=True):
+            if kind == "group" and not self._free_group and not self._evict(True, in_use):
                 return None
-            if not self._free and not self._evict(with_group_row=False):
+            if not self._free and not self._evict(False, in_use):
                 return None
             group_row = self._free_group.pop() if kind == "group" else 0
             row = self._free.pop()
@@ -164,12 +172,20 @@ class TaskRegistry:
                 group_rows_used=self._group_rows - 1 - len(self._free_group),
             )
 
-    def _evict(self, *, with_group_row: bool) -> bool:
+    def _evict(self, with_group_row: bool, in_use: Collection[str] | None) -> bool:
+        """Free the least recently used row that may be taken: of revisions nobody leases, then of idle ones."""
+        idle = None
         for revision, (_, group_row) in self._resident.items():
-            if not self._holders.get(revision) and (group_row or not with_group_row):
+            if with_group_row and not group_row:
+                continue
+            if not self._holders.get(revision):
                 self._free_rows(revision)
                 return True
-        return False
+            if idle is None and in_use is not None and revision not in in_use:
+                idle = revision
+        if idle is not None:
+            self._free_rows(idle)
+        return idle is not None
 
     def _forget_name(self, revision: str) -> None:
         self._names[revision] -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pytest
@@ -27,16 +28,17 @@ EOS = 0
 
 @dataclass
 class Rows:
-    """As many rows as `limit`; `pinned` revisions keep theirs, others are evicted."""
+    """As many rows as `limit`; revisions in use keep theirs, the others' are taken."""
 
     limit: int
     placed: dict[str, int] = field(default_factory=dict)
-    pinned: set[str] = field(default_factory=set)
 
-    def place(self, revision: str, kind: ScaleKind) -> Placement | None:
+    def place(
+        self, revision: str, kind: ScaleKind, *, in_use: Collection[str] | None = None
+    ) -> Placement | None:
         write = revision not in self.placed
         if write:
-            idle = [r for r in self.placed if r not in self.pinned]
+            idle = [r for r in self.placed if r not in (in_use or ())]
             if len(self.placed) < self.limit:
                 row = len(self.placed) + 1
             elif idle:
@@ -44,7 +46,6 @@ class Rows:
             else:
                 return None
             self.placed[revision] = row
-        self.pinned.add(revision)
         return Placement(self.placed[revision], 0, write)
 
 
@@ -141,8 +142,26 @@ def test_without_a_row_only_that_sequence_waits() -> None:
         s.add(sequence(name, 2, revision, max_tokens=2))
     assert set(step(s)[0]) == {"a", "c", "d"}
     assert set(step(s)[0]) == {"a", "c", "d"}
-    rows.pinned.discard("x")
     assert set(step(s)[0]) == {"b", "e"}
+
+
+def test_who_lacks_a_row_is_not_overtaken_for_ever() -> None:
+    """One row, and requests for its task without end: the other task's request gets its turn."""
+    s = scheduler(rows=Rows(1), max_sequences=4)
+    s.add(sequence("x0", 2, "x", max_tokens=2))
+    step(s)
+    s.add(sequence("y", 2, "y", max_tokens=2))
+    overtaken = 0
+    for number in range(1, 1000):
+        s.add(sequence(f"x{number}", 2, "x", max_tokens=2))
+        if "y" in step(s)[0]:
+            break
+        overtaken += 1
+    else:
+        pytest.fail("y starved")
+    assert overtaken >= 20, "nor does it stop the others at once"
+    while s.has_work:
+        step(s)
 
 
 def test_a_bank_write_is_asked_once_and_again_after_a_failure() -> None:
@@ -169,7 +188,6 @@ def test_a_pending_write_is_replaced_with_its_row() -> None:
     s = scheduler(rows=rows)
     s.add(sequence("a", 2, "x"))
     s.fail(s.schedule(), "boom")
-    rows.pinned.clear()
     s.add(sequence("b", 2, "y"))
     assert [(w.revision, w.row) for w in s.schedule().bank_writes] == [("y", 1)]
 
@@ -265,7 +283,6 @@ def test_random_workloads(seed: int) -> None:
     expected: dict[str, int] = {}
     got: dict[str, list[TokenOutput]] = {}
     computed: dict[str, int] = {}  # the oracle's own count of computed tokens
-    leases: dict[str, str] = {}
     for number in range(30):
         prompt = rng.randint(1, max(1, min(30, blocks * block_size - 8)))
         revision = rng.choice(["", "x", "y", "z", "w"])
@@ -278,7 +295,6 @@ def test_random_workloads(seed: int) -> None:
         )
         expected[new.request_id] = new.request.params.max_tokens
         got[new.request_id] = []
-        leases[new.request_id] = revision
         s.add(new)
     aborted: set[str] = set()
     for _ in range(5000):
@@ -288,7 +304,6 @@ def test_random_workloads(seed: int) -> None:
             victim = rng.choice(sorted(expected))
             if s.abort(victim):
                 aborted.add(victim)
-                leases.pop(victim)
         batch = s.schedule()
         assert batch.num_tokens <= budget
         assert len(s.running) <= max_sequences
@@ -304,9 +319,6 @@ def test_random_workloads(seed: int) -> None:
             assert rows.placed.get(item.sequence.request.revision, 0) == item.sequence.row
         for output in s.update(batch, results(batch)):
             got[output.request_id].append(output)
-            if output.finished:
-                leases.pop(output.request_id)
-        rows.pinned &= set(leases.values())
         s.check_integrity()
     assert not s.has_work, "everything ends"
     assert s.blocks.num_used == 0

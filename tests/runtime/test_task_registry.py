@@ -102,6 +102,21 @@ def test_a_retained_lease_counts_by_itself() -> None:
         registry.retain(second)
 
 
+def test_a_lease_that_only_waits_gives_its_row_to_one_that_runs() -> None:
+    registry = registry_with("a", "b", "c", rows=3)
+    a, b, c = (registry.acquire(task) for task in "abc")
+    for lease in (a, b):
+        registry.place(lease.revision, lease.kind)
+    assert registry.place(c.revision, c.kind) is None
+    assert registry.place(c.revision, c.kind, in_use={a.revision, b.revision}) is None
+    assert registry.place(c.revision, c.kind, in_use={a.revision}) == Placement(2, 0, write=True)
+    assert registry.place(a.revision, a.kind) == Placement(1, 0, write=False)
+    registry.release(c)
+    assert registry.place(b.revision, b.kind, in_use=()) == Placement(2, 0, write=True), (
+        "unleased ones go first"
+    )
+
+
 def test_equal_content_shares_a_row_and_keeps_it_until_the_last_name_goes() -> None:
     registry = TaskRegistry(rows=3)
     for task in ("x", "y"):
