@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from tqdm import tqdm
+
 from peqa_loadtest.client import Answer, CompletionClient, LoadTestError, Target
 from peqa_loadtest.report import Report, build_report, print_report
 from peqa_loadtest.run import calibrate, run_plan
 from peqa_loadtest.swap import SwapCheck, prepare_swap, remember_task, restore_task
 from peqa_loadtest.workload import PlannedRequest, PromptWriter, plan_requests
-from rich.console import Console
-from tqdm import tqdm
 
 WIDTH = 130  # columns of the report where there is no terminal to ask
 

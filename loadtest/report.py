@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peqa_loadtest.client import Answer
-from peqa_loadtest.swap import SwapReport
 from rich.console import Console
 from rich.table import Table
+
+from peqa_loadtest.client import Answer
+from peqa_loadtest.swap import SwapReport
 
 PERCENTILES = (50, 90, 99)
 SHOWN = 10  # errors and violations printed one by one; --json holds them all

@@ -12,9 +12,10 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("peqa.access")
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peqa_server.choice import Piece, TokenPiece
-from peqa_server.services import ServedModel
-
 from peqa_runtime.core import Lease
 from peqa_runtime.text import token_text
+from peqa_server.choice import Piece, TokenPiece
+from peqa_server.services import ServedModel
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say (OpenAI's convention)."""

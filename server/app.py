@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+
+from peqa_runtime.errors import InvalidTaskName, PeqaError
 from peqa_server import openai_routes, ops_routes, task_routes
 from peqa_server.access_log import Edge, note_of, refused
 from peqa_server.auth import ApiKeys
@@ -12,12 +18,6 @@ from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
-
-from peqa_runtime.errors import InvalidTaskName, PeqaError
 
 
 def create_app(

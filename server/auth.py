@@ -7,10 +7,11 @@ import hmac
 from collections.abc import Sequence
 from pathlib import Path
 
-from peqa_server.access_log import refused
-from peqa_server.errors import ApiError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from peqa_server.access_log import refused
+from peqa_server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 

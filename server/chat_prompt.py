@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.text import encode
 from peqa_server.choice import Prompt
 from peqa_server.errors import ApiError
 from peqa_server.schemas import ChatCompletionRequest, ChatMessage
 from peqa_server.task_choice import Admission
-
-from peqa_runtime.errors import InvalidRequest
-from peqa_runtime.text import encode
 
 PLACEHOLDER = "{prompt}"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from peqa_server.task_commands import app as tasks_app
 
 from peqa_runtime.cli import app as offline_app
+from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
     from peqa_server.loading import Report, ServeOptions

@@ -8,14 +8,13 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 
+from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
+from peqa_runtime.errors import EngineDead, PromptTooLong
 from peqa_server.access_log import RequestNote
 from peqa_server.choice import Choice, Piece, Prompt, TextRules
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
 from peqa_server.services import ServedModel, Services, TokenStream
-
-from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
-from peqa_runtime.errors import EngineDead, PromptTooLong
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peqa_server.services import ServedModel, Services
-
 from peqa_runtime.errors import InvalidCheckpoint, PeqaError
+from peqa_server.services import ServedModel, Services
 
 if TYPE_CHECKING:
     from peqa_runtime.core import BaseManifest

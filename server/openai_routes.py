@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from peqa_runtime.core import BASE_TASK, TaskInfo
+from peqa_runtime.errors import InvalidRequest, UnknownTask
+from peqa_runtime.text import encode
 from peqa_server.access_log import note_of
 from peqa_server.answers import Answer, AnswerStyle, ChatAnswer, Gathered, Usage
 from peqa_server.chat_prompt import chat_prompt
@@ -25,11 +30,6 @@ from peqa_server.services import ServedModel, gate_of
 from peqa_server.settings import ServerSettings
 from peqa_server.streaming import ClientGone, EventStream, event, read_body, unless_gone
 from peqa_server.task_choice import Admission, chosen_task, unknown
-from starlette.responses import JSONResponse, Response
-
-from peqa_runtime.core import BASE_TASK, TaskInfo
-from peqa_runtime.errors import InvalidRequest, UnknownTask
-from peqa_runtime.text import encode
 
 router = APIRouter()
 

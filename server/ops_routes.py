@@ -6,16 +6,16 @@ import asyncio
 from importlib import metadata
 
 from fastapi import APIRouter, Request
-from peqa_server.errors import ApiError
-from peqa_server.schemas import DetokenizeRequest, TokenizeRequest, parse
-from peqa_server.services import gate_of
-from peqa_server.streaming import read_body
-from peqa_server.task_choice import chosen_task
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import decode, encode, token_text
+from peqa_server.errors import ApiError
+from peqa_server.schemas import DetokenizeRequest, TokenizeRequest, parse
+from peqa_server.services import gate_of
+from peqa_server.streaming import read_body
+from peqa_server.task_choice import chosen_task
 
 router = APIRouter()
 

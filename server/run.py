@@ -14,9 +14,9 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from peqa_server.services import Gate, Services
 
 from peqa_runtime.errors import PeqaError
+from peqa_server.services import Gate, Services
 
 log = logging.getLogger("peqa.server")
 

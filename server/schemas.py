@@ -10,11 +10,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from peqa_server.errors import ApiError, show
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
 from peqa_runtime.core import SamplingParams
+from peqa_server.errors import ApiError, show
 
 MAX_STOP_STRINGS = 64
 

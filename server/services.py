@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import Request as HttpRequest
+
+from peqa_runtime.core import BaseManifest, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
 from peqa_server.settings import ServerSettings
-
-from peqa_runtime.core import BaseManifest, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 

@@ -9,12 +9,13 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from peqa_server.access_log import log, note_of
-from peqa_server.errors import ApiError, to_api_error
-from peqa_server.settings import ServerSettings
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from peqa_server.access_log import log, note_of
+from peqa_server.errors import ApiError, to_api_error
+from peqa_server.settings import ServerSettings
 
 DONE = b"data: [DONE]\n\n"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from peqa_server.errors import ApiError
-from peqa_server.services import Gate, ServedModel, Services, TaskService
-
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, check_task_name
 from peqa_runtime.errors import InvalidTaskName, UnknownTask
+from peqa_server.errors import ApiError
+from peqa_server.services import Gate, ServedModel, Services, TaskService
 
 
 def chosen_task(

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
 from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
 from peqa_server.schemas import RollbackRequest, parse
 from peqa_server.services import Gate, ServedModel, Services, gate_of
 from peqa_server.streaming import read_body
 from peqa_server.upload import spooled_body
-from starlette.responses import JSONResponse, Response
-
-from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
 
 # `:path` lets a name hold slashes as far as the check of names, which refuses it with a 422 instead of a bare 404.
 router = APIRouter(prefix="/v1/tasks")

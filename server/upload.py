@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from starlette.requests import Request
+
 from peqa_server.settings import MIB, ServerSettings
 from peqa_server.streaming import body_parts
-from starlette.requests import Request
 
 
 @contextlib.asynccontextmanager

@@ -6,9 +6,9 @@ import functools
 import logging
 from pathlib import Path
 
-from . import isa as _isa
-from .ops import NativeOps, StaleLibrary
-from .packed import PackedWeight
+from peqa_kernels.native import isa as _isa
+from peqa_kernels.native.ops import NativeOps, StaleLibrary
+from peqa_kernels.native.packed import PackedWeight
 
 __all__ = ["NativeOps", "PackedWeight", "load"]
 

@@ -33,6 +33,7 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-nostdlib",
+    "-s",  # ziglang adds debug information
     "-ffreestanding",  # a compiler without the C library's headers will do
 )
 _TIMEOUT = 600.0  # seconds; ziglang takes under a minute on a slow core

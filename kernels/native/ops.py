@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..quant_matmul.weight import QuantizedWeight
-from .isa import Isa
-from .packed import PackedWeight
-from .pool import Pool, find_pool
+from peqa_kernels.native.isa import Isa
+from peqa_kernels.native.packed import PackedWeight
+from peqa_kernels.native.pool import Pool, find_pool
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 ABI = 3  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 

@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..packing import unpack_codes
-from ..quant_matmul.weight import QuantizedWeight
+from peqa_kernels.packing import unpack_codes
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 PANEL = 32  # outputs of one panel; the last panel of each segment may be filled up
 

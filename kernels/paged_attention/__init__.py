@@ -7,10 +7,11 @@ offset p % block_size; slot = block * block_size + offset. Decode steps and pref
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from peqa_kernels import native
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
 from peqa_kernels.paged_attention.reference import paged_attention_reference, write_kv_reference
-from torch import Tensor
 
 __all__ = ["paged_attention", "paged_attention_reference", "write_kv", "write_kv_reference"]
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .backward import scaled_linear
-from .compiled import Handle, quant_matmul_op
-from .cpu import NativeCpu, TorchCpu
-from .dense import DenseCopies
-from .reference import dequantize, quant_matmul_reference
-from .weight import LinearBank, QuantizedWeight
+from peqa_kernels.quant_matmul.backward import scaled_linear
+from peqa_kernels.quant_matmul.compiled import Handle, quant_matmul_op
+from peqa_kernels.quant_matmul.cpu import NativeCpu, TorchCpu
+from peqa_kernels.quant_matmul.dense import DenseCopies
+from peqa_kernels.quant_matmul.reference import dequantize, quant_matmul_reference
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 if TYPE_CHECKING:
-    from ..native import NativeOps
+    from peqa_kernels.native import NativeOps
 
 __all__ = [
     "BACKENDS",
@@ -87,7 +87,7 @@ class PreparedWeight:
                 raise RuntimeError("the compiled CPU kernels are not there: use backend='torch'")
             return NativeCpu(ops, ops.pack(self.weight, self.segments))
         if backend == "gpu":
-            from .gpu import TritonGpu
+            from peqa_kernels.quant_matmul.gpu import TritonGpu
 
             return TritonGpu(self.weight, self.segments)
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
@@ -166,6 +166,6 @@ class _Reference:
 
 def _native_ops() -> NativeOps | None:
     """Give the compiled kernels, or None where they were not built."""
-    from ..native import load  # here, since it imports this package's types
+    from peqa_kernels.native import load  # here, since it imports this package's types
 
     return load()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from . import PreparedWeight
+    from peqa_kernels.quant_matmul import PreparedWeight
 
 _BLOCK = 1 << 18  # elements of an fp32 intermediate: 1 MB, so that it stays in the second-level cache
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .weight import LinearBank
+from peqa_kernels.quant_matmul.weight import LinearBank
 
 Multiply = Callable[[Tensor, Tensor | None, LinearBank | None, Tensor | None, Tensor | None], Tensor]
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense import DenseCopies
-from .weight import LinearBank
+from peqa_kernels.quant_matmul.dense import DenseCopies
+from peqa_kernels.quant_matmul.weight import LinearBank
 
 if TYPE_CHECKING:
-    from ..native import NativeOps, PackedWeight
+    from peqa_kernels.native import NativeOps, PackedWeight
 
 # MKL's fp32 GEMM handles a remainder of fewer than four rows (per thread) with other kernels, whose sums differ in
 # the last bits: measured on AVX-512 with 1 to 16 threads, every M that is a multiple of 4 gives equal bits per row.

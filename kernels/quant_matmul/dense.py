@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import dequantize
-from .weight import QuantizedWeight
+from peqa_kernels.quant_matmul.reference import dequantize
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 
 class DenseCopies:

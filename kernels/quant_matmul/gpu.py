@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import unpack_codes
-from .tuning import PANEL, inputs_per_step, tile_for
-from .weight import LinearBank, QuantizedWeight
+from peqa_kernels.packing import unpack_codes
+from peqa_kernels.quant_matmul.tuning import PANEL, inputs_per_step, tile_for
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # widths of the planes that the codes are stored in
 

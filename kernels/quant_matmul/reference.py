@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import unpack_codes
-from .weight import LinearBank, QuantizedWeight
+from peqa_kernels.packing import unpack_codes
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peqa_kernels.paged_attention import paged_attention, write_kv
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from peqa_kernels.paged_attention import paged_attention, write_kv
 from peqa_runtime.errors import UnsupportedModel
 from peqa_runtime.model.forward_context import ForwardContext
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.core import BaseManifest, LinearShape
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_digest import BaseDigest, digest_float, digest_linear

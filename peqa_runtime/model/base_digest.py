@@ -19,9 +19,10 @@ import hashlib
 import json
 
 import torch
+from torch import Tensor
+
 from peqa_kernels.packing import unpack_codes
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
-from torch import Tensor
 
 
 class BaseDigest:

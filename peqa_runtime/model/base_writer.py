@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock
-from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import INDEX_FILE, SINGLE_FILE, QuantizationSpec
 from peqa_runtime.model.base_digest import BaseDigest, digest_float, digest_linear

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from peqa_kernels.quant_matmul.cpu import ROW_MULTIPLE
 from torch import Tensor, nn
+
+from peqa_kernels.quant_matmul.cpu import ROW_MULTIPLE
 
 
 class SteadyLinear(nn.Module):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peqa_kernels.packing import pack_codes
-from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peqa_kernels.packing import pack_codes
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model.base_checkpoint import (
     PER_CHANNEL,

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from peqa_kernels.packing import packed_width, unpack_codes
 from peqa_kernels.quant_matmul import PreparedWeight, prepare, quant_matmul
 from peqa_kernels.quant_matmul.backward import scaled_linear
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
-from torch import Tensor, nn
-
 from peqa_runtime.core import ScaleKind
 
 

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
-from peqa_kernels.quant_matmul.weight import LinearBank
 from torch import Tensor
 
+from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.core import ScaleKind
 from peqa_runtime.scales.scale_set import ScaleSet
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from peqa_kernels.paged_attention import paged_attention_reference, write_kv_reference
 from peqa_kernels.paged_attention.gpu import paged_attention_gpu, write_kv_gpu
 

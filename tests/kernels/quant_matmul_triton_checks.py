@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from peqa_kernels.quant_matmul import (
     LinearBank,
     QuantizedWeight,

@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps
 from peqa_kernels.native.isa import usable
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import LinearBank, QuantizedWeight, quant_matmul_reference
-from torch import Tensor
 
 BUILDS = [build.name for build in usable()]
 MAKE = "the C library is not built: python -m peqa_kernels.native.compile"

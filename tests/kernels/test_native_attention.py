@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps
 from peqa_kernels.native.isa import usable
 from peqa_kernels.paged_attention import paged_attention_reference
-from torch import Tensor
 
 MAKE = "the C library is not built: python -m peqa_kernels.native.compile"
 

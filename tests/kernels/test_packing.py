@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from peqa_kernels.packing import pack_codes, packed_width, unpack_codes
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from peqa_kernels import paged_attention as op
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
-from torch import Tensor
 
 BLOCK_SIZE = 16
 

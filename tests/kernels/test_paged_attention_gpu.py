@@ -18,9 +18,10 @@ CHECKS = Path(__file__).with_name("paged_attention_triton_checks.py")
 def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
     """The attention kernel's machine code for a GPU that need not be there."""
     import triton
-    from peqa_kernels.paged_attention import gpu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from peqa_kernels.paged_attention import gpu
 
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
     tile = gpu.tile_shape(4096 if prefill else 8, 8, repeat, d, torch_dtype)

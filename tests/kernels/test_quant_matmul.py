@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from peqa_kernels.native import load
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import PreparedWeight, QuantizedWeight, dequantize, prepare, scaled_linear
 

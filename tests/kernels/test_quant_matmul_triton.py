@@ -22,9 +22,10 @@ def compile_kernel(
 ) -> Any:
     """The kernel's machine code for a GPU that need not be there."""
     import triton
-    from peqa_kernels.quant_matmul import gpu, tuning
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from peqa_kernels.quant_matmul import gpu, tuning
 
     with_input, with_group = kind == "channel+input", kind == "group"
     tile = tuning.tile_for(rows, DTYPES[dtype], bits, in_scale=with_input, group_scale=with_group)

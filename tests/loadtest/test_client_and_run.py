@@ -17,10 +17,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from typer.testing import CliRunner
+
 from peqa_loadtest.cli import app as command
 from peqa_loadtest.client import Answer, CompletionClient, EventParser, Target, failure_of, read_event
 from peqa_loadtest.run import calibrate
-from typer.testing import CliRunner
 
 
 @dataclass

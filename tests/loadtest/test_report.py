@@ -8,10 +8,11 @@ import math
 import statistics
 
 import pytest
+from rich.console import Console
+
 from peqa_loadtest.client import Answer, Failure
 from peqa_loadtest.report import Distribution, build_report, percentile, print_report
 from peqa_loadtest.swap import SwapReport
-from rich.console import Console
 
 
 def answer(task: str, started: float, times: list[float], *, tokens: int | None, error: str = "") -> Answer:

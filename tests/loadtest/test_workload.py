@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from peqa_loadtest.words import WORDS
 from peqa_loadtest.workload import PromptWriter, arrival_times, choose_tasks, plan_requests
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peqa_kernels.packing import unpack_codes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from peqa_kernels.packing import unpack_codes
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model import base_writer, load, quantize_folder, read_manifest, verify_digest
 from peqa_runtime.model.base_checkpoint import compute_digest, read_spec

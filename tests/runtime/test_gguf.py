@@ -12,10 +12,10 @@ import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
-from peqa_kernels.packing import unpack_codes
-from peqa_kernels.quant_matmul import dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from peqa_kernels.packing import unpack_codes
+from peqa_kernels.quant_matmul import dequantize
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model import import_gguf, load, read_manifest, verify_digest
 from peqa_runtime.model.base_checkpoint import open_tensors, read_spec

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peqa_kernels.quant_matmul.weight import LinearBank
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.errors import UnsupportedModel
 from peqa_runtime.model import (
     ForwardContext,

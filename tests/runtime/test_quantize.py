@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peqa_kernels.quant_matmul import dequantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peqa_kernels.quant_matmul import dequantize
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model import quantize as module
 from peqa_runtime.model import quantize_folder, quantize_rtn, read_manifest, verify_digest

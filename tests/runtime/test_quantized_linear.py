@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from peqa_kernels.quant_matmul import dequantize
-from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 from torch import Tensor, nn
 
+from peqa_kernels.quant_matmul import dequantize
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 from peqa_runtime.model import QuantizedEmbedding, QuantizedLinear, StepRows, TiedHead, quantize_rtn
 
 K, N = 64, 40

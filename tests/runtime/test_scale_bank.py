@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peqa_kernels.quant_matmul.weight import LinearBank
 
+from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.core import BaseManifest, FusedLinear, LinearShape
 from peqa_runtime.scales.scale_bank import ScaleBank
 from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes

@@ -15,10 +15,11 @@ import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; the stubs are shared by name
 
+from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, wait_until
+
 from peqa_server.app import create_app
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
-from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, wait_until
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from peqa_server.cli import app
-from peqa_server.settings import ServerSettings
 from server_stubs import Live, revision_of, wait_until
 from typer.testing import CliRunner
+
+from peqa_server.cli import app
+from peqa_server.settings import ServerSettings
 
 
 def peqa(*arguments: str, **environment: str) -> Any:

@@ -7,9 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-from peqa_server.answers import Answer, AnswerStyle
-from peqa_server.choice import Piece, TokenPiece
-from peqa_server.services import ServedModel
 from server_stubs import (
     EOS,
     MANIFEST,
@@ -22,6 +19,9 @@ from server_stubs import (
 )
 
 from peqa_runtime.core import Lease, TokenLogprobs
+from peqa_server.answers import Answer, AnswerStyle
+from peqa_server.choice import Piece, TokenPiece
+from peqa_server.services import ServedModel
 
 SQL = revision_of(b"SET sql one")
 

@@ -12,11 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from peqa_server.app import create_app, create_loading_app
-from peqa_server.auth import OPEN_PATHS, read_key_file
-from peqa_server.metrics import Metrics
-from peqa_server.services import ServedModel, Services
-from peqa_server.settings import ServerSettings
 from server_stubs import (
     MANIFEST,
     ByteTokenizer,
@@ -28,6 +23,12 @@ from server_stubs import (
     revision_of,
     wait_until,
 )
+
+from peqa_server.app import create_app, create_loading_app
+from peqa_server.auth import OPEN_PATHS, read_key_file
+from peqa_server.metrics import Metrics
+from peqa_server.services import ServedModel, Services
+from peqa_server.settings import ServerSettings
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
 

@@ -12,12 +12,12 @@ import httpx
 import openai
 import pytest
 import torch
-from peqa_server.app import create_loading_app
-from peqa_server.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
 from server_stubs import check_error, wait_until
 
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_server.app import create_loading_app
+from peqa_server.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
 
 
 def scale_set(base: Path, seed: int, kind: str = "channel") -> bytes:

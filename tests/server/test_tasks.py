@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from peqa_server.settings import ServerSettings
 from server_stubs import StubEngine, check_error, revision_of, wait_until
+
+from peqa_server.settings import ServerSettings
 
 
 def names(server: Any) -> set[str]:

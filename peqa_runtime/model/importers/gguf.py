@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peqa_kernels.packing import pack_codes
-from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
+from peqa_kernels.packing import pack_codes
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import Precision, QuantizationSpec
 from peqa_runtime.model.base_writer import BaseWriter, staged_folder
