@@ -76,11 +76,11 @@ INLINE vf decode8(const int8_t *p)
 #endif
 }
 
-/* Codes of piece at padded input k, of the lanes from `lane` on (lanes >= PANEL lie in the next panels). */
-INLINE const int32_t *words_at(const job *j, size_t panel, size_t k, size_t lane)
+/* Codes at padded input k, of the lanes from `lane` on (lanes >= PANEL lie in the next panels). */
+INLINE const int32_t *words_at(const int width, const job *j, size_t panel, size_t k, size_t lane)
 {
     panel += lane / PANEL;
-    return (const int32_t *)j->w->codes + ((panel * j->c.kp + k) / j->c.per_word) * PANEL + lane % PANEL;
+    return (const int32_t *)j->w->codes + (panel * j->c.kp + k) / (size_t)(32 / width) * PANEL + lane % PANEL;
 }
 
 INLINE const int8_t *bytes_at(const job *j, size_t panel, size_t k, size_t lane)
@@ -148,10 +148,11 @@ INLINE void multiply(const int R, const int V, const float *xk, const vf *q, vf 
 INLINE void piece_of_bytes(const int R, const int V, const job *j, size_t panel, size_t lane, size_t k0, size_t length,
                            const float *xk, vf (*part)[MAX_V])
 {
-    for (size_t k = 0; k < length; k++, xk += R) {
+    const int8_t *from[MAX_V];
+    UNROLL for (int v = 0; v < V; v++) from[v] = bytes_at(j, panel, k0, lane + (size_t)(v * VL));
+    for (size_t at = 0; at < length * PANEL; at += PANEL, xk += R) {
         vf q[MAX_V];
-        UNROLL for (int v = 0; v < V; v++)
-            q[v] = decode8(bytes_at(j, panel, k0, lane + (size_t)(v * VL)) + k * PANEL);
+        UNROLL for (int v = 0; v < V; v++) q[v] = decode8(from[v] + at);
         multiply(R, V, xk, q, part);
     }
 }
@@ -161,9 +162,11 @@ INLINE void piece_of_words(const int R, const int V, const int width, const job 
                            size_t length, const float *xk, vf (*part)[MAX_V])
 {
     const decoder d = decoder_for(width);
-    for (size_t k = 0; k < length; k += (size_t)(32 / width)) {
+    const int32_t *from[MAX_V];
+    UNROLL for (int v = 0; v < V; v++) from[v] = words_at(width, j, panel, k0, lane + (size_t)(v * VL));
+    for (size_t at = 0; at < length / (size_t)(32 / width) * PANEL; at += PANEL) {
         vi word[MAX_V];
-        UNROLL for (int v = 0; v < V; v++) word[v] = iload(words_at(j, panel, k0 + k, lane + (size_t)(v * VL)));
+        UNROLL for (int v = 0; v < V; v++) word[v] = iload(from[v] + at);
         if (R >= ROLL) {
             /* Not unrolled: gcc would move all decoding to the front and spill. */
             NO_UNROLL for (int i = 0; i < 32 / width; i++, xk += R)

@@ -1,0 +1,89 @@
+"""Which build is loaded, and what happens where none can be."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from peqa_kernels import native
+from peqa_kernels.native.compile import SOURCES, compile_all, compilers
+from peqa_kernels.native.isa import builds, cpu_flags, usable
+
+AVX2 = frozenset({"sse2", "avx", "avx2", "fma", "f16c"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "names"),
+    [
+        ("x86_64", AVX512, ["avx512", "avx2", "generic"]),
+        ("x86_64", AVX512 - {"avx512vl"}, ["avx2", "generic"]),
+        ("x86_64", AVX2, ["avx2", "generic"]),
+        ("AMD64", AVX2 - {"fma"}, ["generic"]),
+        ("x86_64", frozenset(), ["generic"]),
+        ("aarch64", frozenset(), ["arm64"]),
+        ("riscv64", AVX512, []),
+    ],
+)
+def test_only_builds_whose_every_feature_is_listed_are_usable(
+    machine: str, flags: frozenset[str], names: list[str]
+) -> None:
+    assert [build.name for build in usable(machine, flags)] == names
+
+
+def test_a_feature_counts_only_if_every_core_has_it(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: avx2 fma avx512f\n\nprocessor\t: 1\nflags\t\t: avx2 fma\n")
+    assert cpu_flags(cpuinfo) == {"avx2", "fma"}
+    assert cpu_flags(tmp_path / "missing") == frozenset()
+
+
+def test_a_missing_library_is_said_and_gives_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert native.load(folder=tmp_path) is None
+        assert native.load(folder=tmp_path) is None
+    assert len(caplog.records) == 1
+    assert "peqa_kernels.native.compile" in caplog.records[0].getMessage()
+
+
+def test_what_is_no_library_of_ours_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for build in builds():
+        (tmp_path / build.file_name).write_bytes(b"not a library")
+    assert native.load(folder=tmp_path) is None
+
+
+needs_compiler = pytest.mark.skipif(not list(compilers()), reason="no C compiler")
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(Path(native.__file__).parent / "isa.py", tmp_path)
+    for name in SOURCES:
+        (tmp_path / name).write_text("typedef int nothing;\n")
+    export = '__attribute__((visibility("default")))'
+    (tmp_path / SOURCES[0]).write_text(f"{export} long long peqa_abi(void) {{ return 1; }}\n")
+    assert len(compile_all(tmp_path)) == len(builds())
+    assert native.load(folder=tmp_path) is None
+    assert "ABI 1" in caplog.records[-1].getMessage()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_sources_compile(tmp_path: Path) -> None:
+    assert [path.name for path in compile_all(output=tmp_path)] == [build.file_name for build in builds()]
+    loaded = native.load(folder=tmp_path)
+    assert loaded is not None
+    assert loaded.isa == usable()[0]
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peqa_kernels.native.compile.compilers", lambda: iter(()))
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        compile_all(output=tmp_path)
+    monkeypatch.setattr("peqa_kernels.native.compile.compilers", lambda: iter([["/nowhere/cc"]]))
+    with pytest.raises(RuntimeError, match="/nowhere/cc"):
+        compile_all(output=tmp_path)
+    assert not list(tmp_path.iterdir())
