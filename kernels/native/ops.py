@@ -111,6 +111,10 @@ class NativeOps:
             bias = bias.float()
         assert x.dtype == torch.float32, x.dtype
         assert x.stride(1) == 1, x.stride()
+        assert row is None or row.dtype == torch.int32, row.dtype
+        assert group_row is None or group_row.dtype == torch.int32, group_row.dtype
+        for bank in (out_scale, in_scale, group_scale):
+            assert bank is None or (bank.dtype == torch.float32 and bank.is_contiguous()), bank
         threads = torch.get_num_threads()
         pointer = packed.pointer
         self._matmul(
