@@ -27,7 +27,6 @@ class TextRules:
     skip_special_tokens: bool = True
     echo: bool = False
     min_tokens: int = 0
-    discard_generated: bool = False  # max_tokens = 0: a token was generated only to get the prompt's logprobs
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,6 @@ class Choice:
 
     def feed(self, output: TokenOutput) -> Piece:
         """Take one output. After a stop string is found (`finished` with the engine still running): cancel."""
-        if self._rules.discard_generated:
-            self.finished = output.finished
-            return Piece(finish_reason="length" if output.finished else None)
         text = ""
         tokens: tuple[TokenPiece, ...] = ()
         stopped_by: int | str | None = None

@@ -150,7 +150,7 @@ class Generation:
                 echoed = True
                 yield choice.echo(output.prompt_logprobs)
             now = time.perf_counter()
-            if output.token_id is not None and not self._job.rules.discard_generated:
+            if output.token_id is not None:
                 self._observe_token(now, last)
                 last = now
             piece = choice.feed(output)

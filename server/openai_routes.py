@@ -201,9 +201,8 @@ def _plan(
     model = admission.services.model
     if wanted.stream_options is not None and not wanted.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
-    # The engine always samples; for max_tokens = 0 its one token is thrown away.
     params = wanted.sampling_params(
-        max_tokens=max_tokens or 1, logprobs=logprobs, prompt_logprobs=logprobs if echo else None
+        max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=logprobs if echo else None
     )
     _check_ids(model, params.stop_token_ids, "stop_token_ids")
     for prompt in prompts:
@@ -214,7 +213,6 @@ def _plan(
         skip_special_tokens=wanted.skip_special_tokens is not False,
         echo=echo,
         min_tokens=params.min_tokens,
-        discard_generated=max_tokens == 0,
     )
     style = AnswerStyle(logprobs, bool(wanted.return_token_ids), bool(wanted.return_tokens_as_token_ids))
     return Plan(Job(prompts, n, params, rules), answer(model, admission.lease, style, wanted.model), wanted)

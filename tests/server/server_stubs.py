@@ -87,6 +87,10 @@ class StubStream:
         if params.prompt_logprobs is not None:
             rest = [_logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:]]
             prompt_logprobs = (None, *rest)
+        if params.max_tokens == 0:
+            self.engine.running.discard(request.request_id)
+            yield TokenOutput(request.request_id, finish_reason="length", prompt_logprobs=prompt_logprobs)
+            return
         tokens = script.tokens[: params.max_tokens]
         if script.ends_with_eos:
             tokens = [*tokens[: params.max_tokens - 1], EOS]

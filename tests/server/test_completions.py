@@ -160,6 +160,8 @@ def test_scoring_a_prompt_generates_nothing(server: Any) -> None:
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
     assert answer["usage"]["completion_tokens"] == 0
     assert server.complete(max_tokens=0)["choices"][0]["text"] == ""
+    assert [r.params.max_tokens for r in server.engine.requests] == [0, 0]
+    assert server.error(400, prompt="x", max_tokens=0, min_tokens=1)["param"] == "min_tokens"
 
 
 def test_tokens_as_ids(server: Any) -> None:
