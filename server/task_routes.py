@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
+from peqa_runtime.errors import NoSuchRevision
 from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
 from peqa_server.schemas import RollbackRequest, parse
@@ -51,8 +52,11 @@ async def get_content(request: Request, task: str, revision: str | None = None) 
     """The scale set file of a task, byte for byte as uploaded; `?revision=` for an older one that is kept."""
     services = _services(request, task)
     info = await asyncio.to_thread(services.tasks.info, task)
-    wanted = revision or info.revision
-    data = await asyncio.to_thread(services.tasks.content, task, wanted)
+    wanted = info.revision if revision is None else revision
+    try:
+        data = await asyncio.to_thread(services.tasks.content, task, wanted)
+    except NoSuchRevision as error:
+        raise ApiError(404, str(error), code="no_such_revision", param="revision") from None
     headers = {"ETag": f'"{wanted}"', "Content-Disposition": f'attachment; filename="{task}.safetensors"'}
     return Response(data, media_type="application/octet-stream", headers=headers)
 
@@ -65,9 +69,7 @@ async def rollback(request: Request, task: str) -> JSONResponse:
     body = await read_body(request, gate.settings)
     wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
     with _counted(gate, "rollback"):
-        info = await asyncio.to_thread(
-            services.tasks.rollback, task, wanted.revision, _etag(request.headers.get("if-match"))
-        )
+        info = await asyncio.to_thread(services.tasks.rollback, task, wanted.revision, _if_match(request))
     return _changed(request, info)
 
 
@@ -84,7 +86,7 @@ async def put_task(request: Request, task: str) -> JSONResponse:
     """Upload a scale set: the body is the file's bytes. Live for every request that starts after the 200."""
     gate = gate_of(request)
     services = _services(request, task)
-    if_match = _etag(request.headers.get("if-match"))
+    if_match = _if_match(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(gate, "upload"):
         async with spooled_body(request, gate.settings, limit, services.spool_folder) as file:
@@ -100,7 +102,7 @@ async def delete_task(request: Request, task: str) -> JSONResponse:
     gate = gate_of(request)
     services = _services(request, task)
     with _counted(gate, "delete"):
-        await asyncio.to_thread(services.tasks.delete, task, _etag(request.headers.get("if-match")))
+        await asyncio.to_thread(services.tasks.delete, task, _if_match(request))
     note_of(request.scope).task = task
     return JSONResponse({"task": task, "deleted": True})
 
@@ -116,7 +118,8 @@ def largest_set(model: ServedModel) -> int:
 def _services(request: Request, task: str) -> Services:
     """The services, after the name's check: a name that cannot name a task is a 422 on every route."""
     services = gate_of(request).services
-    check_task_name(task)
+    # The `$` of a route's pattern also matches before a last line break, which would be lost from the name.
+    check_task_name(task + "\n" if request.scope["path"].endswith("\n") else task)
     return services
 
 
@@ -130,8 +133,13 @@ def _counted(gate: Gate, action: str) -> Iterator[None]:
         gate.metrics.task_changes.labels(action, outcome).inc()
 
 
-def _etag(header: str | None) -> str | None:
-    """The revision in an If-Match header: quoted, weak or bare."""
+def _if_match(request: Request) -> str | None:
+    """The revision that must be current: the If-Match header, quoted, weak, bare or "*"."""
+    if "if-none-match" in request.headers:
+        raise ApiError(
+            400, "If-None-Match is not offered on changes; use If-Match", code="unsupported_header"
+        )
+    header = request.headers.get("if-match")
     if header is None:
         return None
     value = header.strip()

@@ -49,7 +49,9 @@ def test_revisions_and_rollback(server: Any) -> None:
     assert server.complete(task="sql")["revision"] == second
     old = server.client.get("/v1/tasks/sql/content", params={"revision": first})
     assert old.content == b"SET sql one"
-    check_error(server.client.get("/v1/tasks/sql/content", params={"revision": "f" * 64}), 409)
+    for unknown in ("f" * 64, ""):
+        error = check_error(server.client.get("/v1/tasks/sql/content", params={"revision": unknown}), 404)
+        assert (error["code"], error["param"]) == ("no_such_revision", "revision")
     back = server.client.post("/v1/tasks/sql/rollback")
     assert back.json()["revision"] == first
     assert server.complete(task="sql")["revision"] == first
@@ -65,6 +67,7 @@ def test_if_match(server: Any) -> None:
     check_error(server.client.put("/v1/tasks/x", content=b"SET b", headers={"If-Match": '"0000"'}), 412)
     check_error(server.client.put(url, content=b"SET b", headers={"If-Match": '"a", "b"'}), 400)
     check_error(server.client.delete(url, headers={"If-Match": '"0000"'}), 412)
+    check_error(server.client.put(url, content=b"SET b", headers={"If-None-Match": "*"}), 400)
     assert server.client.put(url, content=b"SET b", headers={"If-Match": f'"{now}"'}).status_code == 200
     now = revision_of(b"SET b")
     assert server.client.put(url, content=b"SET c", headers={"If-Match": now}).status_code == 200
@@ -84,6 +87,7 @@ def test_unknown_task_cannot_be_changed(server: Any) -> None:
 BAD_NAMES = [
     "../x", "..%2fx", "%2e%2e%2fx", "%2e%2e", "a%00b", "UPPER", "-x", ".hidden", "caf%C3%A9", "%ff", "x" * 65,
     "x" * 10_000, "a%20b", "base", "a%5Cb", "a/b", "/etc/passwd", "", "a%0d%0ab", "a%3Fb", "sql/", "sql/x",
+    "sql%0a", "new%0a", "sql%0d",
 ]  # fmt: skip
 
 
