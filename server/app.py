@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
 from peqa_server import openai_routes, ops_routes, task_routes
@@ -18,6 +20,8 @@ from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
+
+ROUTERS = (openai_routes.router, task_routes.router, ops_routes.router)
 
 
 def create_app(
@@ -46,7 +50,7 @@ def create_loading_app(settings: ServerSettings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.gate = Gate(settings, metrics)
-    for router in (openai_routes.router, task_routes.router, ops_routes.router):
+    for router in ROUTERS:
         app.include_router(router)
     for kind in (PeqaError, ApiError, HTTPException, ClientDisconnect, ValidationError):
         app.add_exception_handler(kind, _refuse)
@@ -60,9 +64,20 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ClientDisconnect):
         note_of(request.scope).client_gone = True
         return JSONResponse(None, status_code=499)  # nobody reads it
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error = HTTPException(405, headers={"Allow": _methods(request)})
     refusal = to_api_error(error)
     if refusal.code == "route_not_found" and request.scope["path"].startswith("/v1/tasks/"):
         # A name with a line break in it matches no route's pattern, but it is a bad name like any other.
         refusal = to_api_error(InvalidTaskName("a task name is made of a-z, 0-9, '.', '_' and '-' only"))
     refused(request.scope, refusal)
     return refusal.response()
+
+
+def _methods(request: Request) -> str:
+    """Every method that the request's path takes; the router names those of the first route that matches."""
+    found: set[str] = set()
+    for route in itertools.chain.from_iterable(router.routes for router in ROUTERS):
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return ", ".join(sorted(found))

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from peqa_runtime import errors as runtime
 
 log = logging.getLogger("peqa.server")
+
+MAX_MESSAGE = 1000  # characters; a client's number of 4000 digits is not sent back whole
 
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -54,7 +55,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
@@ -162,8 +163,3 @@ def show(value: object) -> str:
         return "an object"
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-async def error_handler(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's handler for every exception that a route raises on purpose."""
-    return to_api_error(error).response()

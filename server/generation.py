@@ -64,7 +64,6 @@ class Generation:
         self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
         note.prompt_tokens = self.num_prompt_tokens
-        metrics.prompt_tokens.labels(label).inc(self.num_prompt_tokens)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -81,6 +80,7 @@ class Generation:
         finally:
             if not complete:
                 self.cancel()
+        self._metrics.prompt_tokens.labels(self._label).inc(self.num_prompt_tokens)
 
     def _request(self, index: int) -> Request:
         params = self._job.params

@@ -24,6 +24,7 @@ from server_stubs import (
     wait_until,
 )
 
+from peqa_runtime.errors import Overloaded
 from peqa_server.app import create_app, create_loading_app
 from peqa_server.auth import OPEN_PATHS, read_key_file
 from peqa_server.metrics import Metrics
@@ -69,6 +70,10 @@ def test_every_refusal_has_the_shape(server: Any) -> None:
     check_error(server.client.put("/v1/completions"), 405)
     check_error(server.client.post("/v1/tasks"), 405)
     assert server.client.get("/v1/completions").headers["allow"] == "POST"
+    wrong_method = server.client.post("/v1/tasks/sql")
+    assert wrong_method.headers["allow"] == "DELETE, GET, PUT"
+    assert "DELETE, GET, PUT" in check_error(wrong_method, 405)["message"]
+    assert len(server.error(400, prompt=[10**4000])["message"]) <= 1000
     check_error(server.client.get("/v1/models/"), 404)
 
 
@@ -137,6 +142,13 @@ def test_metrics_count_and_stay_bounded(server: Any) -> None:
     assert value("peqa_kv_blocks_used ") == 3
     assert value("peqa_requests_running ") == 0
     assert value("peqa_engine_steps_total ") == 7
+    prompts = 'peqa_prompt_tokens_total{task="sql"}'
+    before = value(prompts)
+    server.engine.refuse = Overloaded("100 requests wait already", retry_after=3)
+    server.error(429, prompt="abc", task="sql")
+    server.engine.refuse = None
+    server.complete("abc", task="sql", n=2)
+    assert value(prompts) == before + 3, "a prompt counts once, a refused one not at all"
     for i in range(3):
         server.client.get(f"/no/such/{i}")
         server.client.get(f"/v1/tasks/nope{i}")
