@@ -71,11 +71,18 @@ class Answer:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, model: ServedModel, lease: Lease, style: AnswerStyle, model_name: str | None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        lease: Lease,
+        style: AnswerStyle,
+        model_name: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
         self._tokenizer = model.tokenizer
         self._style = style
         self._head: Json = {
-            "id": self.prefix + uuid.uuid4().hex,
+            "id": self.prefix + (request_id or uuid.uuid4().hex),
             "object": self.whole_object,
             "created": int(time.time()),
             "model": model_name or model.model_id,

@@ -66,16 +66,27 @@ class Choice:
 
     def echo(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Piece:
         """The prompt as the first piece of the answer, with its tokens' log-probabilities where asked for."""
-        decoder = IncrementalDecoder(self._tokenizer, (), skip_special_tokens=self._rules.skip_special_tokens)
+        text, skip = self._prompt.text, self._rules.skip_special_tokens
+        # A text is echoed as it came, its special tokens included.
+        decoder = IncrementalDecoder(self._tokenizer, (), skip_special_tokens=skip and text is None)
         decoded = ""
-        tokens = []
-        for i, token_id in enumerate(self._prompt.token_ids):
-            tokens.append(TokenPiece(token_id, len(decoded), logprobs[i] if logprobs is not None else None))
+        starts = []
+        for token_id in self._prompt.token_ids:
+            starts.append(len(decoded))
             decoded += decoder.push(token_id)
         decoded += decoder.flush()
-        text = self._prompt.text if self._prompt.text is not None else decoded
+        added = 0  # characters of the begin-of-text token that encoding put before the text
+        if text is None:
+            text = decoded
+        elif decoded.endswith(text):
+            added = len(decoded) - len(text)
         self._length = len(text)
-        return Piece(text=text, tokens=tuple(tokens), is_prompt=True)
+        values = logprobs if logprobs is not None else [None] * len(starts)
+        tokens = tuple(
+            TokenPiece(token_id, max(0, start - added), value)
+            for token_id, start, value in zip(self._prompt.token_ids, starts, values, strict=True)
+        )
+        return Piece(text=text, tokens=tokens, is_prompt=True)
 
     def feed(self, output: TokenOutput) -> Piece:
         """Take one output. After a stop string is found (`finished` with the engine still running): cancel."""

@@ -149,7 +149,7 @@ async def _plan_completion(admission: Admission, wanted: CompletionRequest, sett
     echo = bool(wanted.echo)
     special = wanted.add_special_tokens is not False
     prompts = tuple([await _encode_prompt(model, p, special) for p in wanted.prompt])
-    prompts = tuple(_truncated(model, p, wanted.truncate_prompt_tokens) for p in prompts)
+    prompts = tuple(_truncated(model, p, wanted.truncate_prompt_tokens, max_tokens) for p in prompts)
     return _plan(
         admission,
         wanted,
@@ -171,12 +171,12 @@ async def _plan_chat(admission: Admission, wanted: ChatCompletionRequest, settin
     if wanted.logprobs and logprobs is None:
         logprobs = 0
     prompt = await asyncio.to_thread(chat_prompt, admission, wanted)
-    prompt = _truncated(model, prompt, wanted.truncate_prompt_tokens)
     if None not in (wanted.max_tokens, wanted.max_completion_tokens):
         raise InvalidRequest(
             "max_tokens and max_completion_tokens are the same; send one", param="max_completion_tokens"
         )
     max_tokens = wanted.max_completion_tokens if wanted.max_tokens is None else wanted.max_tokens
+    prompt = _truncated(model, prompt, wanted.truncate_prompt_tokens, 1 if max_tokens is None else max_tokens)
     if max_tokens is None:
         max_tokens = max(
             1, model.max_model_len - len(prompt.token_ids)
@@ -215,7 +215,8 @@ def _plan(
         min_tokens=params.min_tokens,
     )
     style = AnswerStyle(logprobs, bool(wanted.return_token_ids), bool(wanted.return_tokens_as_token_ids))
-    return Plan(Job(prompts, n, params, rules), answer(model, admission.lease, style, wanted.model), wanted)
+    writer = answer(model, admission.lease, style, wanted.model, wanted.request_id)
+    return Plan(Job(prompts, n, params, rules), writer, wanted)
 
 
 def _checked_n(wanted: GenerationFields, num_prompts: int, settings: ServerSettings) -> int:
@@ -254,12 +255,12 @@ def _check_ids(model: ServedModel, ids: Sequence[int], field: str) -> None:
             )
 
 
-def _truncated(model: ServedModel, prompt: Prompt, keep: int | None) -> Prompt:
-    """The last `keep` tokens of a prompt (-1: as many as the context holds besides one token)."""
+def _truncated(model: ServedModel, prompt: Prompt, keep: int | None, max_tokens: int) -> Prompt:
+    """The last `keep` tokens of a prompt (-1: as many as the context holds besides `max_tokens`)."""
     if keep is None:
         return prompt
     if keep == -1:
-        keep = model.max_model_len - 1
+        keep = max(1, model.max_model_len - max_tokens)  # none left: the check of the length says so
     if keep < 1:
         raise InvalidRequest(
             "truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens"
@@ -272,8 +273,13 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     note = note_of(request.scope)
     generation = Generation(admission.services, admission.lease, plan.job, note, admission.gate.metrics)
     generation.submit()
+
+    def close() -> None:
+        generation.cancel()  # also when the client was gone before the first event was asked for
+        admission.close()
+
     if plan.wanted.stream:
-        return EventStream(_events(generation, plan), admission.close)
+        return EventStream(_events(generation, plan), close)
     try:
         body = await unless_gone(request.receive, _gather(generation, plan))
         return JSONResponse(body)
@@ -281,7 +287,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
         note.client_gone = True
         return Response(status_code=499)  # nobody reads it; the log and the metrics do
     finally:
-        admission.close()
+        close()
 
 
 async def _gather(generation: Generation, plan: Plan) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class GenerationFields(Strict):
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
     user: str | None = None
-    request_id: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/+=-]{1,128}$")] | None = None
 
     def sampling_params(
         self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None

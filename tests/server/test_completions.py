@@ -20,7 +20,7 @@ from server_stubs import (
 
 from peqa_runtime.core import Lease, TokenLogprobs
 from peqa_server.answers import Answer, AnswerStyle
-from peqa_server.choice import Piece, TokenPiece
+from peqa_server.choice import Choice, Piece, Prompt, TextRules, TokenPiece
 from peqa_server.services import ServedModel
 
 SQL = revision_of(b"SET sql one")
@@ -172,6 +172,9 @@ def test_tokens_as_ids(server: Any) -> None:
 def test_truncation_and_neutral_fields(server: Any) -> None:
     answer = server.complete("abcdef", truncate_prompt_tokens=2, echo=True, max_tokens=1)
     assert answer["choices"][0]["text"] == "efb"
+    long = server.complete("x" * 300, truncate_prompt_tokens=-1, max_tokens=30)
+    assert long["usage"] == {"prompt_tokens": 170, "completion_tokens": 30, "total_tokens": 200}
+    assert server.error(400, prompt="x", truncate_prompt_tokens=-1, max_tokens=200)["param"] == "max_tokens"
     server.complete(
         user="u", suffix=None, logit_bias={}, best_of=2, n=2, store=False, metadata={"a": "b"}, use_beam_search=False,
         length_penalty=1.0, temperature=None, stop=None, response_format={"type": "text"}, max_tokens=1,
@@ -284,6 +287,20 @@ def test_request_ids_are_echoed_and_never_shared(server: Any) -> None:
         )
         assert answer.headers["x-request-id"] == "mine-7"
     assert len({r.request_id for r in server.engine.requests}) == 2
+
+
+def test_a_request_id_is_the_answers(server: Any) -> None:
+    assert server.complete(request_id="mine-7")["id"] == "cmpl-mine-7"
+    for wrong in (7, "", "a b", "x\n", "x" * 129):
+        assert server.error(400, prompt="x", request_id=wrong)["param"] == "request_id"
+
+
+@pytest.mark.parametrize("bos", [(), (EOS,)])
+def test_offsets_of_an_echoed_text_count_its_special_tokens(bos: tuple[int, ...]) -> None:
+    prompt = Prompt((*bos, 97, EOS, 98), "a</s>b")
+    piece = Choice(ByteTokenizer(), prompt, TextRules(echo=True)).echo(None)
+    assert piece.text == "a</s>b"
+    assert [t.offset for t in piece.tokens] == [0] * len(bos) + [0, 1, 5]
 
 
 def test_a_token_that_shares_its_text_does_not_pass_for_the_likeliest() -> None:

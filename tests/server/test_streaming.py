@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_stubs import Script, StubEngine, wait_until
+from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, wait_until
+
+from peqa_server.app import create_app
+from peqa_server.services import ServedModel
 
 
 def stream(server: Any, **body: Any) -> list[Any]:
@@ -116,6 +121,32 @@ def test_a_client_that_leaves_is_noticed_at_once(live: Any) -> None:
             assert answer.status_code == 200
         wait_until(lambda: server.idle, 1.0)
     assert len(server.engine.cancelled) >= 1
+
+
+def test_a_client_that_never_reads_and_leaves(tmp_path: Path) -> None:
+    """The connection takes not even the head of the answer, so no event was ever asked for."""
+    engine, tasks = StubEngine(), StubTasks()
+    tasks.upload("sql", b"SET")
+    model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+    app = create_app(engine, tasks, model, spool_folder=tmp_path)
+    body = json.dumps({"prompt": "x", "stream": True, "n": 2, "task": "sql"}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    path = "/v1/completions"
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [],
+        "http_version": "1.1", "scheme": "http", "root_path": "",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert len(engine.cancelled) == 2
+    assert not engine.running
+    assert not tasks.leases
 
 
 def test_an_error_in_the_middle_is_an_event(live: Any) -> None:
