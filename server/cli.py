@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peqa_runtime.cli import app as offline_app
+from peqa_runtime.cli import wait_asleep
 from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def _show(report: Report, url: str, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the `peqa` command."""
+    wait_asleep()
     app()
 
 

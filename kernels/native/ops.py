@@ -12,10 +12,10 @@ from torch import Tensor
 
 from peqa_kernels.native.isa import Isa
 from peqa_kernels.native.packed import PackedWeight
-from peqa_kernels.native.pool import Pool, find_pool
+from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 3  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 4  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 
 class StaleLibrary(Exception):
@@ -54,8 +54,10 @@ class NativeOps:
             found = -1
         if found != ABI:
             raise StaleLibrary(f"{path.name} has ABI {found}, these sources want {ABI}")
-        self._pool = find_pool()
-        self._pool_pointer = ctypes.addressof(self._pool)
+        serve = self._library.peqa_pool_serve
+        serve.argtypes = (c_void_p,)
+        serve.restype = None
+        self._pool = Pool(serve)
         self._scratch = _Scratch()
         self._matmul_scratch = self._library.peqa_quant_matmul_scratch
         self._matmul_scratch.argtypes = (c_void_p, c_int64)
@@ -77,11 +79,6 @@ class NativeOps:
             *(c_float, c_int64, c_float, c_void_p),
         )
         self._attention.restype = None
-
-    @property
-    def pool(self) -> Pool:
-        """Torch's thread pool as the C code sees it; all zero means single-threaded."""
-        return self._pool
 
     def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
         """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
@@ -119,7 +116,7 @@ class NativeOps:
         pointer = packed.pointer
         self._matmul(
             pointer,
-            self._pool_pointer,
+            self._pool.at_least(threads),
             threads,
             self._scratch.at_least(self._matmul_scratch(pointer, rows)),
             x.data_ptr(),
@@ -165,7 +162,7 @@ class NativeOps:
         assert block_tables.stride(1) == 1, block_tables.stride()
         threads = torch.get_num_threads()
         self._attention(
-            self._pool_pointer,
+            self._pool.at_least(threads),
             threads,
             self._scratch.at_least(self._attention_scratch(threads, heads, kv_heads, d, d_v)),
             out.data_ptr(),

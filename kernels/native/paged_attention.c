@@ -285,13 +285,13 @@ static void attend(const attention *a, const item *it, item_memory *m)
 
 /* ---- threads and entry ---- */
 
-static void work(void *data, int thread, int threads)
+static void work(void *data, int part, int parts)
 {
     const attention *a = data;
     const size_t group = group_of(a), queries = rows_per_item(a) / group;
-    item_memory m = carve(a, thread);
-    (void)threads;
-    /* Items are dealt as threads become free: which thread takes one changes nothing in its result. */
+    item_memory m = carve(a, part);
+    (void)parts;
+    /* Items are dealt as parts ask for them: which part takes one changes nothing in its result. */
     size_t mine = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED), index = 0;
     for (size_t s = 0; s < a->seqs; s++) {
         const size_t new = (size_t)(a->query_starts[s + 1] - a->query_starts[s]);
@@ -318,7 +318,7 @@ EXPORT int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv
 
 /* q [tokens, heads, d] with strides q_token and q_head, caches [blocks, block_size, kv_heads, d or d_v], out [tokens,
  * heads, d_v]; window 0: none; softcap 0: none; sinks [heads] or NULL. */
-EXPORT void peqa_paged_attention(const peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
+EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
                                  int64_t q_token, int64_t q_head, const float *keys, const float *values,
                                  const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
                                  const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,

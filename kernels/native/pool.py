@@ -1,45 +1,57 @@
-"""Torch's OpenMP pool, as addresses that C can call: no second pool of threads, and no OpenMP runtime to link."""
+"""The threads of the C library: started when first asked for, asleep between calls, gone with the process."""
 
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+import os
+import threading
+from collections.abc import Callable
 
-import torch
 
-
-class Pool(ctypes.Structure):
-    """peqa_pool of pool.h; all zero means: work in the calling thread."""
+class _State(ctypes.Structure):
+    """peqa_pool of pool.h; all zero is its right beginning."""
 
     _fields_ = (
-        ("parallel", ctypes.c_void_p),
-        ("thread_num", ctypes.c_void_p),
-        ("num_threads", ctypes.c_void_p),
+        ("ticket", ctypes.c_uint64),
+        ("work", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+        ("parts", ctypes.c_int32),
+        ("left", ctypes.c_int32),
+        ("jobs", ctypes.c_int32),
+        ("asleep", ctypes.c_int32),
+        ("waiting", ctypes.c_int32),
+        ("busy", ctypes.c_int32),
     )
 
 
-_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-_RUNTIMES = ("libgomp", "libiomp5", "libomp")  # each of them has GOMP_parallel
+class Pool:
+    """Threads that take parts of a call's work. A forked child has none of them and starts its own."""
 
+    def __init__(self, serve: Callable[[int], None]) -> None:
+        """`serve(address of the state)` is the C function that a thread lives in."""
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._begin()
 
-def find_pool() -> Pool:
-    """Addresses in the OpenMP runtime that torch has loaded; an empty pool where there is none."""
-    for path in _loaded_runtimes():
-        try:
-            library = ctypes.CDLL(path)  # already loaded: this only takes another handle
-            return Pool(*(ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _SYMBOLS))
-        except (OSError, AttributeError):
-            continue
-    return Pool()
+    def _begin(self) -> None:
+        self._state = _State()
+        self.address = ctypes.addressof(self._state)
+        self._helpers = 0
+        self._process = os.getpid()
 
-
-def _loaded_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes mapped into this process, torch's own first."""
-    home = str(Path(torch.__file__).parent)
-    try:
-        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    paths = {line.partition("/")[2] for line in lines if "/" in line}
-    found = ["/" + path for path in paths if path.rpartition("/")[2].startswith(_RUNTIMES)]
-    return sorted(found, key=lambda path: (not path.startswith(home), path))
+    def at_least(self, threads: int) -> int:
+        """Address of the state, once `threads` threads, the caller's included, can work on a call."""
+        if threads - 1 > self._helpers or self._process != os.getpid():
+            with self._lock:
+                if self._process != os.getpid():
+                    self._begin()
+                while self._helpers < threads - 1:
+                    # The closure keeps the state alive as long as a thread reads it: for ever.
+                    state = self._state
+                    threading.Thread(
+                        target=lambda state=state: self._serve(ctypes.addressof(state)),
+                        name="peqa-kernel",
+                        daemon=True,
+                    ).start()
+                    self._helpers += 1
+        return self.address

@@ -239,20 +239,20 @@ static const run_tile tiles[3][ROWS_MAX] = {{NAMES(2)}, {NAMES(4)}, {NAMES(8)}};
 
 /* ---- threads and entry ---- */
 
-static void work_pack(void *data, int thread, int threads)
+static void work_pack(void *data, int part, int parts)
 {
     const job *j = data;
     const size_t blocks = block_count(j->rows);
-    for (size_t block = (size_t)thread; block < blocks; block += (size_t)threads)
+    for (size_t block = (size_t)part; block < blocks; block += (size_t)parts)
         peqa_pack_rows(j->w, j->in, j->x, j->ldx, j->in_scale, j->row, j->rows, block);
 }
 
-static void work_multiply(void *data, int thread, int threads)
+static void work_multiply(void *data, int part, int parts)
 {
     const job *j = data;
     const size_t panels = (size_t)j->w->panels;
-    const size_t first = panels * (size_t)thread / (size_t)threads;
-    const size_t last = panels * (size_t)(thread + 1) / (size_t)threads;
+    const size_t first = panels * (size_t)part / (size_t)parts;
+    const size_t last = panels * (size_t)(part + 1) / (size_t)parts;
     const run_tile *table = tiles[j->w->width == 2 ? 0 : j->w->width == 4 ? 1 : 2];
     const size_t bytes = panel_bytes(j), stretch = bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 1;
     for (size_t panel = first; panel < last; panel += stretch)
@@ -260,6 +260,14 @@ static void work_multiply(void *data, int thread, int threads)
             const size_t rows = block_start(block + 1, j->rows) - block_start(block, j->rows);
             table[rows - 1](j, panel, smin(panel + stretch, last), block);
         }
+}
+
+/* Parts of a multiplication: more than threads, so that one that comes late takes less, but each with panels enough to
+ * take several at once. */
+static int parts_for(const peqa_weight *w, int64_t threads)
+{
+    const int64_t most = w->panels / 16, parts = most < 4 * threads ? most : 4 * threads;
+    return (int)(threads <= 1 ? 1 : parts < threads ? threads : parts);
 }
 
 /* Rows of one pass: their packed activations should stay in the second cache level. */
@@ -280,7 +288,7 @@ EXPORT int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows)
 
 /* x [rows, ldx >= in_features], y [rows, out_features]; out_scale [*, N], in_scale [*, segments, K] go with `row`,
  * group_scale [*, G, N] with `group_row`; any of these may be NULL. scratch: see above. */
-EXPORT void peqa_quant_matmul(const peqa_weight *w, const peqa_pool *pool, int64_t threads, float *scratch,
+EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t threads, float *scratch,
                               const float *x, int64_t ldx, int64_t rows, float *y, const float *bias,
                               const float *out_scale, const float *in_scale, const float *group_scale,
                               const int32_t *row, const int32_t *group_row)
@@ -299,10 +307,13 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, const peqa_pool *pool, int64
         j.y = y + done * (size_t)w->out_features;
         j.row = row ? row + done : 0;
         j.group_row = group_scale && group_row ? group_row + done : 0;
-        /* A parallel region costs more than packing a few rows here. */
+        /* Sharing out costs more than packing a few rows here. */
         pool_run(pool, j.rows * c.kp * j.in.segments < 65536 ? 1 : (int)threads, work_pack, &j);
-        pool_run(pool, (int)threads, work_multiply, &j);
+        pool_run(pool, parts_for(w, threads), work_multiply, &j);
     }
 }
 
-EXPORT int64_t peqa_abi(void) { return 3; }
+/* A pool's thread lives here. */
+EXPORT void peqa_pool_serve(peqa_pool *pool) { pool_serve(pool); }
+
+EXPORT int64_t peqa_abi(void) { return 4; }
