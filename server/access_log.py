@@ -34,6 +34,7 @@ class RequestNote:
     generated_tokens: int | None = None
     first_token_seconds: float | None = None
     error_code: str | None = None
+    error_param: str | None = None
     client_gone: bool = False
 
 
@@ -104,6 +105,7 @@ def _line(scope: Scope, note: RequestNote, status: int) -> str:
         "tokens": note.generated_tokens,
         "first_token_ms": round(1000 * note.first_token_seconds, 1) if note.first_token_seconds else None,
         "error": note.error_code,
+        "param": note.error_param,
         "client_gone": note.client_gone or None,
     }
     return json.dumps({name: value for name, value in line.items() if value is not None})
@@ -125,4 +127,5 @@ def note_of(scope: Scope) -> RequestNote:
 
 def refused(scope: Scope, error: ApiError) -> None:
     """Remember why a request was refused, for log and metrics."""
-    note_of(scope).error_code = error.code
+    note = note_of(scope)
+    note.error_code, note.error_param = error.code, error.param

@@ -135,9 +135,10 @@ async def _pin(request: Request, admission: Admission, wanted: GenerationFields)
     names = (("task", wanted.task), ("adapter_id", wanted.adapter_id))
     task = chosen_task(admission.services.model, model_name=wanted.model, names=names)
     field = next((name for name, value in names if value is not None), "model")
-    lease = await admission.pin(task, field)
     note = note_of(request.scope)
-    note.task, note.revision = lease.task, lease.revision
+    note.task = task[:80]  # known to the log also when there is no such task
+    lease = await admission.pin(task, field)
+    note.revision = lease.revision
 
 
 async def _plan_completion(admission: Admission, wanted: CompletionRequest, settings: ServerSettings) -> Plan:

@@ -6,8 +6,9 @@ A route asks `Gate` for the services; while the model loads, and while the serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -103,7 +104,7 @@ class Services:
 
 
 class Gate:
-    """The app's one piece of changing state: its phase, its services, and how many generations run."""
+    """The app's one piece of changing state: its phase, its services, and how much work runs in it."""
 
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
         self.settings = settings
@@ -127,7 +128,7 @@ class Gate:
         self.phase, self.failure = "failed", reason
 
     async def drain(self, seconds: float) -> bool:
-        """Refuse new generations and wait for the running ones; False when some still ran at the end."""
+        """Refuse new work and wait for what runs; False when some still ran at the end."""
         self.phase = "draining"
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
@@ -155,7 +156,7 @@ class Gate:
         return self._services is None or self._services.engine.alive
 
     def enter(self) -> Services:
-        """Begin one generation; pair with `leave`. 503 while draining."""
+        """Begin one generation or upload; pair with `leave`. 503 while draining."""
         services = self.services
         if self.phase == "draining":
             raise ApiError(
@@ -169,10 +170,19 @@ class Gate:
         return services
 
     def leave(self) -> None:
-        """End one generation."""
+        """End one generation or upload."""
         self._running -= 1
         if self._running == 0:
             self._idle.set()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """`enter` and `leave` around a block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
 def gate_of(request: HttpRequest) -> Gate:

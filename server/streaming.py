@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from peqa_server.access_log import log, note_of
+from peqa_server.access_log import log, note_of, refused
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.settings import ServerSettings
 
@@ -87,7 +87,7 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             except Exception as error:  # noqa: BLE001 - the HTTP edge of a stream
                 refusal = to_api_error(error)
-                note_of(scope).error_code = refusal.code
+                refused(scope, refusal)
                 if refusal.status == 500:
                     log.error("request %s failed", note_of(scope).request_id, exc_info=error)
                 await send({"type": "http.response.body", "body": event(refusal.body()), "more_body": True})

@@ -88,7 +88,7 @@ async def put_task(request: Request, task: str) -> JSONResponse:
     services = _services(request, task)
     if_match = _if_match(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
-    with _counted(gate, "upload"):
+    with _counted(gate, "upload"), gate.entered():
         async with spooled_body(request, gate.settings, limit, services.spool_folder) as file:
             received = time.perf_counter()
             info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)

@@ -179,6 +179,16 @@ def test_the_log_has_one_line_per_request_and_no_prompt(
     assert (line["path"], line["status"], line["task"], line["tokens"]) == ("/v1/completions", 200, "sql", 3)
     assert (line["prompt_tokens"], len(line["id"])) == (9, 32)
     assert line["ms"] > 0
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="peqa.access"):
+        server.error(404, prompt="my secret", task="nope")
+        server.error(400, prompt="my secret", max_tokens="x")
+        wait_until(lambda: len(caplog.records) >= 2)
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "peqa.access"]
+    assert [(x["error"], x["param"], x.get("task")) for x in lines] == [
+        ("task_not_found", "task", "nope"),
+        ("invalid_type", "max_tokens", None),
+    ]
     assert "secret" not in caplog.text
 
 
@@ -226,8 +236,33 @@ def test_draining_refuses_the_new_and_finishes_the_running(live: Any) -> None:
     assert server.client.get("/health").json() == {"status": "draining"}
 
 
+def test_draining_lets_an_upload_finish(live: Any) -> None:
+    server = live()
+    came = threading.Event()
+
+    def body() -> Any:
+        yield b"SET "
+        came.wait(5)
+        yield b"late"
+
+    answers: list[Any] = []
+    uploading = threading.Thread(
+        target=lambda: answers.append(httpx.put(server.url + "/v1/tasks/t", content=body(), timeout=10))
+    )
+    uploading.start()
+    wait_until(lambda: bool(list(server.spool.iterdir())))
+    drained = asyncio.run_coroutine_threadsafe(server.app.state.gate.drain(5.0), server.loop)
+    wait_until(lambda: server.client.get("/ready").status_code == 503)
+    assert check_error(server.client.put("/v1/tasks/t", content=b"SET"), 503)["code"] == "draining"
+    assert not drained.done()
+    came.set()
+    assert drained.result(5)
+    uploading.join()
+    assert answers[0].json()["revision"] == revision_of(b"SET late")
+
+
 def test_draining_gives_up_in_time(live: Any) -> None:
-    server = live(StubEngine(lambda r: Script([97] * 10, delay=1.0)))
+    server = live(StubEngine(lambda r: Script([97], delay=1.0)))
     threading.Thread(target=lambda: server.post(prompt="x"), daemon=True).start()
     wait_until(lambda: len(server.engine.running) == 1)
     begin = time.monotonic()
