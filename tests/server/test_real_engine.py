@@ -114,6 +114,21 @@ def test_streamed_equals_whole_and_echoed_logprobs_equal_generated(real: Real) -
         )
 
 
+def test_scoring_as_evaluation_tools_ask_for_it(real: Real) -> None:
+    """Lists of ids, echo, one token, logprobs 1; "the very float of the largest" is their test of greedy."""
+    choice = real.complete(task="one", max_tokens=8, return_token_ids=True)["choices"][0]
+    greedy = choice["prompt_token_ids"] + choice["token_ids"]
+    other = [*greedy[:-1], (greedy[-1] + 1) % 200]
+    count = len(choice["prompt_token_ids"])
+    answer = real.complete([greedy, other], task="one", max_tokens=1, echo=True, logprobs=1, seed=1234)
+    verdicts = []
+    for ids, row in zip((greedy, other), answer["choices"], strict=True):
+        values, tops = row["logprobs"]["token_logprobs"], row["logprobs"]["top_logprobs"]
+        assert len(values) == len(tops) == len(ids) + 1
+        verdicts.append([v == max(t.values()) for v, t in zip(values[count:-1], tops[count:-1], strict=True)])
+    assert verdicts == [[True] * 8, [True] * 7 + [False]]
+
+
 def test_sampling_is_seeded_and_choices_differ(real: Real) -> None:
     one = real.complete(temperature=1.0, seed=5, n=3, max_tokens=10)
     again = real.complete(temperature=1.0, seed=5, n=3, max_tokens=10)
