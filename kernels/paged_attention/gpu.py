@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peqa_kernels.device import launching_on
+
 KEY_TILE = 64  # keys of one step of the loop
 DECODE_ROWS = 16  # least M of tl.dot; a decode step has heads / kv_heads real rows
+LEAST_WIDTH = 16  # least K and N of tl.dot; narrower heads (toy models) are filled up
 PREFILL_ROWS = 64  # rows of a tile when sequences bring many tokens each
 
 
@@ -54,55 +57,57 @@ def paged_attention_gpu(
 ) -> Tensor:
     """Attend from packed queries to each sequence's own blocks; arguments and result as `paged_attention`.
 
-    Takes fp16, bf16 and fp32 (multiplied as tf32x3); accumulates in fp32.
+    Takes fp16, bf16 and fp32 (multiplied as tf32x3); accumulates in fp32. Queries of another dtype than the cache's
+    are rounded to it: the keys beside them were.
     """
     tokens, heads, d = q.shape
     seqs = seq_lens.shape[0]
     kv_heads, d_v = value_cache.shape[2:]
-    assert q.stride(2) == 1, "a head's features are contiguous"
+    q = _rows(q)
     assert key_cache.stride(3) == value_cache.stride(3) == block_tables.stride(1) == 1
     out = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device)
     repeat = heads // kv_heads
-    tile = tile_shape(tokens, seqs, repeat, max(d, d_v), q.dtype)
+    tile = tile_shape(tokens, seqs, repeat, max(d, d_v), key_cache.dtype)
     queries = tile.rows // repeat  # queries of a tile; what is left of its rows stays empty
     grid = (
         tokens // queries + seqs,
         kv_heads,
     )  # at most this many tiles: each sequence ends with one partly filled
-    _attend[grid](
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        seq_lens,
-        sinks if sinks is not None else q,
-        out,
-        scaling,
-        softcap if softcap is not None else 0.0,
-        sliding_window if sliding_window is not None else 0,
-        seqs,
-        q.stride(0),
-        q.stride(1),
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        block_tables.stride(0),
-        heads=heads,
-        repeat=repeat,
-        block_size=key_cache.shape[1],
-        d=d,
-        d_v=d_v,
-        has_sinks=sinks is not None,
-        has_softcap=softcap is not None,
-        has_window=sliding_window is not None,
-        QUERIES=queries,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
-        D=triton.next_power_of_2(d),
-        D_V=triton.next_power_of_2(d_v),
-        num_warps=tile.warps,
-        num_stages=2,
-    )
+    with launching_on(q.device):
+        _attend[grid](
+            q,
+            key_cache,
+            value_cache,
+            block_tables,
+            query_starts,
+            seq_lens,
+            sinks if sinks is not None else q,
+            out,
+            scaling,
+            softcap if softcap is not None else 0.0,
+            sliding_window if sliding_window is not None else 0,
+            seqs,
+            q.stride(0),
+            q.stride(1),
+            *key_cache.stride()[:3],
+            *value_cache.stride()[:3],
+            block_tables.stride(0),
+            heads=heads,
+            repeat=repeat,
+            block_size=key_cache.shape[1],
+            d=d,
+            d_v=d_v,
+            has_sinks=sinks is not None,
+            has_softcap=softcap is not None,
+            has_window=sliding_window is not None,
+            QUERIES=queries,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            D=max(LEAST_WIDTH, triton.next_power_of_2(d)),
+            D_V=max(LEAST_WIDTH, triton.next_power_of_2(d_v)),
+            num_warps=tile.warps,
+            num_stages=2,
+        )
     return out
 
 
@@ -112,26 +117,32 @@ def write_kv_gpu(
     """Copy each token's key and value to its slot; in place; arguments as `write_kv`."""
     tokens, kv_heads, d = key.shape
     d_v = value.shape[2]
-    assert key.stride(2) == value.stride(2) == 1, "a head's features are contiguous"
+    key, value = _rows(key), _rows(value)
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     if tokens == 0:
         return
-    _write[(tokens, kv_heads)](
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        kv_heads=kv_heads,
-        d=d,
-        d_v=d_v,
-        D=triton.next_power_of_2(d),
-        D_V=triton.next_power_of_2(d_v),
-        num_warps=1,  # one head of one token: a few hundred bytes
-    )
+    with launching_on(key.device):
+        _write[(tokens, kv_heads)](
+            key,
+            value,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            *key.stride()[:2],
+            *value.stride()[:2],
+            kv_heads=kv_heads,
+            d=d,
+            d_v=d_v,
+            D=triton.next_power_of_2(d),
+            D_V=triton.next_power_of_2(d_v),
+            num_warps=1,  # one head of one token: a few hundred bytes
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [tokens, heads, d] with each head's features side by side, as the kernels read them."""
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 @triton.jit
@@ -236,7 +247,7 @@ def _attend(
             q_ptr + token[:, None] * q_token_stride + head[:, None] * q_head_stride + at[None, :],
             mask=real[:, None] & (at < d)[None, :],
             other=0.0,
-        )
+        ).to(key_ptr.dtype.element_ty)
         if has_sinks:
             best = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32)
             total = tl.full([ROWS], 1.0, tl.float32)

@@ -14,13 +14,12 @@ of the inputs, scales after the sum of a group, the task's output scale at the v
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peqa_kernels.device import launching_on
 from peqa_kernels.packing import unpack_codes
 from peqa_kernels.quant_matmul.tuning import PANEL, inputs_per_step, tile_for
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
@@ -68,7 +67,7 @@ class TritonGpu:
         group = None if bank is None or group_row is None else bank.group_scale
         tile = tile_for(rows, x.dtype, self.bits, in_scale=into is not None, group_scale=group is not None)
         grid = (self.tiles.shape[0], triton.cdiv(rows, tile.rows))
-        with _on(x.device):
+        with launching_on(x.device):
             quant_matmul_kernel[grid](
                 x,
                 self.planes[0],
@@ -100,13 +99,6 @@ class TritonGpu:
                 num_warps=tile.warps,
             )
         return y
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make `device` the current one, where Triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _panels(segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,16 @@ def check_nothing_foreign_is_read(device: str) -> int:
     return 2
 
 
+def check_queries_as_they_come(device: str) -> int:
+    """Queries of another dtype than the cache, features not side by side, heads of 8."""
+    case = cases.make_case(MIXES[0], heads=4, kv_heads=2, d=8, d_v=8, dtype=torch.float16, device=device)
+    q = case.q.float().transpose(1, 2).contiguous().transpose(1, 2)
+    got = paged_attention_gpu(*replace(case, q=q).args, scaling=0.3)
+    assert got.dtype == torch.float32
+    cases.close(got, paged_attention_reference(*case.args, scaling=0.3), 1e-3)
+    return 1
+
+
 def check_write(device: str) -> int:
     """Slots, skipped tokens, key as a strided view."""
     packed = torch.randn(6, 5, 80, device=device).half()
@@ -78,4 +88,5 @@ def check_write(device: str) -> int:
 if __name__ == "__main__":
     where = sys.argv[1]
     done = check_write(where) + check_attention(where) + check_nothing_foreign_is_read(where)
+    done += check_queries_as_they_come(where)
     print(f"{done} checks passed")

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("paged_attention_triton_checks.py")
 
 
-def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
+def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool, queries: str | None = None):
     """The attention kernel's machine code for a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -29,7 +29,7 @@ def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
         **{"heads": repeat * 4, "repeat": repeat, "block_size": 16, "d": d, "d_v": d},
         **{"has_sinks": False, "has_softcap": True, "has_window": True},
         **{"QUERIES": tile.rows // repeat, "ROWS": tile.rows, "KEYS": tile.keys},
-        **{"D": triton.next_power_of_2(d), "D_V": triton.next_power_of_2(d)},
+        **dict.fromkeys(("D", "D_V"), max(gpu.LEAST_WIDTH, triton.next_power_of_2(d))),
     }
     kernel = gpu._attend
     signature, aligned = {}, {}
@@ -39,6 +39,8 @@ def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool):
             continue
         if name in ("table_ptr", "query_starts_ptr", "seq_lens_ptr"):
             signature[name] = "*i32"
+        elif name in ("q_ptr", "out_ptr"):
+            signature[name] = f"*{queries or dtype}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{dtype}"
         else:
@@ -70,6 +72,11 @@ def test_compiles_without_spills(
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     assert "REG:" in usage
     assert "STACK:0 " in usage, usage
+
+
+@pytest.mark.parametrize(("d", "queries"), [(8, "bf16"), (64, "fp32")])
+def test_compiles_for_narrow_heads_and_queries_of_another_dtype(d: int, queries: str) -> None:
+    assert compile_attend(90, "bf16", d, 2, prefill=False, queries=queries).asm["cubin"]
 
 
 @pytest.mark.skipif(
