@@ -1,0 +1,81 @@
+"""The whole engine on the Triton kernels: python engine_triton_checks.py cpu|cuda BASE [BASE ...].
+
+Requests over the base and a task of each kind, in one batch, against the engine on the CPU's own kernels: prompt
+log-probabilities, greedy tokens and their log-probabilities. On "cpu" TRITON_INTERPRET=1 must be set; the ops are then
+pointed at the Triton kernels by hand. Exits non-zero at the first difference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+import peqa_kernels.paged_attention as attention
+import peqa_runtime.model.quantized_linear as modules
+from peqa_kernels.paged_attention.gpu import paged_attention_gpu, write_kv_gpu
+from peqa_runtime.core import SCALE_KINDS, SamplingParams
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.engine import Engine
+from peqa_runtime.engine.offline import Completion
+
+_spec = importlib.util.spec_from_file_location(
+    "cases", Path(__file__).with_name("test_batch_independence.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+PROMPTS = ["the cat and the dog", "mat sat on", "into another house", "over there, without them, " * 4]
+CONFIG = EngineConfig(num_blocks=64, max_batch_tokens=24, task_rows=5)  # the last prompt comes in chunks
+LIMIT = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}  # the tiny models' logits reach 30
+
+
+def answers(base: Path, device: str, dtype: str) -> list[Completion]:
+    """Four requests, each of another task."""
+    engine = Engine.from_folder(base, device=device, dtype=dtype, config=CONFIG)
+    for i, kind in enumerate(SCALE_KINDS):
+        engine.tasks.upload(f"task{i}", cases.random_set(engine, kind, i, 0.2))
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    return engine.generate(PROMPTS, params, ["base", "task0", "task1", "task2"])
+
+
+def on_triton(base: Path, device: str, dtype: str) -> list[Completion]:
+    """`answers` on the Triton kernels, which a CUDA device has anyway."""
+    if device != "cpu":
+        return answers(base, device, dtype)
+    with (
+        patch.object(modules, "prepare", partial(modules.prepare, backend="gpu")),
+        patch.object(attention.native, "load", lambda: None),
+        patch.object(attention, "paged_attention_cpu", paged_attention_gpu),
+        patch.object(attention, "write_kv_cpu", write_kv_gpu),
+    ):
+        return answers(base, device, dtype)
+
+
+def check(base: Path, device: str, dtype: str) -> None:
+    """Compare; rounding may change a token of 16 bits, but never the log-probabilities of the prompt."""
+    for got, want in zip(on_triton(base, device, dtype), answers(base, "cpu", "float32"), strict=True):
+        name = f"{base.name} {dtype} {got.task}"
+        assert got.finish_reason == "length", f"{name}: {got.error}"
+        pairs = list(zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True))
+        if dtype == "float32":
+            assert got.token_ids == want.token_ids, name
+            pairs += zip(got.logprobs, want.logprobs, strict=True)
+        worst = max(abs(a.logprob - b.logprob) for a, b in pairs)
+        assert worst < LIMIT[dtype], f"{name}: {worst}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, folders = sys.argv[1], [Path(folder) for folder in sys.argv[2:]]
+    for i, folder in enumerate(folders):
+        # The interpreter is slow, and multiplies bfloat16 wrongly.
+        for precision in LIMIT if where == "cuda" else ("float32",) if i else ("float32", "float16"):
+            check(folder, where, precision)
+    print("checks passed")
