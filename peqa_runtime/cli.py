@@ -85,13 +85,13 @@ class SetDtype(str, Enum):
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """The command's edge: errors raised on purpose become one line on stderr and exit status 1."""
+    """The command's edge: errors raised on purpose, and the disk's, become one line on stderr and exit status 1."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except PeqaError as error:
+        except (PeqaError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
@@ -415,7 +415,7 @@ def generate(
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     form = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
-    ids = tunable.encode(fill_prompt(form, prompt))
+    ids = tunable.encode_prompt(fill_prompt(form, prompt))
     if len(ids) + max_tokens > tunable.max_tokens:
         raise InvalidData(
             f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"

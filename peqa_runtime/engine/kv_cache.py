@@ -96,6 +96,7 @@ def fitting_blocks(
 def available_memory(device: torch.device) -> int:
     """Bytes that can be had now on the device; on the CPU within this container's limit."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading used for a moment is still held by torch's allocator
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     available = _meminfo_available()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,10 +98,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision, local_files_only=True, output_loading_info=True
     )
-    if info["missing_keys"]:
-        raise InvalidCheckpoint(
-            f"{folder} is incomplete: {', '.join(sorted(info['missing_keys'])[:5])} missing"
-        )
+    refuse_missing(folder, info)
     model.requires_grad_(False)
     model.to(place).eval()
     _check_names(folder, model, manifest)
@@ -140,12 +139,25 @@ def _prepare(model: PreTrainedModel, linears: list[LinearSpec]) -> None:
             module.embedding.prepare()
 
 
+def refuse_missing(folder: Path, info: dict[str, Any]) -> None:
+    """Raise `InvalidCheckpoint` for tensors that transformers did not find, and would leave random."""
+    if info["missing_keys"]:
+        raise InvalidCheckpoint(
+            f"{folder} is incomplete: {', '.join(sorted(info['missing_keys'])[:5])} missing"
+        )
+
+
 def pick_device(name: str) -> torch.device:
-    """The device that auto, cpu or cuda means here; raises `UnsupportedModel` for cuda without a GPU."""
+    """The device that auto, cpu, cuda or cuda:N means here; raises `UnsupportedModel` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UnsupportedModel("device cuda was asked for, but torch sees no CUDA device; use cpu or auto")
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
+    if match is None:
+        raise UnsupportedModel(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UnsupportedModel(f"device {name} was asked for, but torch sees no CUDA device; use cpu or auto")
+    if match[1] and int(match[1]) >= torch.cuda.device_count():
+        raise UnsupportedModel(f"device {name} was asked for, but there are only {torch.cuda.device_count()}")
     return torch.device(name)
 
 

@@ -120,12 +120,14 @@ def encode_rows(
     encode: Encode,
     eos_token_id: int,
     *,
+    encode_prompt: Encode | None = None,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
 ) -> EncodedData:
     """Tokens of every row. Prompt and completion are encoded apart, as a server sees them.
 
+    `encode_prompt`: how a server encodes a prompt (with a begin-of-text token, say); None: like the completion.
     A row of more than `max_tokens` is never cut (that would teach broken answers): it is dropped and its line
     reported, or `too_long="fail"` raises `InvalidData`. All rows too long raises too.
     """
@@ -133,7 +135,7 @@ def encode_rows(
     examples: list[Example] = []
     dropped: list[int] = []
     for row in rows:
-        prompt = encode(fill_prompt(prompt_format, row.prompt))
+        prompt = (encode_prompt or encode)(fill_prompt(prompt_format, row.prompt))
         if not prompt:
             raise InvalidData(f"line {row.line}: the prompt has no tokens")
         token_ids = (*prompt, *encode(row.completion), eos_token_id)
@@ -176,6 +178,7 @@ def encode_file(
     encode: Encode,
     eos_token_id: int,
     *,
+    encode_prompt: Encode | None = None,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
@@ -191,6 +194,7 @@ def encode_file(
             read_rows(path),
             encode,
             eos_token_id,
+            encode_prompt=encode_prompt,
             prompt_format=prompt_format,
             max_tokens=max_tokens,
             too_long=too_long,

@@ -124,7 +124,7 @@ def exact_match(
     predictions: list[Prediction] = []
     for start in range(0, len(ordered), batch_rows):
         part = ordered[start : start + batch_rows]
-        prompts = [tunable.encode(fill_prompt(prompt_format, row.prompt)) for row in part]
+        prompts = [tunable.encode_prompt(fill_prompt(prompt_format, row.prompt)) for row in part]
         longest = max(len(tunable.encode(row.completion)) for row in part)
         answers = greedy(tunable, prompts, max_new_tokens=longest + 8)
         predictions += [
@@ -188,6 +188,7 @@ def completion_logprobs(
         [Row(row["prompt"], row["completion"], line) for line, row in enumerate(rows, start=1)],
         tunable.encode,
         tunable.eos_token_id,
+        encode_prompt=tunable.encode_prompt,
         prompt_format=prompt_format,
         max_tokens=tunable.max_tokens,
         too_long="fail",

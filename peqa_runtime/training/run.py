@@ -87,6 +87,7 @@ def read_training_data(
             path,
             tunable.encode,
             tunable.eos_token_id,
+            encode_prompt=tunable.encode_prompt,
             prompt_format=files.prompt_format,
             max_tokens=max_tokens,
             too_long=files.too_long,

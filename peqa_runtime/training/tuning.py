@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from peqa_runtime.core import BaseManifest, ScaleKind
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import read_manifest
+from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
 from peqa_runtime.model.quantized_linear import QuantizedLinear
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.text import encode
 from peqa_runtime.training.data import TokenBatch
 
 Compute = Literal["auto", "float32", "bfloat16"]
@@ -46,28 +48,35 @@ class TunableModel:
 
     @property
     def max_tokens(self) -> int:
-        """Context of the model, in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+        """Context of the model, in tokens: the same that a server has."""
+        return context_limit(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, no special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        """Token ids of `text`, no special tokens added: what follows a prompt."""
+        return encode(self.tokenizer, text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt as a server has them: after the begin-of-text token, where the model has one."""
+        return encode(self.tokenizer, text)
 
 
 def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:
     """Load a base folder with fp32 activations; parameters are frozen until `start_tuning`.
 
-    `device`: auto, cpu or cuda. A folder that is no base raises `InvalidCheckpoint`.
+    `device`: auto, cpu or cuda. Raises `InvalidCheckpoint` for a folder that is no whole base, `UnsupportedModel` for
+    a device that is not there.
     """
     manifest = read_manifest(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    place = pick_device(device)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    refuse_missing(base, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    model.to(place)
     model.eval()
-    return TunableModel(model, AutoTokenizer.from_pretrained(base), manifest)
+    return TunableModel(model, AutoTokenizer.from_pretrained(base, local_files_only=True), manifest)
 
 
 def quantized_linears(model: nn.Module, manifest: BaseManifest) -> dict[str, QuantizedLinear]:

@@ -178,3 +178,11 @@ def test_flags_are_variables_too(
     output = tmp_path / "s.safetensors"
     report = json.loads(peqa("train", tiny_base, rows, "-o", output, "-q", "--json").stdout)
     assert (report["steps"], report["task"]) == (1, "from-environment")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny_base: Path, rows: Path) -> None:
+    failed = peqa(
+        "train", tiny_base, rows, "--task", "a", "--steps", 1, "-o", "/dev/null/x.safetensors", "-q", status=1
+    )
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+    assert "/dev/null" in failed.stderr.splitlines()[-1]

@@ -22,7 +22,7 @@ from peqa_runtime.model import (
 from peqa_runtime.model import attention as attention_module
 from peqa_runtime.model.float_linear import SteadyLinear
 from peqa_runtime.model.fusion import SiblingPart, fuse_siblings
-from peqa_runtime.model.loader import context_limit
+from peqa_runtime.model.loader import context_limit, pick_device
 from peqa_runtime.model.self_check import packed_logits, self_check
 
 BLOCK = 8
@@ -392,3 +392,10 @@ def test_generate_of_transformers_works(tiny_base: Path) -> None:
     ids = tokenizer("the cat sat on", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert out.shape[1] == ids.input_ids.shape[1] + 8
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "CPU", "cuda:", "cuda:x", "cuda:64", ""])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="device"):
+        pick_device(name)
+    assert pick_device("cpu") == torch.device("cpu")

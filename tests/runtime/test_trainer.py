@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from peqa_runtime.core import ScaleKind
-from peqa_runtime.errors import InvalidData
+from peqa_runtime.errors import InvalidCheckpoint, InvalidData, UnsupportedModel
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.text import encode
 from peqa_runtime.training import trainer as trainer_module
 from peqa_runtime.training.callbacks import KeepPositive
 from peqa_runtime.training.data import encode_rows, read_rows
-from peqa_runtime.training.run import FinishedRun, TrainingFiles, steps_for, train_file
+from peqa_runtime.training.evaluate import completion_logprobs
+from peqa_runtime.training.run import (
+    FinishedRun,
+    TrainingFiles,
+    read_training_data,
+    steps_for,
+    train_file,
+)
 from peqa_runtime.training.trainer import (
     TrainingInterrupted,
     TuneConfig,
@@ -213,3 +224,35 @@ def test_epochs_become_steps() -> None:
 def test_compute_dtype_can_be_forced() -> None:
     assert fast_compute_dtype(torch.device("cpu"), "float32") == torch.float32
     assert fast_compute_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
+
+
+def test_what_cannot_be_loaded_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="device must be"):
+        load_tunable(tiny_base, device="gpu")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_base, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match=r"model\.norm\.weight"):
+        load_tunable(damaged, device="cpu")
+
+
+def test_a_prompt_begins_as_it_does_in_a_server(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """A model with a begin-of-text token: training and evaluation put it before the prompt, where a server has it."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", 3)]
+    )
+    tokenizer.save_pretrained(folder)
+    tunable = load_tunable(folder, device="cpu")
+    data, _ = read_training_data(tunable, TrainingFiles(rows, tmp_path / "s.safetensors"), 0)
+    first, row = data.examples[0], read_rows(rows)[0]
+    served = encode(tunable.tokenizer, row.prompt)
+    assert served[0] == 3
+    assert first.token_ids[: first.loss_from] == tuple(served)
+    assert 3 not in first.token_ids[1:]
+    (scored,) = completion_logprobs(folder, None, [{"prompt": row.prompt, "completion": row.completion}])
+    assert scored.token_ids == first.token_ids
