@@ -112,7 +112,8 @@ class SamplingParams:
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "greater than 0 and at most 100"),
+            # Below 0.01 the penalised logits leave float32, and the request would end as if the model had failed.
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "between 0.01 and 100"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             (
                 "prompt_logprobs",

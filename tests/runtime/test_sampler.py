@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peqa_runtime.core import Batch, Request, SamplingParams, ScheduledSequence, Sequence, StepResult
 from peqa_runtime.engine.sampler import Sampler, logit_positions, uniform
+from peqa_runtime.errors import InvalidRequest
 
 VOCAB = 2000
 EOS = 1
@@ -243,3 +244,13 @@ def test_a_masked_logit_is_no_error() -> None:
     logits[::2] = -math.inf
     tokens = {one(logits, seed=i).token_id for i in range(50)}
     assert all(t is not None and t % 2 == 1 for t in tokens)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_strongest_penalties_leave_numbers(penalty: float) -> None:
+    logits = random_logits(1)[0] * 50
+    assert one(logits, temperature=0.0, repetition_penalty=penalty, generated=3).finite
+    for beyond in (penalty / 2, penalty * 2):
+        if not 0.01 <= beyond <= 100:
+            with pytest.raises(InvalidRequest, match=r"between 0\.01 and 100"):
+                SamplingParams(repetition_penalty=beyond)
