@@ -59,17 +59,20 @@ INLINE vf scale_of(const job *j, vf s0, size_t row, size_t group, const int32_t 
     return s0 * bank_load(j->group_scale + at + panel[0], lane, (size_t)panel[1]);
 }
 
-INLINE void store_row(const job *j, size_t row, const int32_t *panel, size_t lane, vf total)
+/* The row's own factor and the bias, as both end a row. */
+INLINE vf finish(const job *j, size_t row, const int32_t *panel, size_t lane, vf total)
 {
     const size_t outputs = (size_t)panel[1], n = (size_t)panel[0], N = (size_t)j->w->out_features;
-    if (lane >= outputs)
-        return;
-    if (j->out_scale || j->bias) {
-        const vf bias = j->bias ? bank_load(j->bias + n, lane, outputs) : vset(0.0f);
-        const vf out = j->out_scale ? bank_load(j->out_scale + (size_t)j->row[row] * N + n, lane, outputs) : vset(1.0f);
-        total = vfma(out, total, bias);
-    }
-    vput(j->y + row * N + n + lane, total, outputs - lane);
+    const vf bias = j->bias ? bank_load(j->bias + n, lane, outputs) : vset(0.0f);
+    const vf out = j->out_scale ? bank_load(j->out_scale + (size_t)j->row[row] * N + n, lane, outputs) : vset(1.0f);
+    return vfma(out, total, bias);
+}
+
+INLINE void store(const job *j, size_t row, const int32_t *panel, size_t lane, vf total)
+{
+    const size_t outputs = (size_t)panel[1], n = (size_t)panel[0], N = (size_t)j->w->out_features;
+    if (lane < outputs)
+        vput(j->y + row * N + n + lane, total, outputs - lane);
 }
 
 /* Start of a piece's chain. */
@@ -162,6 +165,19 @@ INLINE void fetch_ahead(const int width, const job *j, size_t panel, size_t pane
     }
 }
 
+/* Asks for the task's factor of each row, which finish() multiplies by: each task's come from a place of their own, and
+ * a step's weights have passed through the caches since they were last read. */
+INLINE void fetch_out_scale(const int R, const int V, const job *j, size_t panel, size_t lane, size_t row)
+{
+    UNROLL for (int v = 0; v < V; v++)
+    {
+        const size_t at = lane + (size_t)(v * VL);
+        const size_t n = (size_t)j->w->panel[(panel + at / PANEL) * 3] + at % PANEL;
+        UNROLL for (int r = 0; r < R; r++)
+            __builtin_prefetch(j->out_scale + (size_t)j->row[row + (size_t)r] * (size_t)j->w->out_features + n, 0, 3);
+    }
+}
+
 /* R rows of one block times V vectors of lanes, from `lane` of `panel` on; R, V and width are compile-time constants
  * wherever this is inlined. */
 INLINE void tile(const int R, const int V, const int width, const job *j, size_t panel, size_t lane, size_t block)
@@ -172,6 +188,8 @@ INLINE void tile(const int R, const int V, const int width, const job *j, size_t
     const float *x = j->in.x + (segment * j->rows + row) * j->c.kp;
     const float *sums = j->in.sums + (segment * j->rows + row) * j->c.pieces;
     vf total[ROWS_MAX][MAX_V], part[ROWS_MAX][MAX_V];
+    if (j->out_scale)
+        fetch_out_scale(R, V, j, panel, lane, row);
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) total[r][v] = vset(0.0f);
     for (size_t piece = 0; piece < j->c.pieces; piece++, sums += R) {
         const size_t group = piece / j->c.per_group, k0 = piece_start(&j->c, piece);
@@ -194,11 +212,19 @@ INLINE void tile(const int R, const int V, const int width, const job *j, size_t
                 vfma(scale_of(j, s0, row + (size_t)r, group, where, at % PANEL), part[r][v], total[r][v]);
         }
     }
-    UNROLL for (int v = 0; v < V; v++)
+    /* All factors are read before the first result is written: bank and result have rows of one length, so that a
+     * row's factor often lies as far into its page as the result just written, which the processor takes for the same. */
+    if (j->out_scale || j->bias)
+        UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
+        {
+            const size_t at = lane + (size_t)(v * VL);
+            const int32_t *where = j->w->panel + (panel + at / PANEL) * 3;
+            total[r][v] = finish(j, row + (size_t)r, where, at % PANEL, total[r][v]);
+        }
+    UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
     {
         const size_t at = lane + (size_t)(v * VL);
-        UNROLL for (int r = 0; r < R; r++)
-            store_row(j, row + (size_t)r, j->w->panel + (panel + at / PANEL) * 3, at % PANEL, total[r][v]);
+        store(j, row + (size_t)r, j->w->panel + (panel + at / PANEL) * 3, at % PANEL, total[r][v]);
     }
 }
 
