@@ -83,3 +83,15 @@ def test_sigterm_lets_a_running_answer_finish(
     assert server.kill(signal.SIGTERM) == 0
     asking.join()
     assert answers[0]["usage"]["completion_tokens"] == 100
+
+
+def test_a_second_start_is_ready_within_15_s(
+    smollm2_base: Path, tmp_path: Path, start_server: Callable[[list[str]], Any]
+) -> None:
+    arguments = [str(smollm2_base), "--store", str(tmp_path / "store")]
+    start_server(arguments).kill(signal.SIGTERM)
+    started = time.monotonic()
+    start_server(arguments)
+    seconds = time.monotonic() - started
+    print(f"\nfrom start to /ready: {seconds:.1f} s")
+    assert seconds < 15
