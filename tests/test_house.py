@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,20 @@ def test_every_package_is_listed_in_pyproject() -> None:
         for marker in (ROOT / folder).rglob("__init__.py"):
             dotted = ".".join([name, *marker.parent.relative_to(ROOT / folder).parts])
             assert f'"{dotted}"' in text, f"{dotted} is missing from [tool.setuptools] packages"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_make_installs_the_torch_that_fits_the_machine(gpu: bool, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + ("echo 'GPU 0: NVIDIA'\n" if gpu else "exit 9\n"))
+    smi.chmod(0o755)
+    planned = subprocess.run(
+        ["make", "-n", "setup", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ("for CUDA" in planned) is gpu
+    assert ('[ -n "yes" ]' in planned) is gpu  # the branch without "+cpu"
