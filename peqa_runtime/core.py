@@ -24,6 +24,9 @@ SCALE_KINDS: tuple[ScaleKind, ...] = ("channel", "channel+input", "group")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+ErrorCode = Literal["numerical_error", "request_failed", "engine_restarted"]
+"""Why a request ended with "error": NaN or infinity in its logits; computing it raised; the engine lost its step."""
+
 _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -156,7 +159,8 @@ class TokenLogprobs:
 class TokenOutput:
     """One step's result for one request. `token_id` is None when the step only ended the request.
 
-    `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None.
+    `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None. `error` (a
+    sentence) and `error_code` stand where `finish_reason` is "error".
     """
 
     request_id: str
@@ -166,6 +170,7 @@ class TokenOutput:
     stop_reason: int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
+    error_code: ErrorCode | None = None
 
     @property
     def finished(self) -> bool:
@@ -184,7 +189,8 @@ class Sequence:
     0        num_computed_tokens       num_tokens
 
     `arrival` orders sequences by age; `seed` is the request's, or the one drawn for it; `prompt_logprobs` grows
-    with the prompt's chunks and outlives a preemption. Compared by identity.
+    with the prompt's chunks and outlives a preemption. `faulty`: it ended with an error, so what its blocks hold must
+    not be shared with anybody. Compared by identity.
     """
 
     request: Request
@@ -199,6 +205,7 @@ class Sequence:
     arrival: int = 0
     seed: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    faulty: bool = False
 
     @property
     def request_id(self) -> str:

@@ -274,7 +274,8 @@ class Engine:
         self._failures += 1
         self._counts["step_failures_total"] += 1
         logger.error("a step failed (%d in a row)", self._failures, exc_info=error)
-        return self.scheduler.fail(batch, STEP_FAILED)
+        lost = self.scheduler.running if batch is None else [item.sequence for item in batch.scheduled]
+        return self.scheduler.fail(lost, STEP_FAILED, "engine_restarted")
 
     def _book(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""

@@ -16,6 +16,7 @@ from peqa_runtime.core import (
     BASE_REVISION,
     BankWrite,
     Batch,
+    ErrorCode,
     FinishReason,
     Placement,
     ScaleKind,
@@ -140,14 +141,16 @@ class Scheduler:
                 outputs.append(output)
         return outputs
 
-    def fail(self, batch: Batch | None, message: str) -> list[TokenOutput]:
-        """End every sequence of a step that raised (None: every running one) with an error output."""
-        failed = [item.sequence for item in batch.scheduled] if batch else list(self.running)
+    def fail(self, sequences: Iterable[Sequence], message: str, code: ErrorCode) -> list[TokenOutput]:
+        """End those of `sequences` that run with an error output; what their blocks hold counts as spoiled."""
         outputs = []
-        for sequence in failed:
+        for sequence in list(sequences):
             if sequence.status == "running":
+                sequence.faulty = True
                 self._end(sequence)
-                outputs.append(TokenOutput(sequence.request_id, finish_reason="error", error=message))
+                outputs.append(
+                    TokenOutput(sequence.request_id, finish_reason="error", error=message, error_code=code)
+                )
         return outputs
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -264,8 +267,7 @@ class Scheduler:
         reached_end = item.samples
         sequence.num_computed_tokens = item.start + item.num_tokens
         if not result.finite:
-            self._end(sequence)
-            return TokenOutput(sequence.request_id, finish_reason="error", error=NOT_FINITE)
+            return self.fail([sequence], NOT_FINITE, "numerical_error")[0]
         if result.prompt_logprobs:
             if not sequence.prompt_logprobs:
                 sequence.prompt_logprobs.append(None)  # nothing predicts the first token

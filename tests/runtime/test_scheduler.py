@@ -169,7 +169,7 @@ def test_a_bank_write_is_asked_once_and_again_after_a_failure() -> None:
     s.add(sequence("a", 2, "x"))
     batch = s.schedule()
     assert [(w.revision, w.row) for w in batch.bank_writes] == [("x", 1)]
-    failed = s.fail(batch, "boom")
+    failed = s.fail([item.sequence for item in batch.scheduled], "boom", "request_failed")
     assert [(o.request_id, o.finish_reason, o.error) for o in failed] == [("a", "error", "boom")]
     s.check_integrity()
     s.add(sequence("base", 2))
@@ -187,7 +187,7 @@ def test_a_pending_write_is_replaced_with_its_row() -> None:
     rows = Rows(1)
     s = scheduler(rows=rows)
     s.add(sequence("a", 2, "x"))
-    s.fail(s.schedule(), "boom")
+    s.fail([item.sequence for item in s.schedule().scheduled], "boom", "request_failed")
     s.add(sequence("b", 2, "y"))
     assert [(w.revision, w.row) for w in s.schedule().bank_writes] == [("y", 1)]
 
