@@ -19,6 +19,9 @@ BASE_TASK = "base"
 BASE_REVISION = ""
 """The revision of the base: no scale set, bank row 0."""
 
+MAX_CACHE_SALT = 256
+"""Characters of a request's `cache_salt`."""
+
 ScaleKind = Literal["channel", "channel+input", "group"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("channel", "channel+input", "group")
 
@@ -136,7 +139,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation, as it crosses into the engine. `revision` is pinned: an upload never changes it."""
+    """One generation, as it crosses into the engine. `revision` is pinned: an upload never changes it.
+
+    A lower `priority` runs earlier. Requests share what is computed of equal beginnings only when their `cache_salt`
+    is equal, so that nobody can tell by the time it takes what another tenant has asked. Values out of range raise
+    `InvalidRequest`.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -144,6 +152,21 @@ class Request:
     task: str = BASE_TASK
     revision: str = BASE_REVISION
     kind: ScaleKind = "channel"
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the ranges; the message names the field and the allowed values."""
+        if not -(2**31) <= self.priority < 2**31:
+            raise InvalidRequest(
+                f"priority must be a signed 32-bit integer (lower runs earlier), got {self.priority}",
+                param="priority",
+            )
+        if len(self.cache_salt) > MAX_CACHE_SALT:
+            raise InvalidRequest(
+                f"cache_salt must have at most {MAX_CACHE_SALT} characters, got {len(self.cache_salt)}",
+                param="cache_salt",
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +183,8 @@ class TokenOutput:
     """One step's result for one request. `token_id` is None when the step only ended the request.
 
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None. `error` (a
-    sentence) and `error_code` stand where `finish_reason` is "error".
+    sentence) and `error_code` stand where `finish_reason` is "error". `num_cached_tokens`: tokens of the prompt that
+    were found computed.
     """
 
     request_id: str
@@ -171,6 +195,7 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
     error_code: ErrorCode | None = None
+    num_cached_tokens: int = 0
 
     @property
     def finished(self) -> bool:
@@ -191,6 +216,10 @@ class Sequence:
     `arrival` orders sequences by age; `seed` is the request's, or the one drawn for it; `prompt_logprobs` grows
     with the prompt's chunks and outlives a preemption. `faulty`: it ended with an error, so what its blocks hold must
     not be shared with anybody. Compared by identity.
+
+    For the scheduler: `num_served_tokens` counts positions computed at least once, `num_overtaken` those that started
+    while it lacked a bank row. For the prefix cache: `block_keys` of full blocks, how many of them can be found by
+    others (`num_published_blocks`), and the prompt's `num_cached_tokens` that were found computed when it started.
     """
 
     request: Request
@@ -206,11 +235,21 @@ class Sequence:
     seed: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     faulty: bool = False
+    num_served_tokens: int = 0
+    num_overtaken: int = 0
+    num_cached_tokens: int = 0
+    num_published_blocks: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:
         """Identity of the request."""
         return self.request.request_id
+
+    @property
+    def priority(self) -> int:
+        """The request's; a lower one runs earlier."""
+        return self.request.priority
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,8 @@ class EngineConfig:
     `num_blocks` None: as many as the memory allows (see `kv_cache.fitting_blocks`). `max_model_len` None: what
     the model was trained for. `max_prompt_logprob_rows` bounds the rows of logits that prompt log-probabilities
     may ask of one step: 256 rows of a 50 000-token vocabulary are 50 MB, and log-softmax holds them twice.
+    `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, may wait; then new
+    ones are refused. `prefix_cache`: requests share what is computed of equal beginnings.
     """
 
     block_size: int = 16
@@ -22,11 +24,13 @@ class EngineConfig:
     task_rows: int = 64
     group_rows: int = 4
     max_waiting: int = 1024
+    max_waiting_tokens: int = 1 << 20
     max_prompt_logprob_rows: int = 256
     max_step_failures: int = 3
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         """Every number is a count of at least one; rows include row 0, the base."""
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")

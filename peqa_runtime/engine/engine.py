@@ -26,6 +26,7 @@ from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.engine.model_runner import ModelRunner
+from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.errors import EngineDead, InvalidRequest, PromptTooLong
@@ -87,8 +88,11 @@ class Engine:
         )
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):
             linear.module.attach(bank, model.step_rows)
+        self._prefixes = (
+            PrefixCache(model.manifest.base_digest, config.block_size) if config.prefix_cache else None
+        )
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, config.block_size),
+            BlockManager(num_blocks, config.block_size, self._prefixes),
             tasks.registry,
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
@@ -246,6 +250,7 @@ class Engine:
             "step_seconds": self._step_seconds,
             "step_seconds_total": self._step_seconds_total,
             "preemptions_total": self.scheduler.num_preemptions,
+            **(self._prefixes.stats() if self._prefixes else {}),
             **{name: self._counts[name] for name in _COUNTERS},
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from peqa_runtime.core import FinishReason, Lease, Request, SamplingParams, TokenLogprobs, TokenOutput
@@ -18,7 +18,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Completion:
-    """One prompt's result. `text` is without the token that ended it; `logprobs` has one entry per token."""
+    """One prompt's result. `text` is without the token that ended it; `logprobs` has one entry per token.
+
+    `num_cached_tokens` of the prompt were found computed; it says how the result came to be and is not compared.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -29,6 +32,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
+    num_cached_tokens: int = field(default=0, compare=False)
 
 
 def generate(
@@ -90,4 +94,5 @@ def _completion(engine: Engine, request: Request, outputs: list[TokenOutput]) ->
         logprobs=logprobs if request.params.logprobs is not None else None,
         prompt_logprobs=outputs[0].prompt_logprobs,
         error=last.error,
+        num_cached_tokens=outputs[0].num_cached_tokens,
     )

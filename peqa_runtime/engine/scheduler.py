@@ -7,13 +7,15 @@ tokens `[num_computed_tokens, num_tokens)` are to compute, and one budget of tok
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Generator, Iterable
+from collections.abc import Sequence as Items
+from contextlib import closing
 from itertools import count
-from typing import Protocol
+from typing import Literal, Protocol
 
 from peqa_runtime.core import (
     BASE_REVISION,
+    BASE_TASK,
     BankWrite,
     Batch,
     ErrorCode,
@@ -26,6 +28,8 @@ from peqa_runtime.core import (
     TokenOutput,
 )
 from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.fair_queue import FairQueue
+from peqa_runtime.engine.step_plan import StepPlan
 
 NOT_FINITE = (
     "the model produced NaN or infinity for this request, so no token could be chosen; "
@@ -33,8 +37,14 @@ NOT_FINITE = (
 )
 
 _PATIENCE = 64
-"""Younger requests that may start before one that lacks a bank row. Enough to keep the batch full while some running
-request ends (it takes a row's last user to do so), few enough to bound the wait."""
+"""Requests that may start before one whose turn it is but that lacks a bank row. Enough to keep the batch full while
+some running request ends (it takes a row's last user to do so), few enough to bound the wait."""
+
+_WORTH_WAITING = 64
+"""Tokens of a prompt that must be in work for another request before this one waits for them instead of computing
+them too. A step more of waiting costs about what computing as many does on two cores."""
+
+_Start = Literal["started", "not now", "no row", "no room"]
 
 
 class RowPlacer(Protocol):
@@ -46,32 +56,14 @@ class RowPlacer(Protocol):
         """A row for this leased revision, never one of a revision `in_use`; None when there is no other."""
 
 
-@dataclass
-class _Budget:
-    """What is left of a step: tokens to compute, and rows of logits for prompt log-probabilities."""
-
-    tokens: int
-    prompt_rows: int
-
-    def take(self, sequence: Sequence) -> ScheduledSequence | None:
-        """The share of the step that the sequence gets, taken off the budget; None when nothing is left for it."""
-        start = sequence.num_computed_tokens
-        share = ScheduledSequence(sequence, start, min(sequence.num_uncomputed_tokens, self.tokens))
-        positions = share.prompt_logprob_positions
-        if len(positions) > self.prompt_rows:
-            share = replace(share, num_tokens=positions.start + self.prompt_rows - start)
-        if share.num_tokens == 0:
-            return None
-        self.prompt_rows -= len(share.prompt_logprob_positions)
-        self.tokens -= share.num_tokens
-        return share
-
-
 class Scheduler:
-    """Waiting and running sequences, oldest first in both; `schedule` plans a step, `update` books its result.
+    """Waiting and running sequences; `schedule` plans a step, `update` books its result.
 
-    Age rules: the oldest running sequence is never preempted, so it always ends; the oldest waiting one is overtaken
-    a bounded number of times; so everything ends.
+    Who starts next is the `FairQueue`'s order: priority, then tasks by tokens served, then age. Running sequences are
+    ordered by priority and age; the last is preempted first, so the first always ends. A waiting one takes the place
+    or blocks of a running one only when its priority is strictly better. Within a priority everything ends: the first
+    is never preempted, preempted ones go before new ones, a task that was served less goes before one served more,
+    and who lacks a bank row is overtaken a bounded number of times.
     """
 
     def __init__(
@@ -85,7 +77,7 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         self.blocks = blocks
-        self.waiting: list[Sequence] = []
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._rows = rows
@@ -94,37 +86,33 @@ class Scheduler:
         self._max_prompt_logprob_rows = max_prompt_logprob_rows
         self._eos_token_ids = frozenset(eos_token_ids)
         self._arrivals = count()
-        self._overtaken: dict[
-            int, int
-        ] = {}  # arrival of the oldest sequence without a row -> how often overtaken
+        self._known: dict[str, Sequence] = {}  # by request id: all that wait or run
         # Writes that no step has completed yet, by row: a step that fails leaves them for the next user of the row.
         self._pending_writes: dict[int, BankWrite] = {}
 
     @property
     def has_work(self) -> bool:
         """True while a sequence waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self._known)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its prompt and output must fit the cache when it is alone (the engine checks that)."""
+        assert sequence.request_id not in self._known
         sequence.arrival = next(self._arrivals)
-        self.waiting.append(sequence)
+        self._known[sequence.request_id] = sequence
+        self.waiting.add(sequence)
 
     def schedule(self) -> Batch:
-        """Plan the next step: first every running sequence with one token to compute, then what is left of
-        prompts, then new sequences as long as tokens, blocks and rows are to be had."""
-        budget = _Budget(self._max_batch_tokens, self._max_prompt_logprob_rows)
-        scheduled: list[ScheduledSequence | None] = []
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
-        for sequence in decoding:
-            if budget.tokens == 0:
+        """Plan the next step within one budget of tokens: first every running sequence with one token to compute,
+        then prompts, begun and new ones, as long as tokens, places, blocks and rows are to be had."""
+        plan = StepPlan(self._max_batch_tokens, self._max_prompt_logprob_rows)
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
+            if plan.tokens == 0:
                 break
             if sequence.status == "running" and self._grow_or_preempt(sequence):
-                scheduled.append(budget.take(sequence))
-        scheduled += [budget.take(s) for s in self.running if s.num_uncomputed_tokens > 1]
-        scheduled += self._admit(budget)
-        shares = tuple(share for share in scheduled if share is not None)
-        return Batch(shares, self._writes_for(shares))
+                self._give(plan, sequence)
+        self._compute_prompts(plan)
+        return Batch(plan.shares, self._writes_for(plan.shares))
 
     def update(self, batch: Batch, results: Iterable[StepResult]) -> list[TokenOutput]:
         """Book the step: computed tokens, sampled tokens, ends. One output per sequence that has news.
@@ -155,54 +143,128 @@ class Scheduler:
 
     def abort(self, request_id: str) -> Sequence | None:
         """Drop a request at once; its blocks are free for the next step. None when it is not known (any more)."""
-        for sequence in (*self.running, *self.waiting):
-            if sequence.request_id == request_id:
-                self._end(sequence)
-                return sequence
-        return None
+        sequence = self._known.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+        return sequence
 
     def check_integrity(self) -> None:
         """Assert the invariants between two steps (used by tests, and cheap enough for idle moments)."""
         self.blocks.check_integrity(self.running)
         assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.waiting)
-        for queue in (self.waiting, self.running):
-            assert [s.arrival for s in queue] == sorted(s.arrival for s in queue), "oldest first"
+        assert all(s.status == "waiting" for s in self.waiting)
+        assert all(s.status == "running" for s in self.running)
+        assert len(list(self.waiting)) == len(self.waiting)
+        assert len(self.waiting) + len(self.running) == len(self._known)
+        assert [_rank(s) for s in self.running] == sorted(_rank(s) for s in self.running), "first to last"
 
-    def _admit(self, budget: _Budget) -> list[ScheduledSequence]:
-        """Move waiting sequences to running, oldest first; return their shares of the step.
+    def _give(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Take the sequence's share off the step, and note for its task what is computed for the first time."""
+        share = plan.add(sequence, sequence.num_computed_tokens)
+        if share is None:
+            return
+        end = share.start + share.num_tokens
+        new = end - max(sequence.num_served_tokens, share.start)
+        if new > 0:
+            sequence.num_served_tokens = end
+            self.waiting.charge(sequence, new)
 
-        Blocks for all known tokens are given at once, so a prompt once begun never runs out of them. Too few
-        blocks stop admission (a long prompt is not overtaken for ever); no row only skips that one sequence, until
-        it has been overtaken `_PATIENCE` times: then nobody behind it starts until running ones free a row.
+    def _compute_prompts(self, plan: StepPlan) -> None:
+        """Share what is left of the step among prompts that are begun and ones that start now.
+
+        When a row is lacking, all of them are pinned by running revisions: then only their tasks' requests, which
+        need no new row, still start, until the one that lacks it has been overtaken `_PATIENCE` times.
         """
-        shares: list[ScheduledSequence] = []
-        without_row: set[str] = set()
-        skipped: Sequence | None = None
-        for sequence in self.waiting:
-            if budget.tokens == 0 or len(self.running) == self._max_sequences:
-                break
-            if sequence.request.revision in without_row:
-                continue
-            # One spare block per running sequence: each may need its next one soon, and a preemption costs more.
-            if self.blocks.missing(sequence) + len(self.running) > self.blocks.num_free:
-                break
-            if not self._place(sequence):
-                without_row.add(sequence.request.revision)
-                skipped = skipped or sequence
-                if self._overtaken.get(skipped.arrival, 0) >= _PATIENCE:
+        begun = [s for s in self.running if s.num_uncomputed_tokens > 1]
+        stuck = self._start_all(plan, begun, self.waiting.candidates(), None)
+        if stuck is not None:
+            resident = {BASE_TASK, *(s.request.task for s in self.running)}
+            self._start_all(plan, begun, self.waiting.candidates(resident), stuck)
+        for sequence in begun:
+            if sequence.status == "running":
+                self._give(plan, sequence)
+
+    def _start_all(
+        self,
+        plan: StepPlan,
+        begun: list[Sequence],
+        candidates: Generator[Sequence, None, None],
+        stuck: Sequence | None,
+    ) -> Sequence | None:
+        """Start candidates as far as it goes, after those of `begun` whose turn it is; return who lacks a row."""
+        computing = list(begun)  # whose prompts are in work
+        retry = stuck is not None
+        with closing(candidates):
+            for sequence in candidates:
+                for other in [s for s in begun if s.status == "running" and self._goes_on(s, sequence)]:
+                    begun.remove(other)
+                    self._give(plan, other)
+                if stuck is not None and stuck.num_overtaken >= _PATIENCE:
                     break
-                continue
-            share = budget.take(sequence)
-            if share is not None:
-                self.blocks.grow(sequence)
-                sequence.status = "running"
-                insort(self.running, sequence, key=_arrival)
-                shares.append(share)
-                if skipped is not None:
-                    self._overtaken = {skipped.arrival: self._overtaken.get(skipped.arrival, 0) + 1}
-        if shares:
-            self.waiting = [s for s in self.waiting if s.status == "waiting"]
-        return shares
+                outcome = self._start(sequence, plan, computing)
+                if outcome == "no room":
+                    break
+                if outcome == "started":
+                    computing.append(sequence)
+                    if stuck is not None:
+                        stuck.num_overtaken += 1
+                elif outcome == "no row":
+                    stuck = stuck or sequence
+                    if sequence.request.kind != "group" and not retry:
+                        break  # no other that needs a new row would get one
+        return stuck
+
+    def _goes_on(self, begun: Sequence, head: Sequence) -> bool:
+        """Whether a begun prompt goes before one that could start. It lets a shorter one of a task pass that is
+        behind by more than a step: else a long prompt would hold everybody's short ones up."""
+        if begun.priority != head.priority:
+            return begun.priority < head.priority
+        ahead = self.waiting.served(begun) - self.waiting.served(head)
+        return ahead <= self._max_batch_tokens or begun.num_uncomputed_tokens <= head.num_uncomputed_tokens
+
+    def _start(self, sequence: Sequence, plan: StepPlan, computing: Items[Sequence]) -> _Start:
+        """Give a waiting sequence a place, a row, blocks for all its known tokens and a share of the step.
+
+        With all its blocks a prompt once begun never runs out of them. "no room" stops the search: a long prompt is
+        not overtaken for ever.
+        """
+        if plan.tokens == 0:
+            return "no room"
+        found = self.blocks.find(sequence)
+        soon = self.blocks.found_soon(sequence, found, computing)
+        if soon >= max(_WORTH_WAITING, (sequence.num_tokens - len(found) * self.blocks.block_size) // 2):
+            return "not now"
+        victims = self._victims_for(sequence, found)
+        if victims is None:
+            return "no room"
+        if plan.share(sequence, len(found) * self.blocks.block_size) is None:
+            return "not now"  # rows for prompt log-probabilities are used up
+        if not self._place(sequence):
+            return "no row"
+        for victim in victims:
+            plan.drop(victim)
+            self._preempt(victim)
+        self.waiting.start(sequence)
+        sequence.status = "running"
+        insort(self.running, sequence, key=_rank)
+        self.blocks.begin(sequence, found)
+        self._give(plan, sequence)
+        return "started"
+
+    def _victims_for(self, sequence: Sequence, found: Items[int]) -> list[Sequence] | None:
+        """Running sequences of worse priority to preempt so that this one has a place and blocks, often none; None
+        when even that is not enough."""
+        cost, free, places = self.blocks.cost(sequence, found), self.blocks.num_free, self._max_sequences
+        victims: list[Sequence] = []
+        for number in range(len(self.running), -1, -1):
+            # One spare block per running sequence: each may need its next one soon, and a preemption costs more.
+            if number < places and cost + number <= free:
+                return victims
+            if number == 0 or self.running[number - 1].priority <= sequence.priority:
+                return None
+            victims.append(self.running[number - 1])
+            free += self.blocks.freed_by(victims[-1], found)
+        return None
 
     def _place(self, sequence: Sequence) -> bool:
         """Get the sequence's bank row; False when every row is pinned."""
@@ -234,16 +296,16 @@ class Scheduler:
                 del self._pending_writes[write.row]
 
     def _grow_or_preempt(self, sequence: Sequence) -> bool:
-        """Get the blocks for the sequence's next token, if need be from the youngest; False when it was itself."""
+        """Get the blocks for the sequence's next token, if need be from the last; False when it was itself."""
         while not self.blocks.grow(sequence):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to wait; all its tokens, generated ones too, will be computed again."""
+        """Send a running sequence back to wait; all its tokens, generated ones too, are found or computed again."""
         self.blocks.free(sequence)
         self.running.remove(sequence)
         sequence.num_computed_tokens = 0
@@ -251,12 +313,15 @@ class Scheduler:
         sequence.holds_row = False
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, sequence, key=_arrival)
+        self.waiting.put_back(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Forget a sequence, from whichever queue it is in."""
-        queue = self.running if sequence.status == "running" else self.waiting
-        queue.remove(sequence)
+        """Forget a sequence, wherever it is."""
+        running = sequence.status == "running"
+        if running:
+            self.running.remove(sequence)
+        self.waiting.drop(sequence, running=running)
+        del self._known[sequence.request_id]
         self.blocks.free(sequence)
         sequence.status = "finished"
         sequence.holds_row = False
@@ -268,6 +333,7 @@ class Scheduler:
         sequence.num_computed_tokens = item.start + item.num_tokens
         if not result.finite:
             return self.fail([sequence], NOT_FINITE, "numerical_error")[0]
+        self.blocks.computed(sequence)
         if result.prompt_logprobs:
             if not sequence.prompt_logprobs:
                 sequence.prompt_logprobs.append(None)  # nothing predicts the first token
@@ -288,6 +354,7 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             prompt_logprobs=tuple(sequence.prompt_logprobs or (None,)) if reports_prompt else None,
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
     def _end_of(self, sequence: Sequence, token_id: int | None) -> tuple[FinishReason | None, int | None]:
@@ -301,5 +368,5 @@ class Scheduler:
         return ("length", None) if sequence.num_generated_tokens >= params.max_tokens else (None, None)
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival

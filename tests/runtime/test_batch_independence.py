@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,8 @@ def test_chunks_and_preemption_change_no_bit(engine: Engine, tiny_base: Path) ->
     assert tight.stats()["preemptions_total"] > 0
 
 
-def test_a_cache_full_of_nan_is_never_read(engine: Engine) -> None:
+def test_a_cache_full_of_nan_is_never_read(tiny_base: Path) -> None:
+    engine = engine_with_tasks(tiny_base, replace(CONFIG, prefix_cache=False))
     prompts, params, tasks = mixed(8, 6)
     want = engine.generate(prompts, params, tasks)
     for key, value in engine.kv_cache.layers:

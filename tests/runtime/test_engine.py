@@ -111,7 +111,7 @@ def test_a_missing_seed_is_drawn_anew_for_each_request(fake_engine: MakeEngine) 
 
 
 def test_a_recycled_cache_full_of_nan_changes_nothing(fake_engine: MakeEngine) -> None:
-    engine = fake_engine()
+    engine = fake_engine(prefix_cache=False)
     some = prompts(6)
     before = engine.generate(some, GREEDY)
     for key, value in engine.kv_cache.layers:

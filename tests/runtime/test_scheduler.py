@@ -10,6 +10,7 @@ import pytest
 
 from peqa_runtime.core import (
     BASE_REVISION,
+    BASE_TASK,
     Batch,
     Placement,
     Request,
@@ -52,7 +53,8 @@ class Rows:
 def sequence(name: str, prompt: int, revision: str = BASE_REVISION, **params: object) -> Sequence:
     params.setdefault("max_tokens", 4)
     tokens = tuple(range(1, prompt + 1))
-    request = Request(name, tokens, SamplingParams(**params), revision=revision)  # type: ignore[arg-type]
+    task = revision or BASE_TASK
+    request = Request(name, tokens, SamplingParams(**params), task, revision)  # type: ignore[arg-type]
     return Sequence(request, list(tokens))
 
 
@@ -93,9 +95,9 @@ def test_decodes_go_before_the_recomputation_of_an_older_one() -> None:
     young = sequence("young", 1)
     s.add(young)
     assert step(s)[0] == {"old": 4}
-    s.running.append(young)  # as after a preemption of "old" that left "young" running
-    s.waiting.remove(young)
-    s.blocks.grow(young)
+    s.waiting.start(young)  # as after a preemption of "old" that left "young" running
+    s.running.append(young)
+    s.blocks.begin(young, [])
     young.status = "running"
     assert step(s)[0] == {"young": 1, "old": 3}
 

@@ -1,0 +1,211 @@
+"""Who starts next: by priority, then so that tasks share tokens, then by age. No torch.
+
+Within one priority each task has a counter of the tokens that were computed for it, prompt and output alike. The task
+with the smallest counter goes first, so a task with a thousand waiting requests gets no more than one with a few. A
+task that begins to wait starts at the smallest counter of those that wait already: having been away earns nothing.
+(The virtual token counter of "Fairness in Serving Large Language Models", arXiv 2401.00588, with one token = 1.)
+
+The bound, where rows of the scale bank are enough for all: as long as two tasks of one priority both have something
+waiting, the tokens computed for them differ by at most 2·N·L, N being the most sequences that run at once and L the
+longest prompt plus output. For a task starts a sequence only while its counter is the smallest; from then on at most
+N·L tokens are added to it by what runs, before it is its turn again; and counters of waiting tasks never jump.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
+
+from peqa_runtime.core import Sequence
+
+_MIN_NAMES = 64  # fewer are not worth tidying up
+
+
+class FairQueue:
+    """The waiting sequences; it also hears of what runs, for the counters. One step costs O(log tasks) per start."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, _Level] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Every waiting sequence, in no promised order."""
+        for level in self._levels.values():
+            yield from level.resumed
+            for share in level.shares.values():
+                yield from share.waiting.values()
+
+    def add(self, sequence: Sequence) -> None:
+        """A new request waits."""
+        level = self._levels.setdefault(sequence.priority, _Level())
+        level.add(sequence)
+        self._count += 1
+
+    def start(self, sequence: Sequence) -> None:
+        """It waits no more, but runs."""
+        self._levels[sequence.priority].start(sequence)
+        self._count -= 1
+
+    def put_back(self, sequence: Sequence) -> None:
+        """It was preempted: it waits again, before all of its priority that have not begun."""
+        level = self._levels[sequence.priority]
+        level.share(sequence).running -= 1
+        level.running -= 1
+        insort(level.resumed, sequence, key=_arrival)
+        self._count += 1
+
+    def drop(self, sequence: Sequence, *, running: bool) -> None:
+        """It ended or was aborted, where it ran or waited."""
+        level = self._levels[sequence.priority]
+        if running:
+            level.share(sequence).running -= 1
+            level.running -= 1
+        else:
+            level.remove(sequence)
+            self._count -= 1
+        if not level.running and not level.num_waiting:
+            del self._levels[sequence.priority]  # nobody is left to be compared with
+
+    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens were computed for this running sequence."""
+        self._levels[sequence.priority].share(sequence).served += num_tokens
+
+    def served(self, sequence: Sequence) -> int:
+        """The counter of the sequence's task, comparable within one priority."""
+        return self._levels[sequence.priority].share(sequence).served
+
+    def candidates(self, among: Collection[str] | None = None) -> Generator[Sequence, None, None]:
+        """Sequences in the order in which they should start, `among` these tasks only (None: all).
+
+        Between two of them the last one may be started; a task whose first one was not is not offered again.
+        """
+        for priority in sorted(self._levels):
+            level = self._levels[priority]
+            yield from [s for s in level.resumed if among is None or s.request.task in among]
+            yield from level.in_order() if among is None else level.in_order_among(among)
+
+
+@dataclass(eq=False)
+class _Share:
+    """One task's part of a priority. `served`: its counter; `waiting`: by arrival, oldest first."""
+
+    served: int = 0
+    running: int = 0
+    waiting: OrderedDict[int, Sequence] = field(default_factory=OrderedDict)
+    in_heap: bool = False
+
+    @property
+    def head(self) -> Sequence:
+        return next(iter(self.waiting.values()))
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its place in the order of tasks; it only ever moves back."""
+        return self.served, next(iter(self.waiting))
+
+
+class _Level:
+    """One priority. The heap holds each waiting task once, at a place that it had: when it comes up it is looked at."""
+
+    def __init__(self) -> None:
+        self.resumed: list[Sequence] = []
+        self.shares: dict[str, _Share] = {}
+        self.running = 0
+        self._num_new = 0
+        self._heap: list[tuple[int, int, _Share]] = []
+        self._last = _Share()  # the task that was the last to leave the queue
+        self._tidy_at = _MIN_NAMES
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.resumed) + self._num_new
+
+    def share(self, sequence: Sequence) -> _Share:
+        return self.shares[sequence.request.task]
+
+    def add(self, sequence: Sequence) -> None:
+        self._tidy()
+        share = self.shares.setdefault(sequence.request.task, _Share())
+        if not share.waiting:
+            first = self._first()
+            share.served = max(share.served, self._last.served if first is None else first.served)
+        share.waiting[sequence.arrival] = sequence
+        self._num_new += 1
+        if not share.in_heap:
+            share.in_heap = True
+            heappush(self._heap, (*share.place, share))
+
+    def start(self, sequence: Sequence) -> None:
+        self.remove(sequence)
+        share = self.share(sequence)
+        share.running += 1
+        self.running += 1
+        if not share.waiting:
+            self._last = share
+
+    def remove(self, sequence: Sequence) -> None:
+        if sequence.num_preemptions:
+            self.resumed.remove(sequence)
+        else:
+            del self.share(sequence).waiting[sequence.arrival]
+            self._num_new -= 1
+
+    def in_order(self) -> Generator[Sequence, None, None]:
+        """The oldest of the first task, and on; O(log tasks) each."""
+        passed: list[_Share] = []
+        try:
+            while (share := self._first()) is not None:
+                head = share.head
+                yield head
+                if head.arrival in share.waiting:
+                    heappop(self._heap)
+                    passed.append(share)
+        finally:
+            for share in passed:
+                heappush(self._heap, (*share.place, share))
+
+    def in_order_among(self, tasks: Collection[str]) -> Iterator[Sequence]:
+        """The same for a few tasks; O(tasks) each."""
+        shares = [self.shares[task] for task in tasks if task in self.shares]
+        while shares := [share for share in shares if share.waiting]:
+            share = min(shares, key=lambda share: share.place)
+            head = share.head
+            yield head
+            if head.arrival in share.waiting:
+                shares.remove(share)
+
+    def _first(self) -> _Share | None:
+        """The waiting task whose turn it is, at the top of the heap."""
+        while self._heap:
+            served, arrival, share = self._heap[0]
+            if not share.waiting:
+                heappop(self._heap)
+                share.in_heap = False
+            elif share.place != (served, arrival):
+                heapreplace(self._heap, (*share.place, share))
+            else:
+                return share
+        return None
+
+    def _tidy(self) -> None:
+        """Forget idle tasks that would start at the smallest counter anyway, before names pile up."""
+        if len(self.shares) < self._tidy_at:
+            return
+        first = self._first()
+        least = self._last.served if first is None else first.served
+        self.shares = {
+            task: share
+            for task, share in self.shares.items()
+            if share.waiting or share.running or share.served > least
+        }
+        self._tidy_at = max(_MIN_NAMES, 2 * len(self.shares))
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
