@@ -2,6 +2,7 @@
 #   make serve   a server on $(HOST):$(PORT) with the demo model and three tasks; MODEL=DIR|FILE.gguf serves that instead
 #   make test    the tests (ALL=1: the slow ones too, as CI does)
 #   make lint    ruff and mypy
+#   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +10,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+OUT ?=
 PEQA_HOME ?= $(CURDIR)/.peqa
 export PEQA_HOME
 TORCH_VERSION ?= 2.13.0
@@ -21,7 +23,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: serve test lint format setup setup-dev clean
+.PHONY: serve test lint format setup setup-dev clean bench-kernels
 
 serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -38,6 +40,9 @@ lint: $(STAMP_DEV)
 
 format: $(STAMP_DEV)
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench-kernels: $(STAMP)
+	$(BIN)/python -m peqa_kernels.bench $(if $(OUT),--out $(OUT)) $(ARGS)
 
 setup: $(STAMP)
 setup-dev: $(STAMP_DEV)

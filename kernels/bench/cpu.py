@@ -1,0 +1,287 @@
+"""What is measured on a CPU: single linears, one whole step of a small model, mixed tasks, prefill.
+
+Activations are fp32, as the engine has them on a CPU; those of the bf16 peers are bf16, as theirs want them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peqa_kernels.bench.case import Case
+from peqa_kernels.bench.machine import Machine, rotation_bytes
+from peqa_kernels.bench.row import Row
+from peqa_kernels.bench.timing import Timer, Timing, Way
+from peqa_kernels.bench.weights import (
+    Call,
+    Int4Pack,
+    Shape,
+    channel_bank,
+    dense,
+    dense_rotation,
+    ours,
+    random_weight,
+    rotation,
+    task_rows,
+)
+from peqa_kernels.quant_matmul import PreparedWeight, prepare, quant_matmul
+
+SPEEDUP = {1: 2.5, 8: 2.5, 32: 2.0}  # rows -> at least so many times as fast as F.linear in bf16
+OF_LINEAR_RATE = 0.9  # … or, at 32 rows, this share of F.linear's own rate at PREFILL_ROWS
+CAPPED_ROWS = 32
+PREFILL_ROWS = 512
+PREFILL_SHARE = 0.95
+MIXED_TASKS = 32
+MIXED_COST = 1.03
+FP32 = 4  # bytes
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A small model's linears, each with the number of its layers, and its head."""
+
+    name: str
+    linears: tuple[Shape, ...]
+    layers: int
+    head: Shape
+
+    @property
+    def parts(self) -> list[Shape]:
+        """Every linear of one step, in order."""
+        return [*self.linears] * self.layers + [self.head]
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """Which shapes are measured."""
+
+    linears: tuple[Shape, ...]
+    informing: tuple[Shape, ...]  # measured, held against no bar
+    model: Model
+    rows: tuple[int, ...] = tuple(SPEEDUP)
+    span: int = 0  # bytes of a rotation; 0: what this machine's caches ask for
+
+
+SMOLLM2 = Model(  # as its GGUF file has it: Q4_1 linears, a Q8_0 head
+    "smollm2-135m",
+    (
+        Shape((576, 192, 192), 576, group_size=32, fractional=True),
+        Shape((576,), 576, group_size=32, fractional=True),
+        Shape((1536, 1536), 576, group_size=32, fractional=True),
+        Shape((576,), 1536, group_size=32, fractional=True),
+    ),
+    layers=30,
+    head=Shape((49152,), 576, bits=8, group_size=32),
+)
+PLAN = CpuPlan(
+    linears=(Shape((4096,), 4096), Shape((11008,), 4096)),
+    informing=(Shape((4096,), 4096, group_size=64), Shape((4096,), 4096, group_size=32)),
+    model=SMOLLM2,
+)
+
+
+def cases(plan: CpuPlan) -> list[Case]:
+    """Cases of the plan, in the order of the table."""
+    span = plan.span or rotation_bytes(CPU)
+    single = [
+        Case(f"cpu {shape.name} {shape.format}", partial(_linear, plan, shape, span, shape in plan.linears))
+        for shape in (*plan.linears, *plan.informing)
+    ]
+    return [*single, Case(f"cpu {plan.model.name} step", partial(_step, plan, span))]
+
+
+def _linear(
+    plan: CpuPlan, shape: Shape, span: int, barred: bool, machine: Machine, timer: Timer
+) -> list[Row]:
+    """Prefill, decode and mixed tasks of one linear."""
+    weights, bf16 = rotation(shape, CPU, span), dense_rotation(shape, CPU, span)
+    pack = Int4Pack(shape, CPU, span)
+    banks = [channel_bank(shape, MIXED_TASKS, CPU) for _ in weights]
+
+    def run(rows: int, tasks: int) -> list[Call]:
+        x = torch.randn(rows, shape.in_features)
+        return ours(x, weights, banks, row=task_rows(rows, tasks, CPU))
+
+    def linear(rows: int) -> list[Call]:
+        return dense(torch.randn(rows, shape.in_features).bfloat16(), bf16)
+
+    what = f"{shape.name}/{shape.format}"
+    sizes = _Sizes(shape.flops, lambda rows, tasks: shape.step_bytes(rows, tasks, activation=FP32))
+    rows, rate = _prefill(what, sizes, run, linear, machine, timer)
+    for count in plan.rows:
+        x = torch.randn(count, shape.in_features).bfloat16()
+        ways = [Way("ours", run(count, 1)), Way("linear", linear(count)), Way("int4pack", pack.calls(x))]
+        times = timer.compare(f"{count} rows", *ways)
+        rows += _decode(what, sizes, count, rate, times, machine)
+    rows += _mixed(what, sizes, run, machine, timer)
+    return rows if barred else [Row(r.name, r.value, r.unit, r.op, None, r.facts) for r in rows]
+
+
+def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]:
+    """The same for all linears of a model and its head, called one after the other."""
+    model = plan.model
+    step = _ModelStep(model, span)
+    sizes = _Sizes(
+        lambda rows: sum(shape.flops(rows) for shape in model.parts),
+        lambda rows, tasks: sum(s.step_bytes(rows, tasks, activation=FP32) for s in model.parts),
+    )
+    blocks = _Sizes(
+        lambda rows: sizes.flops(rows) - model.head.flops(rows),
+        lambda rows, tasks: sizes.moved(rows, tasks) - model.head.step_bytes(rows, tasks, activation=FP32),
+    )
+    what = f"{model.name}-step"
+    run, linear = partial(step.ours, head=False), partial(step.dense, head=False)
+    rows, _ = _prefill(
+        what, blocks, run, linear, machine, timer
+    )  # prefill needs the head for its last token only
+    whole = timer.compare(f"F.linear at {PREFILL_ROWS} rows", Way("linear", step.dense(PREFILL_ROWS)))
+    rate = sizes.flops(PREFILL_ROWS) / whole["linear"].median
+    for count in plan.rows:
+        ways = [
+            Way("ours", step.ours(count, 1)),
+            Way("linear", step.dense(count)),
+            Way("int4pack", step.int4pack(count, timer)),
+        ]
+        rows += _decode(what, sizes, count, rate, timer.compare(f"{count} rows", *ways), machine)
+    return rows + _mixed(what, sizes, step.ours, machine, timer)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    flops: Callable[[int], float]  # of so many rows
+    moved: Callable[[int, int], int]  # bytes of (rows, tasks)
+
+
+def _prefill(
+    what: str,
+    sizes: _Sizes,
+    run: Callable[[int, int], list[Call]],
+    linear: Callable[[int], list[Call]],
+    machine: Machine,
+    timer: Timer,
+) -> tuple[list[Row], float]:
+    """The prefill row, and F.linear's rate there in flop/s."""
+    count = PREFILL_ROWS
+    times = timer.compare(f"{count} rows", Way("ours", run(count, 1)), Way("linear", linear(count)))
+    rate = sizes.flops(count) / times["linear"].median
+    facts = _facts(sizes, count, 1, times["ours"], machine)
+    facts["peer_us"] = times["linear"].median * 1e6
+    ratio = times["linear"].median / times["ours"].median
+    name = f"cpu/prefill/{what}/{count}-rows/vs-linear-bf16"
+    return [Row(name, ratio, "x", ">=", PREFILL_SHARE, facts)], rate
+
+
+def _decode(
+    what: str, sizes: _Sizes, count: int, rate: float, times: dict[str, Timing], machine: Machine
+) -> list[Row]:
+    """The rows against both peers; `rate`: F.linear's flop/s at PREFILL_ROWS on the same shapes."""
+    ours_time, linear = times["ours"].median, times["linear"].median
+    rows = []
+    for peer, label in (("linear", "linear-bf16"), ("int4pack", "int4pack")):
+        facts = _facts(sizes, count, 1, times["ours"], machine)
+        facts["peer_us"] = times[peer].median * 1e6
+        bar = 1.0
+        if peer == "linear":
+            facts |= {"full_bar": SPEEDUP[count], "linear_prefill_gflops": rate / 1e9}
+            bar = speedup_bar(count, sizes.flops(count) / linear, rate)
+        name = f"cpu/decode/{what}/{count}-rows/vs-{label}"
+        rows.append(Row(name, times[peer].median / ours_time, "x", ">=", bar, facts))
+    return rows
+
+
+def speedup_bar(rows: int, linear_rate: float, prefill_rate: float) -> float:
+    """How many times as fast as F.linear a decode call must be, given its flop/s now and at PREFILL_ROWS."""
+    full = SPEEDUP[rows]
+    return min(full, OF_LINEAR_RATE * prefill_rate / linear_rate) if rows == CAPPED_ROWS else full
+
+
+def _mixed(
+    what: str, sizes: _Sizes, run: Callable[[int, int], list[Call]], machine: Machine, timer: Timer
+) -> list[Row]:
+    """Every row of another task, against all of one."""
+    count = MIXED_TASKS
+    ways = (Way("one", run(count, 1)), Way("mixed", run(count, count)))
+    times = timer.compare(f"{count} tasks", *ways)
+    facts = _facts(sizes, count, count, times["mixed"], machine)
+    facts["peer_us"] = times["one"].median * 1e6
+    ratio = times["mixed"].median / times["one"].median
+    return [Row(f"cpu/tasks/{what}/{count}-tasks/vs-1-task", ratio, "x", "<=", MIXED_COST, facts)]
+
+
+def _facts(sizes: _Sizes, rows: int, tasks: int, timing: Timing, machine: Machine) -> dict[str, Any]:
+    facts = machine.facts(timing.median, sizes.moved(rows, tasks), sizes.flops(rows))
+    return {"rows": rows, "tasks": tasks, **facts, "samples": timing.samples}
+
+
+class _ModelStep:
+    """The linears of one step, in our form and in those of the peers; one call is a whole step."""
+
+    def __init__(self, model: Model, span: int) -> None:
+        self._model = model
+        parts = model.parts
+        turns = -(-span // sum(shape.weight_bytes for shape in parts))  # steps until a weight comes again
+        codes = {shape: random_weight(shape, CPU) for shape in {*parts}}
+        self._weights = [
+            [prepare(codes[shape], segments=shape.segments) for shape in parts] for _ in range(turns)
+        ]
+        self._banks = [channel_bank(shape, MIXED_TASKS, CPU) for shape in parts[:-1]]
+        self._bf16 = [torch.randn(s.out_features, s.in_features).bfloat16() for s in parts]
+        self._packs = {shape: Int4Pack(shape, CPU, 0, count=model.layers) for shape in {*model.linears}}
+        head = model.head
+        self._int8_head = torch.randint(-128, 128, (head.out_features, head.in_features), dtype=torch.int8)
+        self._int8_scale = torch.rand(head.out_features).bfloat16()
+
+    def ours(self, rows: int, tasks: int, *, head: bool = True) -> list[Call]:
+        """A step per turn; the head belongs to no task."""
+        x = self._inputs(rows, torch.float32)
+        row = task_rows(rows, tasks, CPU)
+
+        def step(weights: list[PreparedWeight]) -> None:
+            for weight, bank in zip(weights, self._banks, strict=False):
+                quant_matmul(x[weight.in_features], weight, bank=bank, row=row)
+            if head:
+                quant_matmul(x[self._model.head.in_features], weights[-1])
+
+        return [partial(step, weights) for weights in self._weights]
+
+    def dense(self, rows: int, *, head: bool = True) -> list[Call]:
+        """F.linear in bf16."""
+        x = self._inputs(rows, torch.bfloat16)
+        weights = self._bf16 if head else self._bf16[:-1]
+
+        def step() -> None:
+            for weight in weights:
+                F.linear(x[weight.shape[1]], weight)
+
+        return [step]
+
+    def int4pack(self, rows: int, timer: Timer) -> list[Call]:
+        """torch's int4 op; its head, which must keep 8 bits, is whichever of torch's two ways is faster here."""
+        x = self._inputs(rows, torch.bfloat16)
+        linears = [self._packs[shape].calls(x[shape.in_features]) for shape in self._model.linears]
+        into = x[self._model.head.in_features]
+        heads = {
+            "int8pack": partial(torch.ops.aten._weight_int8pack_mm, into, self._int8_head, self._int8_scale),
+            "linear": partial(F.linear, into, self._bf16[-1]),
+        }
+        times = timer.compare(f"{rows} rows, heads", *(Way(name, [call]) for name, call in heads.items()))
+        head = heads[min(times, key=lambda name: times[name].median)]
+
+        def step() -> None:
+            for layer in zip(*linears, strict=True):
+                for call in layer:
+                    call()
+            head()
+
+        return [step]
+
+    def _inputs(self, rows: int, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Activations [rows, K] by K."""
+        return {k: torch.randn(rows, k).to(dtype) for k in {shape.in_features for shape in self._model.parts}}

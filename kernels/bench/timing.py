@@ -1,0 +1,167 @@
+"""Times of several ways to compute the same: interleaved, so that a slow second of the machine meets all of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute: a call per weight of its rotation, taken in turn, so that no weight is still in a cache."""
+
+    name: str
+    calls: Sequence[Call]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    median: float
+    best: float
+    samples: int
+
+
+class Timer(Protocol):
+    """Times ways against each other."""
+
+    def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
+        """Seconds of one call of each way, by name; `label` says what is being compared."""
+        ...
+
+
+def none_shown(label: str) -> None:
+    """Show no progress."""
+
+
+class Clock:
+    """Wall clock. In each round every way makes a few calls, the ways one after the other."""
+
+    def __init__(
+        self,
+        seconds: float = 2.0,
+        *,
+        least_rounds: int = 7,
+        most_rounds: int = 300,
+        sample_seconds: float = 1e-3,
+        show: Callable[[str], None] = none_shown,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Spend about `seconds` on a comparison; a sample lasts `sample_seconds` or one call, if that is longer."""
+        self._seconds = seconds
+        self._least, self._most = least_rounds, most_rounds
+        self._sample_seconds = sample_seconds
+        self._show = show
+        self._now = now
+
+    def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
+        """Seconds of one call of each way, by name."""
+        self._show(label)
+        turns = [_endless(way.calls) for way in ways]
+        counts = []
+        for turn in turns:
+            self._sample(turn, 1)  # the first call builds what is built once
+            once = min(self._sample(turn, 1) for _ in range(2))
+            counts.append(max(1, math.ceil(self._sample_seconds / max(once, 1e-9))))
+        samples: list[list[float]] = [[] for _ in ways]
+        end = self._now() + self._seconds
+        while len(samples[0]) < self._least or (self._now() < end and len(samples[0]) < self._most):
+            for turn, count, taken in zip(turns, counts, samples, strict=True):
+                taken.append(self._sample(turn, count))
+        return {way.name: _timing(taken) for way, taken in zip(ways, samples, strict=True)}
+
+    def _sample(self, turn: Iterator[Call], calls: int) -> float:
+        """Seconds per call of the next `calls` calls."""
+        begin = self._now()
+        for _ in range(calls):
+            next(turn)()
+        return (self._now() - begin) / calls
+
+
+class GraphReplay:
+    """CUDA events around replays of a graph that holds a whole pass over the rotation, as a served step does.
+
+    Launches cost nothing that way, and no call finds its weight in the L2 cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 25,
+        pass_seconds: float = 1e-3,
+        show: Callable[[str], None] = none_shown,
+        cuda: Any = None,
+    ) -> None:
+        """Replay each way's graph `rounds` times in turn; a pass lasts `pass_seconds` or one rotation.
+
+        `cuda` is torch.cuda, or what stands in for it.
+        """
+        if cuda is None:
+            import torch.cuda as cuda
+        self._rounds = rounds
+        self._pass_seconds = pass_seconds
+        self._show = show
+        self._cuda = cuda
+
+    def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
+        """Seconds of one call of each way, by name."""
+        self._show(label)
+        passes = [self._capture(way) for way in ways]
+        samples: list[list[float]] = [[] for _ in ways]
+        for _ in range(self._rounds):
+            for (graph, calls), taken in zip(passes, samples, strict=True):
+                taken.append(self._elapsed(graph.replay) / calls)
+        for graph, _ in passes:
+            graph.reset()
+        return {way.name: _timing(taken) for way, taken in zip(ways, samples, strict=True)}
+
+    def _capture(self, way: Way) -> tuple[Any, int]:
+        """The graph of as many rotations as fill a pass, and its number of calls."""
+        cuda = self._cuda
+
+        def rotation() -> None:
+            for call in way.calls:
+                call()
+
+        stream = (
+            cuda.Stream()
+        )  # libraries choose their algorithms and workspaces now, on a stream that may be captured
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            rotation()
+            rotation()
+        cuda.current_stream().wait_stream(stream)
+        once = self._elapsed(rotation)
+        repeats = max(1, math.ceil(self._pass_seconds / max(once, 1e-9)))
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            for _ in range(repeats):
+                rotation()
+        graph.replay()
+        return graph, repeats * len(way.calls)
+
+    def _elapsed(self, work: Callable[[], object]) -> float:
+        """Seconds between two events around `work`."""
+        cuda = self._cuda
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def _endless(calls: Sequence[Call]) -> Iterator[Call]:
+    while True:
+        yield from calls
+
+
+def _timing(samples: list[float]) -> Timing:
+    return Timing(statistics.median(samples), min(samples), len(samples))

@@ -1,0 +1,168 @@
+"""Random weights, as many as outlast the caches, in our layout and in those of the kernels they are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peqa_kernels.bench.timing import Call
+from peqa_kernels.packing import packed_width
+from peqa_kernels.quant_matmul import LinearBank, PreparedWeight, QuantizedWeight, prepare, quant_matmul
+
+PEER_GROUPS = (256, 128, 64, 32)  # group sizes of torch's int4 ops, the cheapest first
+INNER_K_TILES = 8  # of the CUDA op's layout: its widest loads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear, fused siblings as segments."""
+
+    segments: tuple[int, ...]
+    in_features: int
+    bits: int = 4
+    group_size: int | None = None  # None: per channel
+    fractional: bool = False  # zero points between the codes, as GGUF's Q4_1 has them
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return sum(self.segments)
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return 1 if self.group_size is None else self.in_features // self.group_size
+
+    @property
+    def name(self) -> str:
+        """For row names: N x K."""
+        return f"{self.out_features}x{self.in_features}"
+
+    @property
+    def format(self) -> str:
+        """For row names: bits and grouping."""
+        return f"int{self.bits}-" + ("channel" if self.group_size is None else f"g{self.group_size}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Codes, group scales and (where they are not the middle code) zero points, in fp32 as they are kept."""
+        side = self.out_features * self.groups * 4
+        return self.out_features * packed_width(self.in_features, self.bits) + side * (
+            2 if self.fractional else 1
+        )
+
+    def step_bytes(self, rows: int, tasks: int, *, activation: int, group_sets: bool = False) -> int:
+        """Bytes that a call moves at least; `activation`: bytes of one input or output number."""
+        task = 4 * self.out_features * (self.groups if group_sets else 1)
+        return self.weight_bytes + tasks * task + rows * (self.in_features + self.out_features) * activation
+
+    def flops(self, rows: int) -> float:
+        """2 M N K."""
+        return 2.0 * rows * self.out_features * self.in_features
+
+
+def random_weight(shape: Shape, device: torch.device) -> QuantizedWeight:
+    """Random codes and scales; zero points are the middle code, or lie within one of it."""
+    n, k = shape.out_features, shape.in_features
+    qweight = torch.randint(0, 256, (n, packed_width(k, shape.bits)), dtype=torch.uint8, device=device)
+    scales = torch.rand(n, shape.groups, device=device) * 0.01 + 0.001
+    zeros = torch.full_like(scales, float(1 << (shape.bits - 1)))
+    if shape.fractional:
+        zeros += torch.rand_like(zeros) - 0.5
+    return QuantizedWeight(qweight, scales, zeros, shape.bits, k)
+
+
+def rotation(shape: Shape, device: torch.device, span: int) -> list[PreparedWeight]:
+    """Weights that take `span` bytes together, two at least. Their codes are the same, their memory is not."""
+    weight = random_weight(shape, device)
+    return [prepare(weight, segments=shape.segments) for _ in range(copies(shape.weight_bytes, span))]
+
+
+def dense_rotation(shape: Shape, device: torch.device, span: int) -> list[Tensor]:
+    """Random bf16 weights [N, K] that take `span` bytes together, two at least."""
+    size = (shape.out_features, shape.in_features)
+    return [torch.randn(size, device=device).bfloat16() for _ in range(copies(2 * size[0] * size[1], span))]
+
+
+def copies(size: int, span: int) -> int:
+    """How many things of `size` bytes fill `span`."""
+    return max(2, -(-span // size))
+
+
+def channel_bank(shape: Shape, tasks: int, device: torch.device) -> LinearBank:
+    """Output scales around 1 for the base and `tasks` tasks."""
+    out = 1 + 0.1 * torch.randn(tasks + 1, shape.out_features, device=device)
+    out[0] = 1
+    return LinearBank(shape.segments, out.contiguous())
+
+
+def group_bank(shape: Shape, tasks: int, device: torch.device) -> LinearBank:
+    """Output scales of the base only, group scales around 1 for the base and `tasks` tasks."""
+    group = 1 + 0.1 * torch.randn(tasks + 1, shape.groups, shape.out_features, device=device)
+    group[0] = 1
+    return LinearBank(shape.segments, torch.ones(1, shape.out_features, device=device), None, group)
+
+
+def task_rows(rows: int, tasks: int, device: torch.device) -> Tensor:
+    """Bank row of each activation, int32 [rows]: `tasks` tasks in turn, as they arrive in a mixed batch."""
+    return (1 + torch.arange(rows, device=device) % tasks).to(torch.int32)
+
+
+def ours(
+    x: Tensor,  # [M, K]
+    weights: list[PreparedWeight],
+    banks: list[LinearBank],
+    row: Tensor | None = None,
+    group_row: Tensor | None = None,
+) -> list[Call]:
+    """One call of quant_matmul per weight, each with its own bank as in a model."""
+
+    def call(weight: PreparedWeight, bank: LinearBank) -> Call:
+        return lambda: quant_matmul(x, weight, bank=bank, row=row, group_row=group_row)
+
+    return [call(weight, bank) for weight, bank in zip(weights, banks, strict=True)]
+
+
+def dense(x: Tensor, weights: list[Tensor]) -> list[Call]:
+    """One call of F.linear per bf16 weight [N, K]."""
+
+    def call(weight: Tensor) -> Call:
+        return lambda: F.linear(x, weight)
+
+    return [call(weight) for weight in weights]
+
+
+class Int4Pack:
+    """torch's own int4 matmul, packed beforehand: `_weight_int4pack_mm` or its CPU form."""
+
+    def __init__(self, shape: Shape, device: torch.device, span: int, *, count: int = 0) -> None:
+        """Pack `count` random weights, or as many as fill `span` bytes.
+
+        A weight that is per channel gets the widest groups that the op takes.
+        """
+        n, k = shape.out_features, shape.in_features
+        self.group = shape.group_size or next(g for g in PEER_GROUPS if k % g == 0)
+        self._cpu = device.type == "cpu"
+        self._side = torch.rand(k // self.group, n, 2, device=device).bfloat16()  # scale and offset
+        self._packed = [self._pack(n, k, device) for _ in range(count or copies(n * k // 2, span))]
+
+    def calls(self, x: Tensor) -> list[Call]:  # x: bf16 [M, K]
+        """One call per weight."""
+        op = torch.ops.aten._weight_int4pack_mm_for_cpu if self._cpu else torch.ops.aten._weight_int4pack_mm
+
+        def call(packed: Tensor) -> Call:
+            return lambda: op(x, packed, self.group, self._side)
+
+        return [call(packed) for packed in self._packed]
+
+    def _pack(self, n: int, k: int, device: torch.device) -> Tensor:
+        if self._cpu:
+            codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+            packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_K_TILES)
+            return packed
+        pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
+        return packed
