@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = ("pack_rows.c", "quant_matmul.c", "paged_attention.c")
+SOURCES = ("pack_rows.c", "quant_matmul.c", "paged_attention.c", "decoder.c")
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
 # -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
 FLAGS = (

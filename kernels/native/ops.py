@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 ABI = 4  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+
+EXPORTS = ("peqa_decode", "peqa_decode_scratch")  # functions that are bound elsewhere (decoder.py)
 
 
 class StaleLibrary(Exception):
@@ -54,6 +58,9 @@ class NativeOps:
             found = -1
         if found != ABI:
             raise StaleLibrary(f"{path.name} has ABI {found}, these sources want {ABI}")
+        missing = [name for name in EXPORTS if not hasattr(self._library, name)]
+        if missing:
+            raise StaleLibrary(f"{path.name} has no {missing[0]}: it was built before these sources")
         serve = self._library.peqa_pool_serve
         serve.argtypes = (c_void_p,)
         serve.restype = None
@@ -83,6 +90,16 @@ class NativeOps:
     def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
         """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
         return PackedWeight(weight, segments)
+
+    def function(self, name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+        """One more function of the library, with the ctypes of its result and its arguments."""
+        found = getattr(self._library, name)
+        found.restype, found.argtypes = result, arguments
+        return cast(Callable[..., Any], found)
+
+    def working_memory(self, threads: int, floats: int) -> tuple[int, int]:
+        """Addresses of the pool with `threads` threads, and of `floats` floats of the calling thread's."""
+        return self._pool.at_least(threads), self._scratch.at_least(floats)
 
     def quant_matmul(
         self,

@@ -80,7 +80,7 @@ class NativeCpu:
     def __init__(self, ops: NativeOps, packed: PackedWeight) -> None:
         """Take the loaded library (NativeOps) and what its `pack` returned."""
         self._ops = ops
-        self._packed = packed
+        self.packed = packed
 
     def matmul(
         self,
@@ -96,12 +96,12 @@ class NativeCpu:
         if x.stride(1) != 1:
             x = x.contiguous()
         if bank is None:
-            return self._ops.quant_matmul(x, self._packed, bias, None, None, None, None, None)
+            return self._ops.quant_matmul(x, self.packed, bias, None, None, None, None, None)
         tasks = row is not None
         groups = group_row is not None and bank.group_scale is not None
         return self._ops.quant_matmul(
             x,
-            self._packed,
+            self.packed,
             bias,
             bank.out_scale if tasks else None,
             bank.in_scale if tasks else None,

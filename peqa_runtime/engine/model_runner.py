@@ -89,8 +89,6 @@ class ModelRunner:
         width = max(len(item.sequence.block_table) for item in batch.scheduled)
         tables = [(item.sequence.block_table + [0] * width)[:width] for item in batch.scheduled]
         lengths = [item.start + item.num_tokens for item in batch.scheduled]
-        # A step within a prompt needs no logits; it asks for one row, as ops on no rows at all are a rare case.
-        logits_at = logits_at or [0]
         self._set_rows(batch)
         context = ForwardContext(
             block_tables=self._ints(tables),

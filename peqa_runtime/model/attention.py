@@ -99,6 +99,12 @@ def paged_attention_forward(
 AttentionInterface.register(ATTENTION, paged_attention_forward)
 
 
+def layer_of(attention: nn.Module) -> PagedLayer | None:
+    """The paged layer that `place_layers` gave to an attention module."""
+    layer: PagedLayer | None = getattr(attention, _HANDLE, None)
+    return layer
+
+
 def place_layers(model: PreTrainedModel, step: StepContext) -> list[PagedLayer]:
     """Switch a model to paged attention and find its layers, in order, with the shapes of what they cache.
 

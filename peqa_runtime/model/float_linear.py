@@ -28,7 +28,7 @@ class SteadyLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         y = F.linear(F.pad(rows, (0, 0, 0, -count % ROW_MULTIPLE)), self.weight, self.bias)[:count]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def steady_linears(model: nn.Module) -> None:

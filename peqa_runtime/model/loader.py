@@ -20,6 +20,7 @@ from peqa_runtime.model.base_checkpoint import read_manifest, verify_digest
 from peqa_runtime.model.float_linear import steady_linears
 from peqa_runtime.model.forward_context import ForwardContext
 from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
+from peqa_runtime.model.lean_decoder import LeanDecoder, lean_decoder
 from peqa_runtime.model.quantized_linear import QuantizedLinear, StepRows, TiedHead
 from peqa_runtime.model.self_check import self_check
 from peqa_runtime.model.threads import one_thread
@@ -32,7 +33,8 @@ class LoadedModel:
     """A model that serves packed batches.
 
     `linears`: its launches, to each of which the engine attaches a bank. `layers`: its attention layers, to each of
-    which the engine binds a KV cache of the shape in `kv_spec`. One forward at a time.
+    which the engine binds a KV cache of the shape in `kv_spec`. `lean`: the same model as one call per step, where it
+    is of a kind that has one. One forward at a time.
     """
 
     model: PreTrainedModel
@@ -49,14 +51,26 @@ class LoadedModel:
     vocab_size: int
     step_context: StepContext
     selects_logits: bool
+    lean: LeanDecoder | None = None
 
     def forward(
         self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor
     ) -> Tensor:
         """One step: input_ids and positions int64 [tokens], logits_at int64 [R] -> logits fp32 [R, vocab].
 
-        Tokens of all sequences are packed one after the other, as `context` says. `step_rows` must be set before.
+        Tokens of all sequences are packed one after the other, as `context` says; `logits_at` names none twice and may
+        be empty. `step_rows` must be set before.
         """
+        if self.lean is not None:
+            return self.lean.forward(context, input_ids, positions, logits_at, self.step_rows)
+        return self.forward_through_modules(context, input_ids, positions, logits_at)
+
+    def forward_through_modules(
+        self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor
+    ) -> Tensor:
+        """`forward` as transformers wrote it, whether or not there is a lean decoder."""
+        if len(logits_at) == 0:  # ops on no rows at all are a rare case in other people's modules
+            return self.forward_through_modules(context, input_ids, positions, logits_at.new_zeros(1))[:0]
         self.step_context.current = context
         keep = {"logits_to_keep": logits_at} if self.selects_logits else {}
         with torch.inference_mode():
@@ -124,6 +138,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
         selects_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
     if paged:
+        loaded.lean = lean_decoder(model, layers, loaded.max_model_len)
         self_check(loaded)
     return loaded
 

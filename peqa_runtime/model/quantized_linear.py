@@ -117,6 +117,11 @@ class QuantizedLinear(_Codes):
         assert bank.segments == self.sizes, (bank.segments, self.sizes)
         self._bank, self._rows = bank, rows
 
+    @property
+    def bank(self) -> LinearBank | None:
+        """What `attach` was given."""
+        return self._bank
+
     def tune(self, kind: ScaleKind | None) -> None:
         """Create trainable fp32 scales of `kind`, all ones (= the base), in the shapes that scale sets have.
 

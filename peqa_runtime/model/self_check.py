@@ -5,6 +5,7 @@ Some models accept a registered attention and then ignore it, or mix packed sequ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,8 @@ from peqa_runtime.model.forward_context import ForwardContext
 if TYPE_CHECKING:
     from peqa_runtime.model.loader import LoadedModel
 
+_Forward = Callable[[ForwardContext, Tensor, Tensor, Tensor], Tensor]
+
 _BLOCK_SIZE = 8
 _LENGTHS = (13, 6)  # two sequences, packed; the longer one crosses a block
 _CUT = 7  # ... and comes in two chunks
@@ -26,7 +29,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def self_check(loaded: LoadedModel) -> float:
-    """Relative RMS difference of logits, plain against paged; leaves no cache bound.
+    """Largest relative RMS difference of logits, plain against paged and lean; leaves no cache bound.
 
     Raises `UnsupportedModel` when they differ by more than rounding.
     """
@@ -44,13 +47,8 @@ def self_check(loaded: LoadedModel) -> float:
         model.set_attn_implementation(ATTENTION)
     expected = torch.cat([dense[0][:_CUT], dense[1], dense[0][_CUT:]])
     before = [layer.calls for layer in layers]
-    try:
-        found = _paged(loaded, prompts)
-    finally:
-        for layer in layers:
-            layer.bind(None, None)
-    difference = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     name = type(model).__name__
+    difference = _difference(_paged(loaded, prompts, loaded.forward_through_modules), expected)
     if any(layer.calls - calls != 2 for layer, calls in zip(layers, before, strict=True)):
         raise UnsupportedModel(f"{name} does not call the paged attention once per layer and step")
     if not difference <= _TOLERANCE[loaded.dtype]:
@@ -58,16 +56,32 @@ def self_check(loaded: LoadedModel) -> float:
             f"{name} gives other logits with paged attention than with its own (relative difference {difference:.2g}); "
             "it cannot be served correctly"
         )
+    if loaded.lean is not None:
+        lean = _difference(_paged(loaded, prompts, loaded.forward), expected)
+        if not lean <= _TOLERANCE[loaded.dtype]:
+            raise UnsupportedModel(
+                f"{name} gives other logits in the CPU's own decoder than in transformers (relative difference "
+                f"{lean:.2g}); it cannot be served correctly"
+            )
+        difference = max(difference, lean)
     return difference
 
 
-def _paged(loaded: LoadedModel, prompts: list[Tensor]) -> Tensor:
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def _paged(loaded: LoadedModel, prompts: list[Tensor], forward: _Forward) -> Tensor:
     """Logits of the same tokens in two packed steps, blocks in scattered order."""
     _bind(loaded, 4)
     long, short = prompts
     tables = [[3, 1], [2, 0]]
-    first = _step(loaded, [(long[:_CUT], 0, tables[0]), (short, 0, tables[1])])
-    return torch.cat([first, _step(loaded, [(long[_CUT:], _CUT, tables[0])])])
+    try:
+        first = _step(loaded, [(long[:_CUT], 0, tables[0]), (short, 0, tables[1])], forward)
+        return torch.cat([first, _step(loaded, [(long[_CUT:], _CUT, tables[0])], forward)])
+    finally:
+        for layer in loaded.layers:
+            layer.bind(None, None)
 
 
 def packed_logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
@@ -75,7 +89,7 @@ def packed_logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
     blocks = -(-len(ids) // _BLOCK_SIZE)
     _bind(loaded, blocks)
     try:
-        return _step(loaded, [(ids.to(loaded.device), 0, list(range(blocks)))])
+        return _step(loaded, [(ids.to(loaded.device), 0, list(range(blocks)))], loaded.forward)
     finally:
         for layer in loaded.layers:
             layer.bind(None, None)
@@ -90,7 +104,7 @@ def _bind(loaded: LoadedModel, blocks: int) -> None:
         )
 
 
-def _step(loaded: LoadedModel, chunks: list[tuple[Tensor, int, list[int]]]) -> Tensor:
+def _step(loaded: LoadedModel, chunks: list[tuple[Tensor, int, list[int]]], forward: _Forward) -> Tensor:
     """One forward over (token ids, position of the first, block table) of each sequence; logits of all tokens."""
     device = loaded.device
     positions = [start + i for ids, start, _ in chunks for i in range(len(ids))]
@@ -110,7 +124,7 @@ def _step(loaded: LoadedModel, chunks: list[tuple[Tensor, int, list[int]]]) -> T
         ),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
     )
-    return loaded.forward(
+    return forward(
         context,
         torch.cat([ids for ids, _, _ in chunks]),
         torch.tensor(positions, dtype=torch.int64, device=device),

@@ -9,6 +9,7 @@ engine, cache or batch.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,22 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from peqa_runtime.core import BaseManifest, LinearShape
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
-from peqa_runtime.model.base_checkpoint import QuantizationSpec
+from peqa_runtime.model.base_checkpoint import Precision, QuantizationSpec
 from peqa_runtime.model.base_writer import BaseWriter, staged_folder
-from peqa_runtime.model.quantize import quantize_rtn
+from peqa_runtime.model.quantize import quantize_folder, quantize_rtn
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
@@ -224,3 +233,62 @@ def fake_engine(tmp_path: Path) -> Callable[..., Engine]:
 @pytest.fixture
 def make_fake_set() -> Callable[[float], bytes]:
     return fake_set
+
+
+@pytest.fixture
+def architecture_base(tiny_hf_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Make 4-bit bases of random tiny models: `architecture_base(model_type, **config)`.
+
+    `embeddings`: bits of the embedding and of the head, where they are to be codes too (llama-like names only).
+    """
+    numbers = itertools.count()
+
+    def make(name: str, embeddings: int | None = None, **changes: object) -> Path:
+        options = {
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.1,
+            "bos_token_id": 1,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        }
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**options, **changes}))
+        with torch.no_grad():
+            for leaf, parameter in model.named_parameters():
+                if leaf.endswith(("bias", "norm.weight")):  # zeros and ones would hide what is left out
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        folder = tmp_path / f"{name}{next(numbers)}"
+        model.save_pretrained(folder / "hf")
+        AutoTokenizer.from_pretrained(tiny_hf_folder).save_pretrained(folder / "hf")
+        if embeddings is None:
+            quantize_folder(folder / "hf", folder / "base", 4, GROUP, progress=False)
+        else:
+            _write_codes(model, folder / "hf", folder / "base", embeddings)
+        return folder / "base"
+
+    return make
+
+
+def _write_codes(model: PreTrainedModel, source: Path, folder: Path, embedding_bits: int) -> None:
+    outside = (
+        ("model.embed_tokens",) if model.config.tie_word_embeddings else ("model.embed_tokens", "lm_head")
+    )
+    overrides = dict.fromkeys(outside, Precision(embedding_bits, GROUP))
+    spec = QuantizationSpec(
+        4, GROUP, "tiny", overrides=overrides, embeddings=("model.embed_tokens", "lm_head")
+    )
+    with staged_folder(folder) as staging:
+        AutoTokenizer.from_pretrained(source).save_pretrained(staging)
+        with BaseWriter(staging, json.loads((source / "config.json").read_text()), spec) as writer:
+            for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items():
+                module = name.removesuffix(".weight")
+                if module in outside or (name.endswith("_proj.weight")):
+                    writer.add_codes(module, quantize_rtn(tensor, spec.of(module).bits, GROUP))
+                else:
+                    writer.add_float(name, tensor)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.errors import UnsupportedModel
@@ -16,7 +17,6 @@ from peqa_runtime.model import (
     LoadedModel,
     QuantizedLinear,
     load,
-    quantize_folder,
     read_manifest,
 )
 from peqa_runtime.model import attention as attention_module
@@ -25,6 +25,7 @@ from peqa_runtime.model.fusion import SiblingPart, fuse_siblings
 from peqa_runtime.model.loader import context_limit, pick_device
 from peqa_runtime.model.self_check import packed_logits, self_check
 
+ArchitectureBase = Callable[..., Path]  # the fixture of that name
 BLOCK = 8
 ATTENTION = "model.layers.0.self_attn."
 
@@ -107,9 +108,14 @@ def test_logits_at_picks_tokens(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("folder", ["tiny_base", pytest.param("smollm2_base", marks=pytest.mark.slow)])
-def test_bits_of_a_token_do_not_depend_on_its_batch(folder: str, request: pytest.FixtureRequest) -> None:
-    """Alone, in company and in other chunks: equal bits on the CPU."""
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "modules"])
+def test_bits_of_a_token_do_not_depend_on_its_batch(
+    folder: str, lean: bool, request: pytest.FixtureRequest
+) -> None:
+    """Alone, in company and in other chunks: equal bits on the CPU, with and without the lean decoder."""
     loaded = load(request.getfixturevalue(folder), device="cpu")
+    assert loaded.lean is not None
+    loaded.lean = loaded.lean if lean else None
     a, others = random_ids(3, 14), [random_ids(seed, 3 + 2 * seed) for seed in range(4, 11)]
     bind(loaded, 40)
     alone = torch.cat([step(loaded, [(a[i : i + 1], i, [0, 1])]) for i in range(14)])
@@ -244,32 +250,10 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 }
 
 
-def architecture_base(name: str, folder: Path, tokenizer_from: Path, **changes: object) -> Path:
-    options = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    config = AutoConfig.for_model(name, **{**options, **changes})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "hf")
-    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder / "hf")
-    quantize_folder(folder / "hf", folder / "base", 4, 32, progress=False)
-    return folder / "base"
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name: str, tiny_hf_folder: Path, tmp_path: Path) -> None:
+def test_architectures(name: str, architecture_base: ArchitectureBase) -> None:
     """`load` runs the self-check; a longer prompt also reaches past the sliding windows."""
-    base = architecture_base(name, tmp_path, tiny_hf_folder, **ARCHITECTURES[name])
+    base = architecture_base(name, **ARCHITECTURES[name])
     loaded = load(base, device="cpu")
     assert self_check(loaded) < 1e-5
     ids = random_ids(9, 30)
@@ -282,19 +266,17 @@ def test_architectures(name: str, tiny_hf_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
 def test_models_that_would_be_silently_wrong_are_refused(
-    name: str, tiny_hf_folder: Path, tmp_path: Path
+    name: str, architecture_base: ArchitectureBase
 ) -> None:
     changes = {"n_head": 4, "n_layer": 2, "alibi": False} if name == "bloom" else {}
-    base = architecture_base(name, tmp_path, tiny_hf_folder, **changes)
+    base = architecture_base(name, **changes)
     with pytest.raises(UnsupportedModel, match="does not take its attention from"):
         load(base, device="cpu")
 
 
-def test_layers_with_another_kind_of_state_are_refused(tiny_hf_folder: Path, tmp_path: Path) -> None:
+def test_layers_with_another_kind_of_state_are_refused(architecture_base: ArchitectureBase) -> None:
     base = architecture_base(
         "lfm2",
-        tmp_path,
-        tiny_hf_folder,
         block_auto_adjust_ff_dim=False,
         layer_types=["conv", "full_attention"],
     )

@@ -1,0 +1,254 @@
+"""A whole decoder step as one call into the C library (decoder.c): tensors described once, pointers per step."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peqa_kernels.native.ops import NativeOps
+from peqa_kernels.native.packed import PackedWeight
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
+
+TICKS = ("matmul", "attention", "elementwise", "head")
+"""What `NativeDecoder.ticks` counts, in its order (TICKS_KINDS of decoder.h)."""
+
+
+class _Linear(ctypes.Structure):
+    """decoder_linear of decoder.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("weight", "bias", "out_scale", "in_scale", "group_scale"))
+
+
+class _Layer(ctypes.Structure):
+    """decoder_layer of decoder.h."""
+
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        ("window", c_int64),
+    )
+
+
+class _Embedding(ctypes.Structure):
+    """decoder_embedding of decoder.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("floats", "codes", "scales", "zeros")),
+        ("bits", c_int64),
+        ("groups", c_int64),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """peqa_decoder of decoder.h."""
+
+    _fields_ = (
+        ("embedding", _Embedding),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", c_void_p),
+        ("head", _Linear),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        *((name, c_int64) for name in ("layer_count", "hidden", "intermediate")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size")),
+        ("eps", c_float),
+        ("scaling", c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    """decoder_step of decoder.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "outputs")),
+        *((name, c_void_p) for name in ("block_tables", "query_starts", "seq_lens")),
+        *((name, c_void_p) for name in ("row", "group_row", "result", "ticks")),
+        *((name, c_int64) for name in ("tokens", "sequences", "output_count", "table_stride")),
+    )
+
+
+@dataclass(frozen=True)
+class DecoderLinear:
+    """One matmul: its laid out weight, and its bias float32 [N]."""
+
+    packed: PackedWeight
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer: norm, q/k/v fused, attention, out, norm, gate/up fused, silu(gate) * up, down; both halves added."""
+
+    qkv: DecoderLinear  # [(heads + 2 kv_heads) * d, hidden]
+    out: DecoderLinear
+    gate_up: DecoderLinear  # [2 intermediate, hidden]
+    down: DecoderLinear
+    attention_norm: Tensor  # float32 [hidden]
+    mlp_norm: Tensor  # float32 [hidden]
+    q_norm: Tensor | None = None  # float32 [d], of each query head before it is turned
+    k_norm: Tensor | None = None
+    window: int | None = None  # positions that a query sees, its own included; None = all
+
+    @property
+    def linears(self) -> tuple[DecoderLinear, ...]:
+        """Its matmuls in the order in which `NativeDecoder.bind_bank` counts them."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What a decoder computes. Every tensor is contiguous, float32 and on the CPU."""
+
+    layers: tuple[DecoderLayer, ...]
+    embedding: Tensor | QuantizedWeight  # [vocab, hidden]
+    norm: Tensor  # [hidden]
+    head: DecoderLinear | None  # None: a step gives the normed hidden states
+    cosines: Tensor  # [positions, d / 2]
+    sines: Tensor  # [positions, d / 2]
+    heads: int
+    kv_heads: int
+    d: int
+    eps: float
+    scaling: float
+
+
+class NativeDecoder:
+    """A decoder that runs in the C library. One step at a time."""
+
+    def __init__(self, ops: NativeOps, spec: DecoderSpec) -> None:
+        """Describe `spec` to the library; its tensors stay alive with this object.
+
+        Caches must be bound (`bind_caches`) before the first step.
+        """
+        self._ops = ops
+        self._spec = spec
+        self._decode = ops.function("peqa_decode", None, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
+        self._scratch_floats = ops.function(
+            "peqa_decode_scratch", c_int64, c_void_p, c_int64, c_int64, c_int64
+        )
+        self._layers = (_Layer * len(spec.layers))(*(_layer_struct(layer) for layer in spec.layers))
+        intermediate = spec.layers[0].down.packed.in_features
+        for layer in spec.layers:
+            assert layer.qkv.packed.out_features == (spec.heads + 2 * spec.kv_heads) * spec.d
+            assert layer.gate_up.packed.out_features == 2 * intermediate
+        self._decoder = _Decoder(
+            embedding=_embedding_struct(spec.embedding),
+            layers=self._layers,
+            norm=spec.norm.data_ptr(),
+            head=_linear_struct(spec.head) if spec.head else _Linear(),
+            cosines=spec.cosines.data_ptr(),
+            sines=spec.sines.data_ptr(),
+            layer_count=len(spec.layers),
+            hidden=len(spec.norm),
+            intermediate=intermediate,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            d=spec.d,
+            eps=spec.eps,
+            scaling=spec.scaling,
+        )
+        self._address = ctypes.addressof(self._decoder)
+        self._result_width = spec.head.packed.out_features if spec.head else len(spec.norm)
+        self.ticks = (c_int64 * len(TICKS))()
+        self._step = _Step(ticks=ctypes.addressof(self.ticks))
+        self._step_address = ctypes.addressof(self._step)
+
+    def bind_caches(self, layer: int, key_cache: Tensor, value_cache: Tensor) -> None:
+        """Use these caches, float32 [blocks, block_size, kv_heads, d], from now on; they stay the caller's."""
+        for cache in (key_cache, value_cache):
+            assert cache.dtype == torch.float32
+            assert cache.is_contiguous()
+            assert cache.shape[2:] == (self._spec.kv_heads, self._spec.d), cache.shape
+        self._layers[layer].keys = key_cache.data_ptr()
+        self._layers[layer].values = value_cache.data_ptr()
+        self._decoder.block_size = key_cache.shape[1]
+
+    def bind_bank(self, layer: int, linear: int, bank: LinearBank) -> None:
+        """Use these scales for linear number `linear` of the layer where a step has rows; they stay the caller's."""
+        struct = getattr(self._layers[layer], _Layer._fields_[linear][0])
+        for name in ("out_scale", "in_scale", "group_scale"):
+            scales = getattr(bank, name)
+            assert scales is None or (scales.dtype == torch.float32 and scales.is_contiguous()), name
+            setattr(struct, name, None if scales is None else scales.data_ptr())
+
+    def run(
+        self,
+        ids: Tensor,  # int64 [tokens]
+        positions: Tensor,  # int64 [tokens]
+        slots: Tensor,  # int64 [tokens], block * block_size + offset of each token in the caches; -1 = not written
+        outputs: Tensor,  # int64 [R], tokens whose result is wanted; no token twice
+        block_tables: Tensor,  # int32 [sequences, max_blocks]
+        query_starts: Tensor,  # int32 [sequences + 1]
+        seq_lens: Tensor,  # int32 [sequences]
+        row: Tensor | None,  # int32 [tokens] or None: all base
+        group_row: Tensor | None,  # int32 [tokens] or None
+    ) -> Tensor:
+        """Compute a step of packed tokens: float32 [R, vocab], or the normed hidden states [R, hidden] without a head.
+
+        A row's bits depend on its sequence, its position and its scales, on nothing else in the step.
+        """
+        tokens, count = len(ids), len(outputs)
+        assert count <= tokens, (count, tokens)
+        assert ids.dtype == positions.dtype == slots.dtype == outputs.dtype == torch.int64
+        result = torch.empty((count, self._result_width))
+        threads = torch.get_num_threads()
+        step = self._step
+        step.ids = ids.data_ptr()
+        step.positions = positions.data_ptr()
+        step.slots = slots.data_ptr()
+        step.outputs = outputs.data_ptr()
+        step.block_tables = block_tables.data_ptr()
+        step.table_stride = block_tables.stride(0)
+        step.query_starts = query_starts.data_ptr()
+        step.seq_lens = seq_lens.data_ptr()
+        step.row = None if row is None else row.data_ptr()
+        step.group_row = None if group_row is None else group_row.data_ptr()
+        step.result = result.data_ptr()
+        step.tokens = tokens
+        step.sequences = len(seq_lens)
+        step.output_count = count
+        floats = self._scratch_floats(self._address, threads, tokens, count)
+        pool, scratch = self._ops.working_memory(threads, floats)
+        self._decode(self._address, pool, threads, scratch, self._step_address)
+        return result
+
+
+def _linear_struct(linear: DecoderLinear) -> _Linear:
+    return _Linear(weight=linear.packed.pointer, bias=_address(linear.bias))
+
+
+def _layer_struct(layer: DecoderLayer) -> _Layer:
+    return _Layer(
+        *(_linear_struct(linear) for linear in layer.linears),
+        attention_norm=_address(layer.attention_norm),
+        mlp_norm=_address(layer.mlp_norm),
+        q_norm=_address(layer.q_norm),
+        k_norm=_address(layer.k_norm),
+        window=layer.window or 0,
+    )
+
+
+def _embedding_struct(embedding: Tensor | QuantizedWeight) -> _Embedding:
+    if isinstance(embedding, Tensor):
+        return _Embedding(floats=_address(embedding))
+    assert embedding.qweight.is_contiguous()
+    return _Embedding(
+        codes=embedding.qweight.data_ptr(),
+        scales=_address(embedding.scales),
+        zeros=_address(embedding.zeros),
+        bits=embedding.bits,
+        groups=embedding.groups,
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.dtype == torch.float32, tensor.dtype
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu", tensor.device
+    return tensor.data_ptr()

@@ -1,0 +1,262 @@
+"""The CPU's own decoder: what it recognises, and that it computes what transformers' modules compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peqa_kernels.quant_matmul.weight import LinearBank
+from peqa_runtime.model import ForwardContext, LoadedModel, load
+from peqa_runtime.model.lean_decoder import lean_decoder
+
+ArchitectureBase = Callable[..., Path]  # the fixture of that name
+BLOCK = 8
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+KNOWN: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "tied codes": ("llama", {"tie_word_embeddings": True, "embeddings": 8}),
+    "codes": ("llama", {"embeddings": 8}),
+    "4-bit embedding": ("llama", {"embeddings": 4, "tie_word_embeddings": True}),
+    "3-bit embedding": ("llama", {"embeddings": 3, "tie_word_embeddings": True}),
+    "one key head": ("llama", {"num_key_value_heads": 1}),
+    "a key head per query head": ("llama", {"num_key_value_heads": 4}),
+    "narrow heads": ("llama", {"head_dim": 8}),
+    "wide heads": ("llama", {"head_dim": 96}),
+    "odd widths": ("llama", {"intermediate_size": 160, "hidden_size": 96, "head_dim": 24}),
+    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "mistral without window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows in some layers": (
+        "qwen2",
+        {
+            "sliding_window": 6,
+            "use_sliding_window": True,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def bind(loaded: LoadedModel, blocks: int) -> None:
+    for layer, spec in zip(loaded.layers, loaded.kv_spec, strict=True):
+        shape = (blocks, BLOCK, spec.kv_heads)
+        layer.bind(torch.zeros(*shape, spec.d_k), torch.zeros(*shape, spec.d_v))
+
+
+def steps(forward: Callable[..., Tensor]) -> Tensor:
+    """A sequence in a chunk of 13, a chunk of 16 and two tokens one by one, beside a shorter one; all logits."""
+    generator = torch.Generator().manual_seed(0)
+    long, short = (torch.randint(0, 300, (count,), generator=generator) for count in (31, 10))
+    tables = torch.tensor([[5, 0, 3, 6], [2, 4, 0, 0]], dtype=torch.int32)
+    found = []
+    for (a, b), (c, d) in (((0, 13), (0, 8)), ((13, 29), (8, 9)), ((29, 30), (9, 10)), ((30, 31), (10, 10))):
+        chunks = [(long, a, b, 0), (short, c, d, 1)] if d > c else [(long, a, b, 0)]
+        positions = torch.cat([torch.arange(start, stop) for _, start, stop, _ in chunks])
+        owner = torch.cat([torch.full((stop - start,), s) for _, start, stop, s in chunks])
+        context = ForwardContext(
+            block_tables=tables[: len(chunks)].contiguous(),
+            query_starts=torch.tensor([0, b - a, b - a + d - c][: len(chunks) + 1], dtype=torch.int32),
+            seq_lens=torch.tensor([stop for _, _, stop, _ in chunks], dtype=torch.int32),
+            slot_mapping=tables[owner, positions // BLOCK].long() * BLOCK + positions % BLOCK,
+        )
+        ids = torch.cat([tokens[start:stop] for tokens, start, stop, _ in chunks])
+        found.append(forward(context, ids, positions, torch.arange(len(ids))))
+    return torch.cat(found)
+
+
+def difference(loaded: LoadedModel) -> float:
+    """Relative RMS difference between the lean decoder and the modules."""
+    assert loaded.lean is not None, "not recognised"
+    bind(loaded, 7)
+    expected = steps(loaded.forward_through_modules)
+    bind(loaded, 7)
+    found = steps(loaded.forward)
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_computes_what_the_modules_compute(name: str, architecture_base: ArchitectureBase) -> None:
+    architecture, changes = KNOWN[name]
+    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["out_scale", "in_scale", "group_scale"])
+def test_rows_of_the_bank(kind: str, tiny_base: Path) -> None:
+    """Also scales that are allocated after the first step, as a bank does for the first set that has them."""
+    loaded = load(tiny_base, device="cpu")
+    banks = [LinearBank(linear.sizes, torch.ones(3, linear.out_features)) for linear in loaded.linears]
+    for linear, bank in zip(loaded.linears, banks, strict=True):
+        linear.module.attach(bank, loaded.step_rows)
+
+    def with_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(context: ForwardContext, ids: Tensor, *rest: Tensor) -> Tensor:
+            rows = torch.arange(len(ids), dtype=torch.int32) % 3
+            loaded.step_rows.row = rows
+            loaded.step_rows.group_row = rows if kind == "group_scale" else None
+            return forward(context, ids, *rest)
+
+        return run
+
+    bind(loaded, 7)
+    before = steps(with_rows(loaded.forward))
+    generator = torch.Generator().manual_seed(0)
+    for linear, bank in zip(loaded.linears, banks, strict=True):
+        shapes = {
+            "out_scale": (3, linear.out_features),
+            "in_scale": (3, len(linear.sizes), linear.in_features),
+            "group_scale": (3, linear.groups, linear.out_features),
+        }
+        setattr(bank, kind, torch.rand(shapes[kind], generator=generator) + 0.5)
+    found = steps(with_rows(loaded.forward))
+    expected = steps(with_rows(loaded.forward_through_modules))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (found - before).abs().max() > 0.1
+
+
+def test_only_the_wanted_rows_and_none_at_all(tiny_base: Path) -> None:
+    loaded = load(tiny_base, device="cpu")
+    every, some, second = [], [], []
+
+    def twice(context: ForwardContext, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        every.append(loaded.forward(context, ids, positions, at))
+        wanted = at.flip(0)[: max(1, len(at) // 2)]
+        some.append(torch.equal(loaded.forward(context, ids, positions, wanted), every[-1][wanted]))
+        assert loaded.forward(context, ids, positions, at[:0]).shape == (0, 300)
+        return every[-1]
+
+    bind(loaded, 7)
+    all_wanted = steps(twice)
+    assert some == [True] * 4
+
+    def none_before_the_last(context: ForwardContext, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        second.append(loaded.forward(context, ids, positions, at[:0] if len(second) < 3 else at))
+        return second[-1]
+
+    bind(loaded, 7)
+    steps(none_before_the_last)
+    assert torch.equal(second[-1], all_wanted[-1:]), "a step without results writes its keys and values"
+
+
+def test_slots_of_minus_one_are_not_written(tiny_base: Path) -> None:
+    loaded = load(tiny_base, device="cpu")
+    bind(loaded, 2)
+    context = ForwardContext(
+        block_tables=torch.tensor([[1]], dtype=torch.int32),
+        query_starts=torch.tensor([0, 3], dtype=torch.int32),
+        seq_lens=torch.tensor([3], dtype=torch.int32),
+        slot_mapping=torch.tensor([8, -1, 10]),
+    )
+    loaded.forward(context, torch.tensor([3, 4, 5]), torch.arange(3), torch.arange(3))
+    for layer in loaded.layers:
+        for cache in (layer.key_cache, layer.value_cache):
+            assert cache is not None
+            written = cache.flatten(0, 1).abs().sum((1, 2)) > 0
+            assert written.nonzero().flatten().tolist() == [8, 10]
+
+
+def unknown(name: str, loaded: LoadedModel) -> None:
+    """Change one thing about a model that was recognised."""
+    layer = loaded.model.model.layers[1]
+    if name == "hook":
+        layer.mlp.register_forward_hook(lambda *_: None)
+    elif name == "pre-hook":
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: None)
+    elif name == "own forward":
+        layer.mlp.forward = layer.mlp.forward
+    elif name == "activation":
+        layer.mlp.act_fn = nn.GELU()
+    elif name == "scaling":
+        layer.self_attn.scaling = 0.5
+    elif name == "eps":
+        layer.input_layernorm.variance_epsilon = 0.1
+    elif name == "class of a norm":
+        layer.input_layernorm = nn.RMSNorm(64)
+    elif name == "one more part":
+        layer.extra = nn.Identity()
+    elif name == "a head with more":
+        loaded.model.lm_head = nn.Sequential(loaded.model.lm_head)
+    else:
+        loaded.layers.reverse()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hook",
+        "pre-hook",
+        "own forward",
+        "activation",
+        "scaling",
+        "eps",
+        "class of a norm",
+        "one more part",
+        "a head with more",
+        "order",
+    ],
+)
+def test_a_model_that_differs_in_one_thing_is_not_recognised(name: str, tiny_base: Path) -> None:
+    loaded = load(tiny_base, device="cpu")
+    assert lean_decoder(loaded.model, loaded.layers, loaded.max_model_len) is not None
+    unknown(name, loaded)
+    assert lean_decoder(loaded.model, loaded.layers, loaded.max_model_len) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+        ("granite", {}),
+        ("smollm3", {}),
+        ("olmo2", {}),
+    ],
+    ids=["gelu", "dynamic rope", "granite", "smollm3", "olmo2"],
+)
+def test_other_architectures_run_through_their_modules(
+    name: str, changes: dict[str, object], architecture_base: ArchitectureBase
+) -> None:
+    assert load(architecture_base(name, **changes), device="cpu").lean is None
+
+
+def test_other_precisions_and_siblings_apart_run_through_their_modules(tiny_base: Path) -> None:
+    assert load(tiny_base, device="cpu", dtype="bfloat16").lean is None
+    assert load(tiny_base, device="cpu", fuse=False).lean is None
