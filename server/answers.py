@@ -21,10 +21,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one HTTP request."""
+    """Token counts of one HTTP request; `cached_tokens` of the prompts were found computed."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     def json(self) -> Json:
         """OpenAI's `usage`."""
@@ -32,6 +33,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -69,6 +69,18 @@ MaxBatchTokens = Annotated[
 MaxWaiting = Annotated[
     int | None, typer.Option(help="Waiting choices before a 429.", envvar="PEQA_MAX_WAITING", min=1)
 ]
+MaxWaitingTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of waiting prompts before a 429.", envvar="PEQA_MAX_WAITING_TOKENS", min=1),
+]
+UsePrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Whether requests share what is computed of equal beginnings.",
+        envvar="PEQA_PREFIX_CACHE",
+    ),
+]
 KVBlocks = Annotated[
     int | None,
     typer.Option(help="Blocks of the KV cache. Default: what fits.", envvar="PEQA_KV_BLOCKS", min=1),
@@ -117,6 +129,8 @@ def serve(
     max_sequences: MaxSequences = None,
     max_batch_tokens: MaxBatchTokens = None,
     max_waiting: MaxWaiting = None,
+    max_waiting_tokens: MaxWaitingTokens = None,
+    prefix_cache: UsePrefixCache = True,
     kv_blocks: KVBlocks = None,
     task_rows: TaskRows = None,
     group_rows: GroupRows = None,
@@ -138,6 +152,8 @@ def serve(
         "max_sequences": max_sequences,
         "max_batch_tokens": max_batch_tokens,
         "max_waiting": max_waiting,
+        "max_waiting_tokens": max_waiting_tokens,
+        "prefix_cache": prefix_cache,
         "num_blocks": kv_blocks,
         "task_rows": task_rows,
         "group_rows": group_rows,

@@ -124,6 +124,7 @@ _WANTED: Mapping[str, str] = {
     "bool_type": "must be true or false",
     "string_type": "must be a string",
     "string_unicode": "must be a string of valid Unicode",
+    "string_too_short": "must not be empty",
     "list_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",

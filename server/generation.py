@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
 from peqa_runtime.errors import EngineDead, PromptTooLong
 from peqa_server.access_log import RequestNote
+from peqa_server.answers import Usage
 from peqa_server.choice import Choice, Piece, Prompt, TextRules
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
@@ -25,6 +26,8 @@ class Job:
     n: int
     params: SamplingParams
     rules: TextRules
+    priority: int = 0
+    cache_salt: str = ""
 
     @property
     def num_choices(self) -> int:
@@ -62,6 +65,7 @@ class Generation:
         self._streams: list[TokenStream] = []
         tokenizer = services.model.tokenizer
         self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
+        self._cached = [0] * job.num_choices
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
         note.prompt_tokens = self.num_prompt_tokens
 
@@ -69,6 +73,12 @@ class Generation:
     def num_generated_tokens(self) -> int:
         """Generated tokens of all choices so far."""
         return sum(c.num_tokens for c in self._choices)
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens counted so far; of a prompt's cached ones those that its first choice found."""
+        cached = sum(self._cached[:: self._job.n])
+        return Usage(self.num_prompt_tokens, self.num_generated_tokens, cached)
 
     def submit(self) -> None:
         """Hand every choice to the engine; on a refusal of one, none stays."""
@@ -95,6 +105,8 @@ class Generation:
             task=self._lease.task,
             revision=self._lease.revision,
             kind=self._lease.kind,
+            priority=self._job.priority,
+            cache_salt=self._job.cache_salt,
         )
 
     def cancel(self) -> None:
@@ -149,6 +161,7 @@ class Generation:
             if not echoed:
                 echoed = True
                 yield choice.echo(output.prompt_logprobs)
+            self._cached[index] = output.num_cached_tokens
             now = time.perf_counter()
             if output.token_id is not None:
                 self._observe_token(now, last)

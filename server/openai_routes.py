@@ -15,7 +15,7 @@ from peqa_runtime.core import BASE_TASK, TaskInfo
 from peqa_runtime.errors import InvalidRequest, UnknownTask
 from peqa_runtime.text import encode
 from peqa_server.access_log import note_of
-from peqa_server.answers import Answer, AnswerStyle, ChatAnswer, Gathered, Usage
+from peqa_server.answers import Answer, AnswerStyle, ChatAnswer, Gathered
 from peqa_server.chat_prompt import chat_prompt
 from peqa_server.choice import Prompt, TextRules
 from peqa_server.generation import Generation, Job, check_length
@@ -217,7 +217,8 @@ def _plan(
     )
     style = AnswerStyle(logprobs, bool(wanted.return_token_ids), bool(wanted.return_tokens_as_token_ids))
     writer = answer(model, admission.lease, style, wanted.model, wanted.request_id)
-    return Plan(Job(prompts, n, params, rules), writer, wanted)
+    job = Job(prompts, n, params, rules, wanted.priority or 0, wanted.cache_salt or "")
+    return Plan(job, writer, wanted)
 
 
 def _checked_n(wanted: GenerationFields, num_prompts: int, settings: ServerSettings) -> int:
@@ -297,8 +298,7 @@ async def _gather(generation: Generation, plan: Plan) -> dict[str, Any]:
         async for index, piece in pieces:
             gathered[index].add(piece)
     prompts = [p.token_ids for p in plan.job.prompts for _ in range(plan.job.n)]
-    usage = Usage(generation.num_prompt_tokens, generation.num_generated_tokens)
-    return plan.answer.whole(gathered, prompts, usage)
+    return plan.answer.whole(gathered, prompts, generation.usage)
 
 
 async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, None]:
@@ -318,9 +318,9 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
                     yield event(opening)
             chunk = plan.answer.chunk(index, piece, prompt)
             if options.continuous_usage_stats:
-                chunk["usage"] = Usage(generation.num_prompt_tokens, generation.num_generated_tokens).json()
+                chunk["usage"] = generation.usage.json()
             elif options.include_usage:
                 chunk["usage"] = None
             yield event(chunk)
     if options.include_usage:
-        yield event(plan.answer.last(Usage(generation.num_prompt_tokens, generation.num_generated_tokens)))
+        yield event(plan.answer.last(generation.usage))

@@ -26,8 +26,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[object, ...] | None] = {
     "safety_identifier": None,
     "session_id": None,
     "prompt_cache_key": None,
-    # no cache is shared across revisions, and none changes a result
-    "cache_salt": None,
     # options of other servers at the value that switches them off
     "logit_bias": ({}, []),
     "suffix": ("",),
@@ -44,7 +42,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[object, ...] | None] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "priority": (0,),
     "top_a": (0, 0.0),
     "typical_p": (1, 1.0),
     "early_stopping": (False,),
@@ -178,6 +175,8 @@ class GenerationFields(Strict):
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
     user: str | None = None
+    priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/+=-]{1,128}$")] | None = None
 
     def sampling_params(

@@ -35,8 +35,9 @@ class TokenStream:
     The last output has a `finish_reason` ("abort" after `cancel`). Raises `EngineDead` when the engine died.
     """
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, owner: AsyncEngine) -> None:
-        self.request_id = request_id
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, owner: AsyncEngine) -> None:
+        self.request_id = request.request_id
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.loop = loop
         self._owner = owner
         self._outputs: deque[TokenOutput] = deque()
@@ -106,6 +107,7 @@ class AsyncEngine:
         self.engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, TokenStream] = {}
+        self._prompt_tokens = 0  # of all streams together
         self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
         self._error: EngineDead | None = None
         self._deadline: float | None = None
@@ -130,7 +132,7 @@ class AsyncEngine:
         own = lease or self.engine.pin(request)
         try:
             assert own is None or own.revision == request.revision, "the lease is of another revision"
-            stream = TokenStream(request.request_id, asyncio.get_running_loop(), self)
+            stream = TokenStream(request, asyncio.get_running_loop(), self)
             self.engine.check(request)
             with self._lock:
                 if self._error is not None:
@@ -138,6 +140,7 @@ class AsyncEngine:
                 self._refuse_overload()
                 assert request.request_id not in self._streams, "request ids are unique"
                 self._streams[request.request_id] = stream
+                self._prompt_tokens += stream.num_prompt_tokens
                 self._started[request.request_id] = time.monotonic()
                 self._commands.put(_Add(request, own))
         except BaseException:
@@ -148,8 +151,7 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens when it has ended. Its stream gets no output from this."""
         with self._lock:
-            self._streams.pop(request_id, None)
-            self._started.pop(request_id, None)
+            self._forget(request_id)
         self._commands.put(_Abort(request_id))
 
     def stats(self) -> dict[str, float]:
@@ -171,17 +173,29 @@ class AsyncEngine:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _forget(self, request_id: str) -> None:
+        """Strike off a stream that gets no more outputs. Needs the lock."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._prompt_tokens -= stream.num_prompt_tokens
+            del self._started[request_id]
+
     def _refuse_overload(self) -> None:
-        waiting = len(self._streams) - len(self.engine.scheduler.running)
-        limit = self.engine.config.max_waiting
-        if waiting >= limit:
-            self._rejected += 1
-            turns = waiting / self.engine.config.max_sequences
-            retry_after = min(60.0, max(1.0, turns * self._recent_seconds))
-            raise Overloaded(
-                f"{waiting} requests wait already (the limit is {limit}); try again later",
-                retry_after=retry_after,
-            )
+        running, config = self.engine.scheduler.running, self.engine.config
+        waiting = len(self._streams) - len(running)
+        tokens = self._prompt_tokens - sum(s.num_prompt_tokens for s in running)
+        for number, limit, what in (
+            (waiting, config.max_waiting, "requests"),
+            (tokens, config.max_waiting_tokens, "tokens of prompts"),
+        ):
+            if number >= limit:
+                self._rejected += 1
+                turns = waiting / config.max_sequences
+                retry_after = min(60.0, max(1.0, turns * self._recent_seconds))
+                raise Overloaded(
+                    f"{number} {what} wait already (the limit is {limit}); try again later",
+                    retry_after=retry_after,
+                )
 
     def _run(self) -> None:
         """The thread: it ends by `stop`, or by an error that the engine could not contain."""
@@ -232,8 +246,8 @@ class AsyncEngine:
                     continue  # cancelled during the step
                 by_loop.setdefault(stream.loop, []).append((stream, output))
                 if output.finished:
-                    del self._streams[output.request_id]
-                    seconds = time.monotonic() - self._started.pop(output.request_id)
+                    seconds = time.monotonic() - self._started[output.request_id]
+                    self._forget(output.request_id)
                     self._recent_seconds += 0.1 * (seconds - self._recent_seconds)
         for loop, items in by_loop.items():
             self._call(loop, items)
@@ -254,8 +268,9 @@ class AsyncEngine:
         with self._lock:
             stopped = self._deadline is not None
             self._error = error
-            streams, self._streams = self._streams, {}
-            self._started.clear()
+            streams = self._streams.copy()
+            for request_id in streams:
+                self._forget(request_id)
         for stream in streams.values():  # first of all: cleaning up after a death may fail
             last = TokenOutput(stream.request_id, finish_reason="abort") if stopped else error
             self._call(stream.loop, [(stream, last)])

@@ -124,4 +124,4 @@ class PrefixCache:
     def _seed(self, request: Request) -> bytes:
         # Digests are hexadecimal, so NUL ends them; the salt comes last and may hold anything.
         seed = f"{self._base_digest}\0{request.revision}\0{request.cache_salt}"
-        return blake2b(seed.encode(), digest_size=_KEY_BYTES).digest()
+        return blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()

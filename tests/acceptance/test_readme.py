@@ -19,11 +19,13 @@ REQUESTS = re.findall(r"```sh\n(curl (?:(?!```).*\n)+)```\n```json\n((?:(?!```).
 
 
 def what_matters(line: str) -> Any:
-    """An answer without its id and time; any other line as it is."""
+    """An answer without its id and time, and without what others had asked before; any other line as it is."""
     try:
         answer = json.loads(line)
     except json.JSONDecodeError:
         return line
+    if isinstance(answer, dict) and "usage" in answer:
+        answer["usage"].pop("prompt_tokens_details", None)
     return (
         {k: v for k, v in answer.items() if k not in ("id", "created")}
         if isinstance(answer, dict)

@@ -187,13 +187,19 @@ def test_cancel_before_the_engine_has_seen_the_request(start: Start) -> None:
     run(work())
 
 
-def test_too_many_waiting_are_refused_and_the_rest_is_served(start: Start) -> None:
-    engine = start(max_waiting=3, max_sequences=1)
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [({"max_waiting": 3}, "3 requests wait"), ({"max_waiting_tokens": 7}, "9 tokens of prompts wait")],
+)
+def test_too_many_waiting_are_refused_and_the_rest_is_served(
+    start: Start, limit: dict[str, int], message: str
+) -> None:
+    engine = start(**limit, max_sequences=1)
 
     async def work() -> None:
         async with held(engine):
             streams = [submit(engine, str(i)) for i in range(3)]
-            with pytest.raises(Overloaded) as caught:
+            with pytest.raises(Overloaded, match=message) as caught:
                 submit(engine, "one too many")
             assert 1 <= caught.value.retry_after <= 60
             assert engine.stats()["requests_waiting"] == 3

@@ -60,6 +60,7 @@ class Script:
     ends_with_eos: bool = False
     error: str | None = None
     dies: bool = False
+    cached: int = 0
 
 
 def reply(request: Request) -> Script:
@@ -114,6 +115,7 @@ class StubStream:
                 finish_reason=reason,  # type: ignore[arg-type]
                 prompt_logprobs=prompt_logprobs if i == 0 else None,
                 error=script.error if reason == "error" else None,
+                num_cached_tokens=script.cached,
             )
 
 

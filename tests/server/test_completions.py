@@ -24,6 +24,7 @@ from peqa_server.choice import Choice, Piece, Prompt, TextRules, TokenPiece
 from peqa_server.services import ServedModel
 
 SQL = revision_of(b"SET sql one")
+FRESH = {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_the_shape_of_an_answer(server: Any) -> None:
@@ -33,7 +34,7 @@ def test_the_shape_of_an_answer(server: Any) -> None:
     assert answer["model"] == "tiny-base"
     assert (answer["task"], answer["revision"]) == ("base", None)
     assert answer["system_fingerprint"] == "peqa-0123456789abcdef"
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11} | FRESH
     assert answer["choices"] == [
         {"index": 0, "text": "base:-:ab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
@@ -101,7 +102,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_seeded(server: Any) -> None:
     answer = server.complete(["A", "B"], n=3, seed=7, echo=True, max_tokens=7, task="sql")
     texts = [c["text"] for c in answer["choices"]]
     assert texts == [f"{p}{SQL[:4]}:{s}:" for p in "AB" for s in (7, 8, 9)]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 42, "total_tokens": 44}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 42, "total_tokens": 44} | FRESH
     assert {r.revision for r in server.engine.requests} == {SQL}
     assert len({r.request_id for r in server.engine.requests}) == 6
     wrapped = server.complete(seed=2**63 - 1, n=2, max_tokens=1)
@@ -173,7 +174,7 @@ def test_truncation_and_neutral_fields(server: Any) -> None:
     answer = server.complete("abcdef", truncate_prompt_tokens=2, echo=True, max_tokens=1)
     assert answer["choices"][0]["text"] == "efb"
     long = server.complete("x" * 300, truncate_prompt_tokens=-1, max_tokens=30)
-    assert long["usage"] == {"prompt_tokens": 170, "completion_tokens": 30, "total_tokens": 200}
+    assert long["usage"] == {"prompt_tokens": 170, "completion_tokens": 30, "total_tokens": 200} | FRESH
     assert server.error(400, prompt="x", truncate_prompt_tokens=-1, max_tokens=200)["param"] == "max_tokens"
     server.complete(
         user="u", suffix=None, logit_bias={}, best_of=2, n=2, store=False, metadata={"a": "b"}, use_beam_search=False,
@@ -196,7 +197,9 @@ WRONG: list[tuple[str, Any]] = [
     ("min_tokens", 17), ("ignore_eos", "no"), ("stop_token_ids", "x"), ("stop_token_ids", ["x"]),
     ("stop_token_ids", [999]), ("suffix", "end"), ("best_of", 3), ("logit_bias", {"5": 1}), ("no_such_field", 1),
     ("use_beam_search", True), ("truncate_prompt_tokens", 0), ("response_format", {"type": "json_object"}),
-    ("user", 5), ("return_token_ids", "x"), ("priority", False),
+    ("user", 5), ("return_token_ids", "x"),
+    ("priority", False), ("priority", 1.5), ("priority", 2**31), ("priority", -(2**31) - 1), ("cache_salt", 5),
+    ("cache_salt", ""), ("cache_salt", "x" * 257),
 ]  # fmt: skip
 
 
@@ -234,6 +237,28 @@ def test_prompt_too_long_names_the_context(server: Any) -> None:
     assert error["code"] == "context_length_exceeded"
     assert "200" in error["message"]
     server.complete("x" * 190, max_tokens=10)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_priority_and_cache_salt_reach_the_engine(server: Any, path: str) -> None:
+    prompt: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    )
+    for given, seen in (
+        ({"priority": -(2**31), "cache_salt": "tenant one"}, (-(2**31), "tenant one")),
+        ({"priority": 2**31 - 1, "cache_salt": "ü" * 256}, (2**31 - 1, "ü" * 256)),
+        ({"priority": None, "cache_salt": None}, (0, "")),
+        ({}, (0, "")),
+    ):
+        assert server.post(path, max_tokens=1, **prompt, **given).status_code == 200
+        request = server.engine.requests[-1]
+        assert (request.priority, request.cache_salt) == seen
+
+
+def test_usage_says_how_much_of_the_prompts_was_found_computed(live: Any) -> None:
+    server = live(StubEngine(lambda r: Script([65] * 9, cached=int(r.request_id.rpartition("-")[2]) + 1)))
+    usage = server.complete(["abcd", "efgh"], n=2, max_tokens=2)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 1 + 3}, "of each prompt's first choice"
 
 
 def test_the_engines_refusal_reaches_the_client(server: Any) -> None:

@@ -50,7 +50,12 @@ def test_usage_at_the_end_or_in_every_chunk(server: Any) -> None:
     events = stream(server, max_tokens=3, stream_options={"include_usage": True})
     assert [e["usage"] for e in events[:-1]] == [None] * 3
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert events[-1]["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert events[-1]["task"] == "base"
     events = stream(
         server, max_tokens=3, stream_options={"continuous_usage_stats": True, "include_usage": True}
