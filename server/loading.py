@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peqa_runtime.errors import InvalidCheckpoint, PeqaError
 from peqa_server.services import ServedModel, Services
@@ -40,7 +40,7 @@ class ServeOptions:
     dtype: str = "auto"
     bits: int = 4
     group_size: int = 64
-    engine: Mapping[str, int] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
