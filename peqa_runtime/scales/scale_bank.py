@@ -9,12 +9,13 @@ without them captures anew.
     in_scale    [rows, segments, K]     one segment per fused sibling
     group_scale [group_rows, G, N]      group row 0: ones
 
-Not thread-safe: the engine's thread writes between two forwards.
+Not thread-safe, but for `arranged`: the engine's thread writes between two forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.core import ScaleKind
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import SUFFIXES, SetLayout
 
 
 class FusedLinearLike(Protocol):
@@ -72,6 +74,7 @@ class ScaleBank:
             LinearBank(segments=tuple(linear.sizes), out_scale=self._ones(rows, sum(linear.sizes)))
             for linear in self.linears
         ]
+        self._layouts: dict[ScaleKind, SetLayout] = {}  # in the order of the launches
         self._has_in_scale = False
         self._has_group_scale = False
         for kind in kinds:
@@ -93,40 +96,46 @@ class ScaleBank:
         tensors = [t for b in self.banks for t in (b.out_scale, b.in_scale, b.group_scale) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def arranged(self, scale_set: ScaleSet) -> ScaleSet:
+        """Return the set with its tensors in the order in which `write` needs them; the set itself when it is so.
+
+        Done where a set comes into host memory, it leaves a write between two forwards with nothing but copies.
+        """
+        if scale_set.kind not in self._layouts:
+            self._layouts[scale_set.kind] = self._layout(scale_set.layout)
+        layout = self._layouts[scale_set.kind]
+        if scale_set.layout is layout:
+            return scale_set
+        parts = scale_set.flat.split(scale_set.layout.sizes)
+        index = {name: i for i, name in enumerate(scale_set.layout.names)}
+        ordered = [parts[index[name]] for name in layout.names]
+        return replace(scale_set, flat=torch.cat(ordered), layout=layout)
+
     @torch.no_grad()
     def write(self, row: int, group_row: int | None, scale_set: ScaleSet) -> None:
         """Copy `scale_set` into `row` (and `group_row`, for kind "group"); what the set does not have becomes 1."""
         assert 0 < row < self.rows, "row 0 is the base"
         self._allocate(scale_set.kind)
-        tensors = scale_set.tensors
+        flat = self.arranged(scale_set).flat
+        if self.device.type != "cpu":  # one transfer; of one dtype, the copies are one launch
+            flat = flat.to(self.device).to(self.dtype)
         if scale_set.kind == "group":
             assert group_row is not None
             assert 0 < group_row < self.group_rows, "group row 0 is the base"
             self.clear(row)
-            self._copy(
-                [b.group_scale[group_row] for b in self.banks if b.group_scale is not None],
-                [
-                    torch.cat([tensors[f"{name}.group_scale"] for name in linear.names]).t()
-                    for linear in self.linears
-                ],
-            )
+            rows = [b.group_scale[group_row] for b in self.banks if b.group_scale is not None]  # [G, N] each
+            parts = flat.split([target.numel() for target in rows])
+            sources = [part.view(target.shape[::-1]).t() for part, target in zip(parts, rows, strict=True)]
+            torch._foreach_copy_(rows, sources)
             return
-        self._copy(
-            [b.out_scale[row] for b in self.banks],
-            [torch.cat([tensors[f"{name}.out_scale"] for name in linear.names]) for linear in self.linears],
-        )
+        rows = [bank.out_scale[row] for bank in self.banks]
         if scale_set.kind == "channel+input":
-            self._copy(
-                [b.in_scale[row] for b in self.banks if b.in_scale is not None],
-                [
-                    torch.stack([tensors[f"{name}.in_scale"] for name in linear.names])
-                    for linear in self.linears
-                ],
-            )
+            rows += [bank.in_scale[row].view(-1) for bank in self.banks if bank.in_scale is not None]
         elif self._has_in_scale:
             for bank in self.banks:
                 assert bank.in_scale is not None
                 bank.in_scale[row].fill_(1)
+        torch._foreach_copy_(rows, flat.split([target.numel() for target in rows]))
 
     @torch.no_grad()
     def clear(self, row: int, group_row: int | None = None) -> None:
@@ -153,13 +162,12 @@ class ScaleBank:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             return torch.ones(shape, device=self.device, dtype=self.dtype)
 
-    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        """Copy each source into its target; to a device as one transfer, not one per linear."""
-        if self.device.type == "cpu":
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-            return
-        sizes = [source.numel() for source in sources]
-        flat = torch.cat([source.reshape(-1) for source in sources]).to(self.device).to(self.dtype)
-        for target, part in zip(targets, flat.split(sizes), strict=True):
-            target.copy_(part.view_as(target))
+    def _layout(self, given: SetLayout) -> SetLayout:
+        """A layout of the same tensors: one suffix after the other, launch by launch, sibling by sibling."""
+        names = [
+            f"{name}.{suffix}"
+            for suffix in SUFFIXES[given.kind]
+            for linear in self.linears
+            for name in linear.names
+        ]
+        return given.in_order(names)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from peqa_runtime.core import SCALE_KINDS, BaseManifest, LinearShape, ScaleKind, check_task_name
+from peqa_runtime.core import SCALE_KINDS, BaseManifest, ScaleKind, check_task_name
 from peqa_runtime.errors import InvalidScaleSet, InvalidTaskName, WrongBase
 from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.scales.set_file import (
@@ -32,15 +33,13 @@ from peqa_runtime.scales.set_file import (
     parse_json_object,
     write_set_file,
 )
+from peqa_runtime.scales.set_layout import SUFFIXES, SetLayout, SetLayouts, expected_shapes
 
 FORMAT = "peqa-scale-set"
 FORMAT_VERSION = "1"
 DEFAULT_MAX_RATIO = 16.0
 """A scale further than this factor from the base's is no tuning result: such a set is refused."""
 
-_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"channel": ("out_scale",), "channel+input": ("out_scale", "in_scale"), "group": ("group_scale",)}
-)
 _METADATA_KEYS = ("format", "format_version", "kind", "task", "base_digest", "prompt_format", "note")
 _DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
@@ -49,32 +48,45 @@ _DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}
 class ScaleSet:
     """One task's tensors and metadata. Two sets with equal tensors have the same `revision` (a hex SHA-256).
 
-    `tensors` maps `<linear>.out_scale` [N], `<linear>.in_scale` [K] or `<linear>.group_scale` [N, G] to CPU
-    tensors (float16 or float32) that nobody may change. `task` is the name noted by whoever saved the set (it may
-    be empty, and an upload may use another); `prompt_format` and `note` are passed on as they are.
+    `flat` holds all tensors as `layout` says, on the CPU, float16 or float32; nobody may change it. `task` is the name
+    noted by whoever saved the set (it may be empty, and an upload may use another); `prompt_format` and `note` are
+    passed on as they are.
     """
 
     kind: ScaleKind
     base_digest: str
-    tensors: Mapping[str, Tensor]
+    flat: Tensor  # [sum of layout.sizes]
+    layout: SetLayout
     revision: str
     task: str = ""
     prompt_format: str = ""
     note: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Views by name: `<linear>.out_scale` [N], `<linear>.in_scale` [K] or `<linear>.group_scale` [N, G]."""
+        parts = self.flat.split(self.layout.sizes)
+        named = zip(self.layout.names, parts, self.layout.shapes, strict=True)
+        return MappingProxyType({name: part.view(shape) for name, part, shape in named})
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that the tensors take in host memory."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return self.flat.numel() * self.flat.element_size()
 
     @classmethod
     def parse(
-        cls, data: bytes | Path, manifest: BaseManifest, *, max_ratio: float = DEFAULT_MAX_RATIO
+        cls,
+        data: bytes | Path,
+        manifest: BaseManifest,
+        *,
+        max_ratio: float = DEFAULT_MAX_RATIO,
+        layouts: SetLayouts | None = None,
     ) -> ScaleSet:
         """Return the set in `data` (a file's bytes, or its path) after checking all of it against `manifest`.
 
-        Raises `InvalidScaleSet` with what is wrong and what would be right, `WrongBase` when the set was tuned on
-        another base.
+        `layouts`: the base's, where many sets share them. Raises `InvalidScaleSet` with what is wrong and what would
+        be right, `WrongBase` when the set was tuned on another base.
         """
         if isinstance(data, Path):
             try:
@@ -87,12 +99,16 @@ class ScaleSet:
             tensors = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise InvalidScaleSet(f"not a readable safetensors file: {str(error)[:200]}") from None
-        _check_values(tensors, max_ratio)
+        kind = _kind_of(header.metadata)
+        layout = (layouts or SetLayouts(manifest))[kind]
+        flat = torch.cat([tensors[name].reshape(-1) for name in layout.names] or [torch.empty(0)])
+        _check_values(flat, layout, max_ratio)
         metadata = header.metadata
         return cls(
-            kind=_kind_of(metadata),
+            kind=kind,
             base_digest=metadata["base_digest"],
-            tensors=MappingProxyType(tensors),
+            flat=flat,
+            layout=layout,
             revision=content_digest(header, content),
             task=metadata.get("task", ""),
             prompt_format=metadata.get("prompt_format", ""),
@@ -118,62 +134,27 @@ class ScaleSet:
         """
         if dtype not in _DTYPE_NAMES:
             raise InvalidScaleSet(f"a scale set is saved as float16 or float32, not {dtype}")
-        unchecked = cls(
-            kind=kind,
-            base_digest=manifest.base_digest,
-            tensors={
-                name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-                for name, tensor in tensors.items()
-            },
-            revision="",
-            task=task,
-            prompt_format=prompt_format,
-            note=note or {},
-        )
-        return cls.parse(unchecked.to_bytes(), manifest, max_ratio=max_ratio)
+        rounded = {
+            name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            for name, tensor in tensors.items()
+        }
+        metadata = _metadata(kind, task, manifest.base_digest, prompt_format, note or {})
+        return cls.parse(_file_bytes(metadata, rounded), manifest, max_ratio=max_ratio)
 
     def to_bytes(self, *, task: str | None = None) -> bytes:
         """Return the safetensors file; the same set gives the same bytes. `task` replaces the noted name."""
-        try:
-            note = json.dumps(dict(self.note), sort_keys=True, allow_nan=False, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InvalidScaleSet(f"the note must be JSON (numbers finite, keys strings): {error}") from None
-        metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "task": self.task if task is None else task,
-            "base_digest": self.base_digest,
-            "prompt_format": self.prompt_format,
-            "note": note,
-        }
-        return write_set_file(
-            metadata,
-            (
-                (name, _DTYPE_NAMES[t.dtype], tuple(t.shape), t.contiguous().numpy().tobytes())
-                for name, t in self.tensors.items()
-            ),
-        )
+        task = self.task if task is None else task
+        metadata = _metadata(self.kind, task, self.base_digest, self.prompt_format, self.note)
+        return _file_bytes(metadata, self.tensors)
 
     def save(self, path: Path | str) -> None:
         """Write the file to `path`: a reader sees the file that was there before or all of this one."""
         write_atomic(Path(path), self.to_bytes())
 
 
-def expected_shapes(kind: ScaleKind, manifest: BaseManifest) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that a set of this kind has, no more and no less."""
-    return {
-        f"{linear}.{suffix}": _shape_of(suffix, shape)
-        for linear, shape in manifest.linears.items()
-        for suffix in _SUFFIXES[kind]
-    }
-
-
 def max_file_bytes(manifest: BaseManifest) -> int:
     """Return the size in bytes that no valid scale set file for this base exceeds, whatever its kind."""
-    most = max(
-        sum(_elements(shape) for shape in expected_shapes(kind, manifest).values()) for kind in SCALE_KINDS
-    )
+    most = max(sum(prod(shape) for shape in expected_shapes(kind, manifest).values()) for kind in SCALE_KINDS)
     return 8 + header_limit(_expected_tensors(manifest)) + 4 * most
 
 
@@ -228,6 +209,8 @@ def check_header(data: bytes, total_bytes: int, manifest: BaseManifest) -> SetHe
     ]
     if wrong:
         raise InvalidScaleSet(f"{len(wrong)} tensors have the wrong shape: {_some(wrong)}")
+    if len({entry.dtype for entry in header.tensors.values()}) > 1:
+        raise InvalidScaleSet("some tensors are F16 and some F32; save all tensors of a set in the same one")
     return header
 
 
@@ -264,14 +247,15 @@ def _kind_of(metadata: Mapping[str, str]) -> ScaleKind:
     )
 
 
-def _check_values(tensors: Mapping[str, Tensor], max_ratio: float) -> None:
-    flat = torch.cat([t.reshape(-1).float() for t in tensors.values()]) if tensors else torch.ones(1)
-    if _reason(flat, max_ratio) is None:  # one pass over all is much cheaper than a few per tensor
+def _check_values(flat: Tensor, layout: SetLayout, max_ratio: float) -> None:
+    if (
+        flat.numel() == 0 or _reason(flat.float(), max_ratio) is None
+    ):  # one pass is much cheaper than one per tensor
         return
     wrong = [
         f"{name} {reason}"
-        for name, tensor in tensors.items()
-        if (reason := _reason(tensor.float(), max_ratio)) is not None
+        for name, part in zip(layout.names, flat.split(layout.sizes), strict=True)
+        if (reason := _reason(part.float(), max_ratio)) is not None
     ]
     raise InvalidScaleSet(
         f"{len(wrong)} tensors have values that cannot be scales: {_some(wrong)}; every scale is relative to the "
@@ -292,20 +276,36 @@ def _reason(values: Tensor, max_ratio: float) -> str | None:
     return None
 
 
-def _shape_of(suffix: str, shape: LinearShape) -> tuple[int, ...]:
-    if suffix == "out_scale":
-        return (shape.out_features,)
-    if suffix == "in_scale":
-        return (shape.in_features,)
-    return (shape.out_features, shape.groups)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
-
-
 def _expected_tensors(manifest: BaseManifest) -> int:
-    return len(manifest.linears) * max(len(suffixes) for suffixes in _SUFFIXES.values())
+    return len(manifest.linears) * max(len(suffixes) for suffixes in SUFFIXES.values())
+
+
+def _metadata(
+    kind: ScaleKind, task: str, base_digest: str, prompt_format: str, note: Mapping[str, Any]
+) -> dict[str, str]:
+    try:
+        note_text = json.dumps(dict(note), sort_keys=True, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidScaleSet(f"the note must be JSON (numbers finite, keys strings): {error}") from None
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "task": task,
+        "base_digest": base_digest,
+        "prompt_format": prompt_format,
+        "note": note_text,
+    }
+
+
+def _file_bytes(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+    return write_set_file(
+        metadata,
+        (
+            (name, _DTYPE_NAMES[t.dtype], tuple(t.shape), t.contiguous().numpy().tobytes())
+            for name, t in tensors.items()
+        ),
+    )
 
 
 def _short(digest: str) -> str:

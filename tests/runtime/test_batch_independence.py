@@ -13,7 +13,8 @@ from peqa_runtime.core import SCALE_KINDS, SamplingParams
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.offline import Completion
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 
 CONFIG = EngineConfig(num_blocks=96, max_batch_tokens=128, task_rows=5)
 SENTENCE = "the cat and the dog sat on the mat; then they ran into another house, over there, without them"

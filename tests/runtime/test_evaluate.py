@@ -11,7 +11,8 @@ import torch
 
 from peqa_runtime.core import ScaleKind
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.training.data import Row
 from peqa_runtime.training.evaluate import (
     ExactMatch,

@@ -8,7 +8,8 @@ import torch
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.core import BaseManifest, FusedLinear, LinearShape
 from peqa_runtime.scales.scale_bank import ScaleBank
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 
 MANIFEST = BaseManifest(
     "tiny",

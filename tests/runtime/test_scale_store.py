@@ -24,7 +24,8 @@ from peqa_runtime.errors import (
     UnknownTask,
     WrongBase,
 )
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.scale_store import ScaleStore
 
 MANIFEST = BaseManifest("tiny", "d1" * 32, {f"l{i}": LinearShape(6, 8, 2) for i in range(3)})

@@ -23,7 +23,8 @@ from peqa_runtime.errors import (
     UnknownTask,
     WrongBase,
 )
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry

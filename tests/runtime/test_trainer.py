@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from peqa_runtime.core import ScaleKind
 from peqa_runtime.errors import InvalidCheckpoint, InvalidData, UnsupportedModel
 from peqa_runtime.model import read_manifest
-from peqa_runtime.scales.scale_set import ScaleSet, expected_shapes
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.text import encode
 from peqa_runtime.training import trainer as trainer_module
 from peqa_runtime.training.callbacks import KeepPositive
