@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from peqa_kernels import native
+from peqa_kernels.paged_attention.checks import AttentionInputError, check_attention, check_write
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
+from peqa_kernels.paged_attention.plan import AttentionPlan
 from peqa_kernels.paged_attention.reference import paged_attention_reference, write_kv_reference
 
-__all__ = ["paged_attention", "paged_attention_reference", "write_kv", "write_kv_reference"]
+__all__ = [
+    "AttentionInputError",
+    "AttentionPlan",
+    "paged_attention",
+    "paged_attention_reference",
+    "write_kv",
+    "write_kv_reference",
+]
 
 
 def paged_attention(
@@ -28,13 +37,21 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over paged keys and values: [tokens, heads, d_v] in q.dtype.
 
     Query i of sequence s stands at position seq_lens[s] - (query_starts[s + 1] - query_starts[s]) + i and sees the
     positions up to its own, which must have been written (`write_kv`) before. Table entries and slots outside a
-    sequence's positions are never read into a result, whatever they hold. On the CPU a token's bits depend neither
-    on other sequences nor on how its prompt was cut into calls.
+    sequence's positions are never read into a result, whatever they hold.
+
+    What a token's bits depend on. On the CPU: its position, its sequence's keys and values and the build, so neither
+    on other sequences nor on how its prompt was cut into calls. On a GPU the same holds for neighbours: which kernel
+    takes a sequence hangs on its own number of new tokens (one, or more), tile shapes hang on sizes of the model only,
+    keys are cut at absolute positions (`tiles`), parts are joined in the order of the keys in fp32, and positions that
+    a row may not see add exact zeros. But a token computed alone, as in decode, and within a chunk, as in prefill, are
+    multiplied by other tiles there, and their last bits may differ. `plan.invariant` removes that: both kernels then
+    take the same tiles, instructions and cuts, at a cost that `python -m peqa_kernels.bench` prints.
 
     Args:
         q: [tokens, heads, d], the sequences' new tokens one after the other.
@@ -48,33 +65,19 @@ def paged_attention(
         sliding_window: a query sees its own position and the sliding_window - 1 before it.
         softcap: scores become softcap * tanh(score / softcap).
         sinks: [heads], each one more logit in the softmax that carries no value.
+        plan: what the host knows of the step, for launches on a GPU.
+
+    Raises AttentionInputError, before anything is computed, for shapes, dtypes, devices or layouts that do not fit.
     """
-    _check(q, key_cache, value_cache, block_tables, query_starts, seq_lens, sinks)
-    if torch.compiler.is_compiling():
-        return torch.ops.peqa.paged_attention(
-            q,
-            key_cache,
-            value_cache,
-            block_tables,
-            query_starts,
-            seq_lens,
-            scaling,
-            sliding_window,
-            softcap,
-            sinks,
-        )
-    return _paged_attention(
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        seq_lens,
-        scaling,
-        sliding_window,
-        softcap,
-        sinks,
+    check_attention(
+        q, key_cache, value_cache, block_tables, query_starts, seq_lens, sliding_window, softcap, sinks, plan
     )
+    args = (q, key_cache, value_cache, block_tables, query_starts, seq_lens)
+    options = (scaling, sliding_window, softcap, sinks)
+    if torch.compiler.is_compiling():
+        numbers = (0, 0, False) if plan is None else (plan.max_new, plan.max_len, plan.invariant)
+        return torch.ops.peqa.paged_attention(*args, *options, *numbers)
+    return _paged_attention(*args, *options, plan)
 
 
 def write_kv(
@@ -88,33 +91,14 @@ def write_kv(
         key_cache: [blocks, block_size, kv_heads, d], contiguous.
         value_cache: [blocks, block_size, kv_heads, d_v], contiguous.
         slot_mapping: int64 [tokens], block * block_size + offset; -1 skips the token. No slot twice.
+
+    Raises AttentionInputError for shapes, dtypes, devices or layouts that do not fit.
     """
-    assert key.shape[1:] == key_cache.shape[2:], (key.shape, key_cache.shape)
-    assert value.shape[1:] == value_cache.shape[2:], (value.shape, value_cache.shape)
-    assert slot_mapping.dtype == torch.int64, slot_mapping.dtype
-    assert slot_mapping.shape == key.shape[:1] == value.shape[:1], slot_mapping.shape
+    check_write(key, value, key_cache, value_cache, slot_mapping)
     if torch.compiler.is_compiling():
         torch.ops.peqa.write_kv(key, value, key_cache, value_cache, slot_mapping)
     else:
         _write_kv(key, value, key_cache, value_cache, slot_mapping)
-
-
-def _check(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    sinks: Tensor | None,
-) -> None:
-    """Shapes and dtypes; a mismatch is a bug of the caller. Reads no tensor's values (no device sync)."""
-    assert q.shape[2] == key_cache.shape[3], (q.shape, key_cache.shape)
-    assert key_cache.shape[:3] == value_cache.shape[:3], (key_cache.shape, value_cache.shape)
-    assert q.shape[1] % key_cache.shape[2] == 0, (q.shape, key_cache.shape)
-    assert block_tables.shape[0] == seq_lens.shape[0] == query_starts.shape[0] - 1
-    assert block_tables.dtype == query_starts.dtype == seq_lens.dtype == torch.int32
-    assert sinks is None or sinks.shape == q.shape[1:2], (sinks, q.shape)
 
 
 def _paged_attention(
@@ -128,28 +112,20 @@ def _paged_attention(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    plan: AttentionPlan | None,
 ) -> Tensor:
     """Choose the path for q's device."""
     if q.shape[0] == 0:
         return q.new_empty(0, q.shape[1], value_cache.shape[3])
+    args = (q, key_cache, value_cache, block_tables, query_starts, seq_lens)
+    options = (scaling, sliding_window, softcap, sinks)
     if q.is_cuda:
-        from peqa_kernels.paged_attention.gpu import paged_attention_gpu as path
-    else:
-        # The C library computes in float32; it is None where no compiler was found at installation.
-        ops = native.load() if q.dtype == key_cache.dtype == torch.float32 else None
-        path = paged_attention_cpu if ops is None else ops.paged_attention
-    return path(
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        seq_lens,
-        scaling,
-        sliding_window,
-        softcap,
-        sinks,
-    )
+        from peqa_kernels.paged_attention.gpu import paged_attention_gpu
+
+        return paged_attention_gpu(*args, *options, plan)
+    # The C library computes in float32; it is None where no compiler was found at installation.
+    ops = native.load() if q.dtype == key_cache.dtype == torch.float32 else None
+    return (paged_attention_cpu if ops is None else ops.paged_attention)(*args, *options)
 
 
 def _write_kv(
@@ -176,19 +152,13 @@ def _paged_attention_op(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    max_new: int,  # 0: no plan
+    max_len: int,
+    invariant: bool,
 ) -> Tensor:
-    return _paged_attention(
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        seq_lens,
-        scaling,
-        sliding_window,
-        softcap,
-        sinks,
-    )
+    args = (q, key_cache, value_cache, block_tables, query_starts, seq_lens)
+    plan = AttentionPlan(max_new, max_len, invariant) if max_new else None
+    return _paged_attention(*args, scaling, sliding_window, softcap, sinks, plan)
 
 
 @_paged_attention_op.register_fake
@@ -203,6 +173,9 @@ def _(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    max_new: int,
+    max_len: int,
+    invariant: bool,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], value_cache.shape[3])
 

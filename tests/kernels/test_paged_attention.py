@@ -42,23 +42,24 @@ def make_case(
     seed: int = 0,
     poison: bool = True,
     device: str = "cpu",
+    block_size: int = BLOCK_SIZE,
 ) -> Case:
     """Sequences in scattered blocks; what nobody owns is NaN, and table entries that nobody needs point at it."""
     gen = torch.Generator().manual_seed(seed)
     d_v = d_v or d
-    needed = [-(-length // BLOCK_SIZE) for _, length in sequences]
+    needed = [-(-length // block_size) for _, length in sequences]
     blocks = sum(needed) + 3
     order = torch.randperm(blocks - 1, generator=gen) + 1  # block 0 belongs to nobody
-    shape = (blocks, BLOCK_SIZE, kv_heads)
+    shape = (blocks, block_size, kv_heads)
     key_cache = torch.randn(*shape, d, generator=gen)
     value_cache = torch.randn(*shape, d_v, generator=gen)
-    owned = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.bool)
+    owned = torch.zeros(blocks, block_size, dtype=torch.bool)
     tables = torch.zeros(len(sequences), max(needed) + 2, dtype=torch.int32)
     at = 0
     for s, (_, length) in enumerate(sequences):
         tables[s, : needed[s]] = order[at : at + needed[s]].int()
         for p in range(length):
-            owned[tables[s, p // BLOCK_SIZE], p % BLOCK_SIZE] = True
+            owned[tables[s, p // block_size], p % block_size] = True
         at += needed[s]
     if poison:
         key_cache[~owned], value_cache[~owned] = float("nan"), float("nan")

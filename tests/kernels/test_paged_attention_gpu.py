@@ -2,81 +2,142 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("paged_attention_triton_checks.py")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def compile_attend(arch: int, dtype: str, d: int, repeat: int, prefill: bool, queries: str | None = None):
-    """The attention kernel's machine code for a GPU that need not be there."""
+def compile_kernel(kernel: Any, constants: dict, options: dict, arch: int, dtype: str, queries: str) -> Any:
+    """A kernel's machine code for a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peqa_kernels.paged_attention import gpu
-
-    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    tile = gpu.tile_shape(4096 if prefill else 8, 8, repeat, d, torch_dtype)
-    constants = {
-        **{"heads": repeat * 4, "repeat": repeat, "block_size": 16, "d": d, "d_v": d},
-        **{"has_sinks": False, "has_softcap": True, "has_window": True},
-        **{"QUERIES": tile.rows // repeat, "ROWS": tile.rows, "KEYS": tile.keys},
-        **dict.fromkeys(("D", "D_V"), max(gpu.LEAST_WIDTH, triton.next_power_of_2(d))),
-    }
-    kernel = gpu._attend
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-            continue
-        if name in ("table_ptr", "query_starts_ptr", "seq_lens_ptr"):
+        elif name in ("table_ptr", "starts_ptr", "lens_ptr"):
             signature[name] = "*i32"
-        elif name in ("q_ptr", "out_ptr"):
-            signature[name] = f"*{queries or dtype}"
+        elif name in ("part_ptr", "stat_ptr"):
+            signature[name] = "*fp32"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}"
+            signature[name] = f"*{queries if name in ('q_ptr', 'out_ptr') else dtype}"
         else:
-            signature[name] = "fp32" if name in ("scaling", "softcap") else "i32"
-        if name.endswith(("_ptr", "_stride")):
+            signature[name] = "fp32" if name in ("scale", "cap") else "i32"
+        if name.endswith("_ptr") or name.startswith("q_"):
             aligned[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": tile.warps, "num_stages": 2},
-    )
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "d", "repeat"),
-    [("bf16", 64, 3), ("bf16", 96, 1), ("bf16", 128, 4), ("bf16", 256, 2), ("fp32", 64, 3), ("fp32", 256, 4)],
-)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_without_spills(
-    arch: int, dtype: str, d: int, repeat: int, prefill: bool, tmp_path: Path
-) -> None:
+def compile_attention(
+    prefill: bool, arch: int, dtype: str, d: int, repeat: int, invariant: bool, queries: str | None = None
+) -> Any:
+    """The decode or prefill kernel as `paged_attention_gpu` launches it, with every option on."""
+    from peqa_kernels.paged_attention import attend, gpu, tiles
+
+    mode = {"invariant": invariant, "wgmma": arch == 90}
+    tile = tiles.prefill_tile(d, DTYPES[dtype], **mode)
+    if not prefill:
+        tile = tiles.decode_tile(repeat, d, DTYPES[dtype], **mode)
+    constants = {
+        **{"heads": repeat * 4, "kv_heads": 4, "block_size": 16, "d": d, "d_v": d},
+        **dict.fromkeys(("HAS_SINKS", "HAS_CAP", "HAS_WINDOW"), True),
+        **gpu._tile_constants(tile, gpu.packing(repeat, tile)[0], d, d),
+        **({"SPLITS": invariant} if prefill else {}),
+    }
+    kernel = attend.prefill_kernel if prefill else attend.decode_kernel
+    return compile_kernel(kernel, constants, gpu._options(tile), arch, dtype, queries or dtype)
+
+
+def assert_no_spill(compiled: Any, tmp_path: Path) -> None:
+    """The stack of the machine code is empty."""
     import triton.backends.nvidia
 
-    cubin = tmp_path / "attend.cubin"
-    cubin.write_bytes(compile_attend(arch, dtype, d, repeat, prefill).asm["cubin"])
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     assert "REG:" in usage
     assert "STACK:0 " in usage, usage
+    assert compiled.metadata.shared <= 163 * 1024, "more shared memory than an A100 has"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("dtype", "d", "repeat"),
+    [
+        ("bf16", 64, 3),
+        ("bf16", 80, 71),
+        ("fp16", 96, 1),
+        ("bf16", 128, 1),
+        ("bf16", 128, 8),
+        ("bf16", 192, 4),
+        ("bf16", 256, 2),
+        ("fp32", 64, 3),
+        ("fp32", 128, 4),
+    ],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_without_spills(
+    arch: int, dtype: str, d: int, repeat: int, prefill: bool, invariant: bool, tmp_path: Path
+) -> None:
+    compiled = compile_attention(prefill, arch, dtype, d, repeat, invariant)
+    assert_no_spill(compiled, tmp_path)
+    if arch == 90 and dtype != "fp32" and prefill and (d <= 128 or not invariant):
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+    if invariant and dtype != "fp32":  # the same instructions in both kernels, whatever is around them
+        other = compile_attention(not prefill, arch, dtype, d, repeat, invariant)
+        shapes = [set(re.findall(r"mma\S*m\d+n\d+k\d+\S*", one.asm["ptx"])) for one in (compiled, other)]
+        assert shapes[0] == shapes[1]
+        assert shapes[0]
 
 
 @pytest.mark.parametrize(("d", "queries"), [(8, "bf16"), (64, "fp32")])
 def test_compiles_for_narrow_heads_and_queries_of_another_dtype(d: int, queries: str) -> None:
-    assert compile_attend(90, "bf16", d, 2, prefill=False, queries=queries).asm["cubin"]
+    assert compile_attention(False, 90, "bf16", d, 2, False, queries=queries).asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_combination_compiles_without_spills(arch: int, tmp_path: Path) -> None:
+    from peqa_kernels.paged_attention import attend
+
+    constants = {"heads": 32, "d_v": 256, "HAS_SINKS": True, "HAS_WINDOW": True, "D_V": 256}
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    compiled = compile_kernel(attend.combine_kernel, constants, options, arch, "bf16", "bf16")
+    assert_no_spill(compiled, tmp_path)
+    # A fused multiply-add stands only where the source names it: one for the denominator, then one per feature.
+    assert "fma.rn.f32" in compiled.asm["ptx"]
+
+
+def test_splits_cover_all_positions_in_order() -> None:
+    from peqa_kernels.paged_attention.tiles import FIRST_SPLIT, most_splits, split_of
+
+    edges = [0] + [p for p in range(1, 300_000) if split_of(p) != split_of(p - 1)]
+    assert [split_of(p) for p in edges] == list(range(len(edges)))
+    assert all(p % FIRST_SPLIT == 0 for p in edges)
+    widths = [b - a for a, b in itertools.pairwise(edges)]
+    assert widths[:17] == [256] * 16 + [512]
+    assert widths == sorted(widths)
+    for window in (1, 20, 256, 257, 5000):
+        for length in (1, 255, 256, 4097, 70_000):
+            needed = split_of(length - 1) - split_of(max(0, length - window)) + 1
+            assert needed <= most_splits(length, window) <= most_splits(100_000, window)
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,112 @@
+"""What a call of paged attention must look like. Shapes, dtypes and layouts only: no tensor's values are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peqa_kernels.paged_attention.plan import AttentionPlan
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class AttentionInputError(ValueError):
+    """A call of `paged_attention` or `write_kv` whose tensors do not fit together; the sentence says which."""
+
+
+def check_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    plan: AttentionPlan | None,
+) -> None:
+    """Raise AttentionInputError for arguments that no path can take."""
+    _check_caches(key_cache, value_cache)
+    if q.dim() != 3 or q.shape[2] != key_cache.shape[3]:
+        _refuse(f"q must be [tokens, heads, {key_cache.shape[3]}] as the key cache, not {_shape(q)}")
+    if q.shape[1] == 0 or q.shape[1] % key_cache.shape[2]:
+        _refuse(f"{q.shape[1]} query heads must be a multiple of the cache's {key_cache.shape[2]} heads")
+    if q.dtype not in _FLOATS:
+        _refuse(f"q must be float32, float16 or bfloat16, not {q.dtype}")
+    for name, tensor, dims in (
+        ("block_tables", block_tables, 2),
+        ("query_starts", query_starts, 1),
+        ("seq_lens", seq_lens, 1),
+    ):
+        if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.stride(-1) != 1:
+            _refuse(
+                f"{name} must be int32 with {dims} dimension(s), the last one contiguous, not {tensor.dtype} of shape "
+                f"{_shape(tensor)} and strides {tensor.stride()}"
+            )
+        _same_device(name, tensor, key_cache)
+    _same_device("q", q, key_cache)
+    seqs = seq_lens.shape[0]
+    if block_tables.shape[0] != seqs or query_starts.shape[0] != seqs + 1:
+        _refuse(
+            f"{seqs} sequences want {seqs} block tables and {seqs + 1} query starts, not {block_tables.shape[0]} and "
+            f"{query_starts.shape[0]}"
+        )
+    if sliding_window is not None and sliding_window < 1:
+        _refuse(f"sliding_window must be None or at least 1, not {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        _refuse(f"softcap must be None or above 0, not {softcap}")
+    if sinks is not None:
+        if sinks.shape != q.shape[1:2]:
+            _refuse(f"sinks must be [{q.shape[1]}], one per query head, not {_shape(sinks)}")
+        _same_device("sinks", sinks, key_cache)
+    if plan is not None and not 1 <= plan.max_new <= plan.max_len:
+        _refuse(f"a plan wants 1 <= max_new <= max_len, not {plan.max_new} and {plan.max_len}")
+
+
+def check_write(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Raise AttentionInputError for arguments that cannot be written."""
+    _check_caches(key_cache, value_cache)
+    for name, tensor, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        if tensor.dim() != 3 or tensor.shape[1:] != cache.shape[2:]:
+            _refuse(f"{name} must be [tokens, {cache.shape[2]}, {cache.shape[3]}], not {_shape(tensor)}")
+        _same_device(name, tensor, cache)
+    if slot_mapping.dtype != torch.int64:
+        _refuse(f"slot_mapping must be int64, not {slot_mapping.dtype}")
+    if not slot_mapping.shape == key.shape[:1] == value.shape[:1]:
+        _refuse(
+            f"slot_mapping {_shape(slot_mapping)} must name one slot for each of {key.shape[0]} keys and "
+            f"{value.shape[0]} values"
+        )
+    _same_device("slot_mapping", slot_mapping, key_cache)
+
+
+def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
+    if key_cache.dim() != 4 or value_cache.dim() != 4 or key_cache.shape[:3] != value_cache.shape[:3]:
+        _refuse(
+            "the caches must be [blocks, block_size, kv_heads, d] with equal first three sizes, not "
+            f"{_shape(key_cache)} and {_shape(value_cache)}"
+        )
+    if key_cache.dtype not in _FLOATS or value_cache.dtype != key_cache.dtype:
+        _refuse(
+            "the caches must both be float32, float16 or bfloat16, not "
+            f"{key_cache.dtype} and {value_cache.dtype}"
+        )
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        _refuse("the caches must be contiguous")
+    _same_device("value_cache", value_cache, key_cache)
+
+
+def _same_device(name: str, tensor: Tensor, cache: Tensor) -> None:
+    if tensor.device != cache.device:
+        _refuse(f"{name} is on {tensor.device} and the key cache on {cache.device}")
+
+
+def _refuse(sentence: str) -> None:
+    raise AttentionInputError(sentence)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
