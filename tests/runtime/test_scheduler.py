@@ -1,8 +1,7 @@
-"""The scheduler under random workloads and an oracle, and its rules one by one. No torch, no model."""
+"""The scheduler's rules, one by one. No torch, no model."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -265,66 +264,3 @@ def test_prompt_logprobs_of_a_single_token_prompt() -> None:
     s = scheduler()
     s.add(sequence("a", 1, prompt_logprobs=2, max_tokens=1))
     assert step(s)[1][0].prompt_logprobs == (None,)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_workloads(seed: int) -> None:
-    """Whatever arrives, is aborted or starved: invariants hold, everyone ends, with exactly its tokens."""
-    rng = random.Random(seed)
-    block_size, blocks = rng.choice([1, 2, 4, 16]), rng.randint(8, 40)
-    budget, max_sequences = rng.randint(1, 24), rng.randint(1, 8)
-    rows = Rows(rng.randint(1, 3))
-    s = scheduler(
-        blocks,
-        block_size,
-        rows,
-        max_batch_tokens=budget,
-        max_sequences=max_sequences,
-        max_prompt_logprob_rows=3,
-    )
-    expected: dict[str, int] = {}
-    got: dict[str, list[TokenOutput]] = {}
-    computed: dict[str, int] = {}  # the oracle's own count of computed tokens
-    for number in range(30):
-        prompt = rng.randint(1, max(1, min(30, blocks * block_size - 8)))
-        revision = rng.choice(["", "x", "y", "z", "w"])
-        new = sequence(
-            f"r{number}",
-            prompt,
-            revision,
-            max_tokens=rng.randint(0, min(8, blocks * block_size - prompt)),
-            prompt_logprobs=rng.choice([None, None, 0]),
-        )
-        expected[new.request_id] = new.request.params.max_tokens
-        got[new.request_id] = []
-        s.add(new)
-    aborted: set[str] = set()
-    for _ in range(5000):
-        if not s.has_work:
-            break
-        if rng.random() < 0.02:
-            victim = rng.choice(sorted(expected))
-            if s.abort(victim):
-                aborted.add(victim)
-        batch = s.schedule()
-        assert batch.num_tokens <= budget
-        assert len(s.running) <= max_sequences
-        assert batch.scheduled or not s.has_work or s.waiting
-        names = [i.sequence.request_id for i in batch.scheduled]
-        assert len(names) == len(set(names)), "nobody computes twice in a step"
-        for item in batch.scheduled:
-            name = item.sequence.request_id
-            assert item.num_tokens > 0
-            assert item.start in (computed.get(name, 0), 0), "goes on where it was, or starts again"
-            computed[name] = item.start + item.num_tokens
-            assert len(item.sequence.block_table) * block_size >= computed[name]
-            assert rows.placed.get(item.sequence.request.revision, 0) == item.sequence.row
-        for output in s.update(batch, results(batch)):
-            got[output.request_id].append(output)
-        s.check_integrity()
-    assert not s.has_work, "everything ends"
-    assert s.blocks.num_used == 0
-    for name, outputs in got.items():
-        if name not in aborted:
-            assert sum(o.token_id is not None for o in outputs) == expected[name]
-            assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
