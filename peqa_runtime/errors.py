@@ -4,6 +4,8 @@ PeqaError
 ├── InvalidRequest            a request's value or combination of values (HTTP 400); `param` names the field
 │   └── PromptTooLong         prompt plus output do not fit the model's context
 ├── UnknownTask               no such task or model (404)
+│   └── TaskUnusable          ... or it is there, but its scale set is damaged, of another base or finds no row (409)
+├── TaskQuarantined           the task's revision was set aside because its answers were NaN or infinite (409)
 ├── InvalidTaskName           a name that cannot name a task (422)
 ├── InvalidScaleSet           a scale set file that does not fit (422)
 │   └── WrongBase             ... because it was tuned on another base (409)
@@ -38,6 +40,14 @@ class PromptTooLong(InvalidRequest):
 
 class UnknownTask(PeqaError):
     """No task of this name is loaded."""
+
+
+class TaskUnusable(UnknownTask):
+    """The task is in the store but cannot be used; the message says why."""
+
+
+class TaskQuarantined(PeqaError):
+    """The task's current revision has been set aside; the message says why and what makes it usable again."""
 
 
 class InvalidTaskName(PeqaError):

@@ -8,19 +8,26 @@ One registry is the single source of truth. Three rules, each under one lock:
 - Deleting a task (or replacing its revision) is two-phase: the name changes at once, the old revision's row is
   free when its last lease is released.
 
+A revision that made NaN or infinity `STRIKES` times is in quarantine: nobody acquires it any more, those who hold it
+go on. Making it, or another one, the task's current revision (upload, rollback) ends that.
+
 A revision is the digest of its content, so a name that is used again can never meet another version's row, and
 two tasks with equal content share one.
 """
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Placement, ScaleKind
-from peqa_runtime.errors import UnknownTask
+from peqa_runtime.errors import TaskQuarantined, UnknownTask
+
+STRIKES = 3
+"""Requests that must end with NaN or infinity before their revision is set aside: one may be the machine's fault."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,10 @@ class TaskRegistry:
         self._current: dict[str, Lease] = {}  # what acquire gives, prepared
         self._names: Counter[str] = Counter()  # revision -> tasks that have it as their current one
         self._holders: Counter[str] = Counter()  # revision -> leases
+        self._blends: set[str] = set()  # revisions without a name that are leased or resident, see `hold`
         self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
         self._unwritten: set[str] = set()  # resident, but the content of the row is not known to be right
+        self._strikes: Counter[str] = Counter()  # revision -> requests that ended with NaN or infinity
         self._free = list(range(rows - 1, 0, -1))
         self._free_group = list(range(group_rows - 1, 0, -1))
 
@@ -60,8 +69,25 @@ class TaskRegistry:
             before = self._current.get(task)
             self._current[task] = Lease(task, revision, kind, prompt_format)
             self._names[revision] += 1
+            self._strikes.pop(revision, None)
             if before is not None:
                 self._forget_name(before.revision)
+
+    def strike(self, revision: str) -> bool:
+        """Count a request on this leased revision that ended with NaN or infinity; True when that sets it aside."""
+        assert revision != BASE_REVISION
+        with self._lock:
+            if self._names.get(revision):  # else nobody can ask for it any more
+                self._strikes[revision] += 1
+            return self._strikes[revision] == STRIKES
+
+    def quarantined(self) -> dict[str, str]:
+        """Tasks whose current revision is in quarantine, each with the reason."""
+        with self._lock:
+            bad = {revision for revision, times in self._strikes.items() if times >= STRIKES}
+            if not bad:
+                return {}
+            return {t: _why(lease) for t, lease in sorted(self._current.items()) if lease.revision in bad}
 
     def delete(self, task: str) -> None:
         """Remove the name; who holds a lease keeps it. Raises `UnknownTask`."""
@@ -71,15 +97,30 @@ class TaskRegistry:
             self._forget_name(self._current.pop(task).revision)
 
     def acquire(self, task: str) -> Lease:
-        """Pin and return the task's current revision (the base: `BASE_REVISION`). Raises `UnknownTask`."""
+        """Pin and return the task's current revision (the base: `BASE_REVISION`).
+
+        Raises `UnknownTask`, `TaskQuarantined`.
+        """
         with self._lock:
             if task == BASE_TASK:
                 lease = Lease(task, BASE_REVISION)
             elif task in self._current:
                 lease = self._current[task]
+                if self._strikes.get(lease.revision, 0) >= STRIKES:
+                    raise TaskQuarantined(_why(lease))
             else:
                 raise self._unknown(task)
             self._holders[lease.revision] += 1
+            return lease
+
+    def hold(self, lease: Lease) -> Lease:
+        """Pin a revision that no task has as its current one: a blend's. To be released as any other.
+
+        When nobody leases it any more it keeps its row, as a task's revision does, until the row is wanted.
+        """
+        with self._lock:
+            self._holders[lease.revision] += 1
+            self._blends.add(lease.revision)
             return lease
 
     def retain(self, lease: Lease) -> Lease:
@@ -191,11 +232,16 @@ class TaskRegistry:
         self._names[revision] -= 1
         if not self._names[revision]:
             del self._names[revision]
+            self._strikes.pop(revision, None)
             self._free_if_stale(revision)
 
     def _free_if_stale(self, revision: str) -> None:
         """Second phase of delete and replace: nobody can ask for this revision any more, nobody runs on it."""
-        if revision in self._resident and not self._names.get(revision) and not self._holders.get(revision):
+        if self._names.get(revision) or self._holders.get(revision):
+            return
+        if revision not in self._resident:
+            self._blends.discard(revision)
+        elif revision not in self._blends:
             self._free_rows(revision)
 
     def _free_rows(self, revision: str) -> None:
@@ -204,8 +250,18 @@ class TaskRegistry:
         self._free.append(row)
         if group_row:
             self._free_group.append(group_row)
+        if not self._holders.get(revision):
+            self._blends.discard(revision)
 
     def _unknown(self, task: str) -> UnknownTask:
-        known = [BASE_TASK, *sorted(self._current)]
-        listed = ", ".join(known[:6]) + (f" and {len(known) - 6} more" if len(known) > 6 else "")
+        known = [BASE_TASK, *heapq.nsmallest(5, self._current)]
+        more = len(self._current) + 1 - len(known)
+        listed = ", ".join(known) + (f" and {more} more" if more else "")
         return UnknownTask(f"there is no task {str(task)[:80]!r}; known: {listed}")
+
+
+def _why(lease: Lease) -> str:
+    return (
+        f"task {lease.task!r} is in quarantine: {STRIKES} requests on its revision {lease.revision[:12]} ended with NaN "
+        "or infinity. Roll the task back or upload a sound scale set; uploading the same one again also ends this"
+    )
