@@ -6,6 +6,7 @@ both are plain and picklable, so that a process can stand between server and eng
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ BASE_TASK = "base"
 
 BASE_REVISION = ""
 """The revision of the base: no scale set, bank row 0."""
+
+MAX_BLEND = 8
+"""Tasks of one blend."""
+
+BLEND_TOLERANCE = 1e-3
 
 MAX_CACHE_SALT = 256
 """Characters of a request's `cache_salt`."""
@@ -241,6 +247,14 @@ class Sequence:
     num_published_blocks: int = 0
     block_keys: list[bytes] = field(default_factory=list)
 
+    def forget_place(self) -> None:
+        """Wait again, with its tokens but no blocks and no row: those that it had are nobody's any more."""
+        self.block_table.clear()
+        self.num_computed_tokens = self.num_published_blocks = 0
+        self.row = self.group_row = 0
+        self.holds_row = False
+        self.status = "waiting"
+
     @property
     def request_id(self) -> str:
         """Identity of the request."""
@@ -361,16 +375,49 @@ class RevisionInfo:
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A mix of tasks that one request asks for: (task, share) by name; the shares sum to 1."""
+
+    shares: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> Blend:
+        """Check the weights and normalise them (they may miss 1 by `BLEND_TOLERANCE`). Raises `InvalidRequest`."""
+        if not 1 <= len(weights) <= MAX_BLEND:
+            raise InvalidRequest(f"a blend has 1 to {MAX_BLEND} tasks, got {len(weights)}", param="task")
+        for task, weight in weights.items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise InvalidRequest(
+                    f"the weight of {task[:80]!r} must be finite and greater than 0, got {weight!r}",
+                    param="task",
+                )
+        total = math.fsum(weights.values())
+        if abs(total - 1) > BLEND_TOLERANCE:
+            raise InvalidRequest(
+                f"the weights of a blend must sum to 1 (give or take {BLEND_TOLERANCE:g}), got {total:g}",
+                param="task",
+            )
+        return cls(tuple((task, weights[task] / total) for task in sorted(weights)))
+
+    @property
+    def name(self) -> str:
+        """What stands for the blend where one task's name would; no task can have this name."""
+        return "+".join(f"{task}:{share:.6g}" for task, share in self.shares)
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A pinned revision of a task: valid until released, whatever is uploaded or deleted meanwhile.
 
-    `prompt_format` is the task's own at that moment; tasks that share a revision may differ in it.
+    `prompt_format` is the task's own at that moment; tasks that share a revision may differ in it. Of a `blend`,
+    `task` is its name, and `prompt_format` is None when its tasks have different ones.
     """
 
     task: str
     revision: str
     kind: ScaleKind = "channel"
-    prompt_format: str = ""
+    prompt_format: str | None = ""
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Answer:
             "object": self.whole_object,
             "created": int(time.time()),
             "model": model_name or model.model_id,
-            "task": lease.task,
+            "task": lease.task if lease.blend is None else dict(lease.blend.shares),
             "revision": lease.revision or None,
             "system_fingerprint": model.fingerprint,
         }

@@ -26,6 +26,12 @@ def chat_prompt(admission: Admission, wanted: ChatCompletionRequest) -> Prompt:
     lease = admission.lease
     model = admission.services.model
     if lease.revision:
+        if lease.prompt_format is None:
+            raise InvalidRequest(
+                "the tasks of this blend were tuned with different prompt formats, so there is no one way to write "
+                "a chat for it; use /v1/completions",
+                param="task",
+            )
         text = _fill(lease.task, lease.prompt_format, wanted)
         return Prompt(tuple(encode(model.tokenizer, text)), text)
     text = _template(model.tokenizer, wanted)

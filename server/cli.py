@@ -92,6 +92,22 @@ TaskRows = Annotated[
 GroupRows = Annotated[
     int | None, typer.Option(help="Likewise, of kind 'group'.", envvar="PEQA_GROUP_ROWS", min=1)
 ]
+HostCache = Annotated[
+    float | None,
+    typer.Option(
+        help="Memory for scale sets that are not on the device. Default: 1 GiB.",
+        envvar="PEQA_HOST_CACHE_GIB",
+        min=0.001,
+    ),
+]
+WatchSeconds = Annotated[
+    float,
+    typer.Option(
+        help="How often to look for tasks that another process changed in the store; 0: never.",
+        envvar="PEQA_WATCH_SECONDS",
+        min=0,
+    ),
+]
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -134,6 +150,8 @@ def serve(
     kv_blocks: KVBlocks = None,
     task_rows: TaskRows = None,
     group_rows: GroupRows = None,
+    host_cache_gib: HostCache = None,
+    watch_seconds: WatchSeconds = 2.0,
     api_key_file: ApiKeyFile = None,
     max_upload_mb: MaxUpload = None,
     drain_seconds: DrainSeconds = 30.0,
@@ -157,6 +175,7 @@ def serve(
         "num_blocks": kv_blocks,
         "task_rows": task_rows,
         "group_rows": group_rows,
+        "host_cache_bytes": None if host_cache_gib is None else int(host_cache_gib * (1 << 30)),
     }
     options = ServeOptions(
         base=base,
@@ -166,6 +185,7 @@ def serve(
         dtype=dtype,
         bits=bits,
         group_size=group_size,
+        watch_seconds=watch_seconds,
         engine={name: value for name, value in sizes.items() if value is not None},
     )
     raise typer.Exit(_serve(options, host, port, api_key_file, max_upload_mb, drain_seconds, as_json))
@@ -238,7 +258,7 @@ def _show(report: Report, url: str, as_json: bool) -> None:
         "weights": report.quantization,
         "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}",
         "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
-        "tasks": ", ".join(("base", *report.tasks)) + f" (up to {report.task_rows} on the device at once)",
+        "tasks": f"{_few(('base', *report.tasks))} (up to {report.task_rows} on the device at once)",
         "unusable": "; ".join(report.unusable),
         "store": report.store,
         "URL": url,
@@ -247,6 +267,10 @@ def _show(report: Report, url: str, as_json: bool) -> None:
         if value:
             table.add_row(name, value)
     Console().print(table)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def main() -> None:

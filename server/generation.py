@@ -57,7 +57,7 @@ class Generation:
         self._note = note
         self._metrics = metrics
         self._id = uuid.uuid4().hex  # not the client's X-Request-Id: two requests may carry the same one
-        label = metrics.task_label(lease.task)
+        label = metrics.lease_label(lease)
         self._label = label
         self._generated = metrics.generated_tokens.labels(label)
         self._first_token = metrics.first_token.labels(label)

@@ -31,7 +31,10 @@ SEEDED = "demo-tasks-seeded"
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What `peqa serve` was asked for. `base` None: the demo. `engine`: fields of `EngineConfig` that were given."""
+    """What `peqa serve` was asked for. `base` None: the demo. `engine`: fields of `EngineConfig` that were given.
+
+    `watch_seconds`: how often to look for changes that other processes make in the store; 0: never.
+    """
 
     base: Path | None
     home: Path
@@ -41,6 +44,7 @@ class ServeOptions:
     bits: int = 4
     group_size: int = 64
     engine: Mapping[str, Any] = field(default_factory=dict)
+    watch_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
         vocab_size=engine.model.vocab_size,
         description={"device": report.device, "dtype": report.dtype, "quantization": report.quantization},
     )
-    return Services(AsyncEngine(engine), engine.tasks, model, store / "unfinished"), report
+    if options.watch_seconds:
+        engine.tasks.watch(options.watch_seconds)
+    return Services(AsyncEngine(engine), engine.tasks, model, engine.tasks.store.incoming), report
 
 
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:
@@ -160,11 +166,10 @@ def seed_tasks(tasks: TaskLibrary, store: Path, sets: tuple[Path, ...]) -> None:
     """Put each of the demo's sets into the store once. Interrupted, the next start goes on."""
     mark = store / SEEDED
     done = set(mark.read_text(encoding="utf-8").split()) if mark.exists() else set()
-    known = {info.task for info in tasks.list()}
     for path in sets:
         if path.stem in done:
             continue
-        if path.stem not in known:
+        if tasks.registry.peek(path.stem) is None:
             try:
                 tasks.upload(path.stem, path)
             except PeqaError as error:
@@ -190,7 +195,7 @@ def _report(base: Path, store: Path, engine: Engine) -> Report:
         kv_tokens=blocks * config.block_size,
         task_rows=config.task_rows,
         store=str(store),
-        tasks=tuple(info.task for info in engine.tasks.list()),
+        tasks=tuple(engine.tasks.registry.tasks()),
         unusable=tuple(f"{task}: {reason}" for task, reason in engine.tasks.unusable().items()),
     )
 

@@ -9,7 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from peqa_runtime.core import Lease
+
 OTHER = "other"
+BLEND = "blend"
 
 # Seconds. From one fast GPU step to the longest answer that somebody would wait for.
 _STEP = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -74,6 +77,10 @@ class Metrics:
             self._tasks.add(task)
             return task
         return OTHER
+
+    def lease_label(self, lease: Lease) -> str:
+        """The label of what a request runs on: all blends, of which there is no end, share one."""
+        return self.task_label(lease.task) if lease.blend is None else BLEND
 
     def watch_engine(self, engine: HasStats) -> None:
         """Report the engine's own numbers at each scrape."""

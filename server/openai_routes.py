@@ -12,13 +12,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import BASE_TASK, TaskInfo
-from peqa_runtime.errors import InvalidRequest, UnknownTask
+from peqa_runtime.errors import InvalidRequest, TaskUnusable, UnknownTask
 from peqa_runtime.text import encode
 from peqa_server.access_log import note_of
 from peqa_server.answers import Answer, AnswerStyle, ChatAnswer, Gathered
 from peqa_server.chat_prompt import chat_prompt
 from peqa_server.choice import Prompt, TextRules
 from peqa_server.generation import Generation, Job, check_length
+from peqa_server.listing import list_response
 from peqa_server.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -86,13 +87,13 @@ async def chat_completions(request: Request) -> Response:
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> JSONResponse:
-    """The base and every task, as models."""
+async def list_models(request: Request) -> Response:
+    """The base and every task, as models; `?limit=` and `?after=` give a page."""
     services = gate_of(request).services
-    rows = [_base_row(services.model)]
-    for info in await asyncio.to_thread(services.tasks.list):
-        rows.append(_task_row(services.model, info))
-    return JSONResponse({"object": "list", "data": rows})
+    model = services.model
+    return await list_response(
+        request, services.tasks, lambda info: _task_row(model, info), first=[_base_row(model)]
+    )
 
 
 @router.get("/v1/models/{model:path}")
@@ -103,7 +104,10 @@ async def get_model(request: Request, model: str) -> JSONResponse:
         task = chosen_task(services.model, model_name=model, names=())
         if task == BASE_TASK:
             return JSONResponse(_base_row(services.model))
+        assert isinstance(task, str), "a model's name is no blend"
         info = await asyncio.to_thread(services.tasks.info, task)
+    except TaskUnusable:
+        raise
     except UnknownTask:
         raise unknown("model", model) from None
     return JSONResponse(_task_row(services.model, info))
@@ -133,11 +137,12 @@ def _task_row(model: ServedModel, info: TaskInfo) -> dict[str, Any]:
 async def _pin(request: Request, admission: Admission, wanted: GenerationFields) -> None:
     """Fix task and revision before anything else is done for this request."""
     names = (("task", wanted.task), ("adapter_id", wanted.adapter_id))
-    task = chosen_task(admission.services.model, model_name=wanted.model, names=names)
+    choice = chosen_task(admission.services.model, model_name=wanted.model, names=names)
     field = next((name for name, value in names if value is not None), "model")
     note = note_of(request.scope)
-    note.task = task[:80]  # known to the log also when there is no such task
-    lease = await admission.pin(task, field)
+    name = choice if isinstance(choice, str) else choice.name
+    note.task = name[:80]  # known to the log also when there is no such task
+    lease = await admission.pin(choice, field)
     note.revision = lease.revision
 
 

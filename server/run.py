@@ -135,6 +135,7 @@ class DrainingServer(uvicorn.Server):
         if not await self.gate.drain(self.drain_seconds):
             log.warning("some answers did not finish in %g s and are cut short", self.drain_seconds)
         await asyncio.to_thread(self.gate.services.engine.stop, 0.0)
+        await asyncio.to_thread(self.gate.services.tasks.close)
         self.should_exit = True
 
 

@@ -113,6 +113,22 @@ def _id_list(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _task_choice(value: object) -> object:
+    """A name, or names with their weights. (A union of types would describe its two failures at once.)"""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("task", "must be a task's name, or an object of names and weights")
+    for weight in value.values():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise PydanticCustomError("task", "must have numbers as weights")
+    try:
+        return {name: float(weight) for name, weight in value.items()}
+    except OverflowError:
+        raise PydanticCustomError("task", "must have weights that sum to 1") from None
+
+
+TaskChoice = Annotated[str | dict[str, float], BeforeValidator(_task_choice), BeforeValidator(_valid_text)]
 Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), BeforeValidator(_valid_text)]
 StopStringList = Annotated[tuple[str, ...], BeforeValidator(_stops), BeforeValidator(_valid_text)]
 TokenIdList = Annotated[tuple[int, ...], BeforeValidator(_id_list)]
@@ -151,7 +167,7 @@ class GenerationFields(Strict):
     """What completions and chat completions share. A null is the same as leaving the field out."""
 
     model: str | None = None
-    task: str | None = None
+    task: TaskChoice | None = None
     adapter_id: str | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None

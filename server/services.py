@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import Request as HttpRequest
 
-from peqa_runtime.core import BaseManifest, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
+from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
 from peqa_server.settings import ServerSettings
@@ -46,11 +47,12 @@ class EngineService(Protocol):
 
 
 class TaskService(Protocol):
-    """What the server needs of `peqa_runtime.scales.TaskLibrary`; every method may block on the disk."""
+    """What the server needs of `peqa_runtime.scales.TaskLibrary`.
 
-    def in_memory(self, task: str) -> bool: ...
+    Every method may block on the disk, but for `acquire_soon`, `release`, `page` and `unusable`.
+    """
 
-    def acquire(self, task: str) -> Lease: ...
+    def acquire_soon(self, choice: str | Blend) -> Future[Lease]: ...
 
     def release(self, lease: Lease) -> None: ...
 
@@ -62,13 +64,15 @@ class TaskService(Protocol):
 
     def info(self, task: str) -> TaskInfo: ...
 
-    def list(self) -> Sequence[TaskInfo]: ...
+    def page(self, after: str = "", limit: int | None = None) -> Sequence[TaskInfo]: ...
 
     def unusable(self) -> Mapping[str, str]: ...
 
     def revisions(self, task: str) -> Sequence[RevisionInfo]: ...
 
     def content(self, task: str, revision: str | None = None) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,45 @@
-"""Which task a request means: `task`, `adapter_id`, `model="task"`, `model="base:task"` or the base's id."""
+"""Which task a request means: `task` (a name or a blend), `adapter_id`, `model="task"`, `model="base:task"`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 
-from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, check_task_name
-from peqa_runtime.errors import InvalidTaskName, UnknownTask
+from peqa_runtime.core import BASE_REVISION, BASE_TASK, Blend, Lease, check_task_name
+from peqa_runtime.errors import InvalidTaskName, TaskUnusable, UnknownTask
 from peqa_server.errors import ApiError
 from peqa_server.services import Gate, ServedModel, Services, TaskService
 
 
 def chosen_task(
-    model: ServedModel, *, model_name: str | None, names: Iterable[tuple[str, str | None]]
-) -> str:
-    """The task that the fields agree on. Contradiction: 400; a name that cannot exist: 404.
+    model: ServedModel,
+    *,
+    model_name: str | None,
+    names: Iterable[tuple[str, str | Mapping[str, float] | None]],
+) -> str | Blend:
+    """The task, or blend of tasks, that the fields agree on. Contradiction: 400; a name that cannot exist: 404.
 
     `names` are (field, value) of the fields that name a task directly. The base's own id as `model` says nothing
-    about the task, because existing clients must always send it.
+    about the task, because existing clients must always send it. Raises `InvalidRequest` for a blend's weights.
     """
-    found: dict[str, str] = {field: value for field, value in names if value is not None}
+    found = {field: value for field, value in names if value is not None}
     if model_name is not None and model_name != model.model_id:
         found["model"] = _task_of_model(model, model_name)
-    if len(set(found.values())) > 1:
+    first = next(iter(found.values()), BASE_TASK)
+    if any(value != first for value in found.values()):
         said = ", ".join(f"{field}={value!r}" for field, value in found.items())
         raise ApiError(
             400, f"the fields name different tasks: {said}; send one, or the same in all", code="task_conflict",
             param=next(iter(found)),
         )  # fmt: skip
-    for field, task in found.items():
+    for task in [first] if isinstance(first, str) else first:
         if task != BASE_TASK:
             try:
                 check_task_name(task)
             except InvalidTaskName:
-                raise unknown(field, task) from None
-        return task
-    return BASE_TASK
+                raise unknown(next(iter(found)), task) from None
+    return first if isinstance(first, str) else Blend.of(first)
 
 
 def _task_of_model(model: ServedModel, name: str) -> str:
@@ -54,16 +58,38 @@ def unknown(field: str, name: str) -> ApiError:
     return ApiError(404, message, code="task_not_found", param=field)
 
 
-async def acquire(tasks: TaskService, task: str, field: str) -> Lease:
-    """Pin the task's current revision; in a thread where its set must be read from disk first."""
-    if task == BASE_TASK:
+async def acquire(tasks: TaskService, choice: str | Blend, field: str) -> Lease:
+    """Pin the choice's current revision; wait where its set must be read from disk first, for that alone."""
+    if choice == BASE_TASK:
         return Lease(BASE_TASK, BASE_REVISION)
     try:
-        if tasks.in_memory(task):
-            return tasks.acquire(task)
-        return await asyncio.to_thread(tasks.acquire, task)
-    except UnknownTask:
-        raise unknown(field, task) from None
+        coming = tasks.acquire_soon(choice)
+        return coming.result() if coming.done() else await _arrived(tasks, coming)
+    except TaskUnusable:
+        raise
+    except UnknownTask as error:
+        raise _not_found(choice, field, error) from None
+
+
+async def _arrived(tasks: TaskService, coming: Future[Lease]) -> Lease:
+    """The lease, when its set is there. Whoever stops waiting leaves no lease behind."""
+
+    def give_back(done: Future[Lease]) -> None:
+        if done.exception() is None:
+            tasks.release(done.result())
+
+    try:
+        return await asyncio.wrap_future(coming)
+    except asyncio.CancelledError:
+        if not coming.cancel():
+            coming.add_done_callback(give_back)
+        raise
+
+
+def _not_found(choice: str | Blend, field: str, error: UnknownTask) -> ApiError:
+    if isinstance(choice, str):
+        return unknown(field, choice)
+    return ApiError(404, f"in this blend, {error}", code="task_not_found", param=field)
 
 
 class Admission:
@@ -75,9 +101,9 @@ class Admission:
         self._lease: Lease | None = None
         self._open = True
 
-    async def pin(self, task: str, field: str) -> Lease:
-        """Acquire the task's current revision for the whole request."""
-        self._lease = await acquire(self.services.tasks, task, field)
+    async def pin(self, choice: str | Blend, field: str) -> Lease:
+        """Acquire the choice's current revision for the whole request."""
+        self._lease = await acquire(self.services.tasks, choice, field)
         return self._lease
 
     @property

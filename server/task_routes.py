@@ -15,6 +15,7 @@ from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import NoSuchRevision
 from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
+from peqa_server.listing import list_response
 from peqa_server.schemas import RollbackRequest, parse
 from peqa_server.services import Gate, ServedModel, Services, gate_of
 from peqa_server.streaming import read_body
@@ -25,18 +26,15 @@ router = APIRouter(prefix="/v1/tasks")
 
 
 @router.get("")
-async def list_tasks(request: Request) -> JSONResponse:
-    """Every task, and the sets in the store that this base cannot use."""
-    services = gate_of(request).services
-    listed = await asyncio.to_thread(services.tasks.list)
-    unusable = services.tasks.unusable()
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [_task_json(info) for info in listed],
-            "unusable": [{"task": task, "reason": unusable[task]} for task in sorted(unusable)],
-        }
-    )
+async def list_tasks(request: Request) -> Response:
+    """Every task, without its note, and the sets in the store that this base cannot use.
+
+    `?limit=` and `?after=` give a page.
+    """
+    tasks = gate_of(request).services.tasks
+    unusable = tasks.unusable()
+    rows = [{"task": task, "reason": unusable[task]} for task in sorted(unusable)]
+    return await list_response(request, tasks, _row_json, more={"unusable": rows})
 
 
 @router.get("/{task:path}/revisions")
@@ -155,6 +153,10 @@ def _changed(request: Request, info: TaskInfo) -> JSONResponse:
 
 
 def _task_json(info: TaskInfo) -> dict[str, Any]:
+    return _row_json(info) | {"note": dict(info.note)}
+
+
+def _row_json(info: TaskInfo) -> dict[str, Any]:
     return {
         "object": "task",
         "task": info.task,
@@ -164,7 +166,6 @@ def _task_json(info: TaskInfo) -> dict[str, Any]:
         "created": info.created,
         "base_digest": info.base_digest,
         "prompt_format": info.prompt_format,
-        "note": dict(info.note),
         "num_revisions": info.num_revisions,
     }
 

@@ -13,7 +13,8 @@ class EngineConfig:
     the model was trained for. `max_prompt_logprob_rows` bounds the rows of logits that prompt log-probabilities
     may ask of one step: 256 rows of a 50 000-token vocabulary are 50 MB, and log-softmax holds them twice.
     `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, may wait; then new
-    ones are refused. `prefix_cache`: requests share what is computed of equal beginnings.
+    ones are refused. `host_cache_bytes`: scale sets kept in host memory beyond those in use. `prefix_cache`: requests
+    share what is computed of equal beginnings.
     """
 
     block_size: int = 16
@@ -23,10 +24,12 @@ class EngineConfig:
     max_model_len: int | None = None
     task_rows: int = 64
     group_rows: int = 4
+    host_cache_bytes: int = 1 << 30
     max_waiting: int = 1024
     max_waiting_tokens: int = 1 << 20
     max_prompt_logprob_rows: int = 256
-    max_step_failures: int = 3
+    max_crashes: int = 3
+    crash_window: float = 60.0
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:

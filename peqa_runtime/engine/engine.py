@@ -86,6 +86,7 @@ class Engine:
         self.bank = ScaleBank(
             model.linears, rows=config.task_rows, group_rows=config.group_rows, device=model.device
         )
+        tasks.arrange = self.bank.arranged
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):
             linear.module.attach(bank, model.step_rows)
         self._prefixes = (
@@ -131,7 +132,8 @@ class Engine:
             temporary = TemporaryDirectory(prefix="peqa-store-")
             store = temporary.name
         registry = TaskRegistry(rows=config.task_rows, group_rows=config.group_rows)
-        engine = cls(model, TaskLibrary(ScaleStore(Path(store), model.manifest), registry), config)
+        scale_store = ScaleStore(Path(store), model.manifest)
+        engine = cls(model, TaskLibrary(scale_store, registry, host_bytes=config.host_cache_bytes), config)
         engine._temporary = temporary
         return engine
 
@@ -251,6 +253,7 @@ class Engine:
             "step_seconds_total": self._step_seconds_total,
             "preemptions_total": self.scheduler.num_preemptions,
             **(self._prefixes.stats() if self._prefixes else {}),
+            **self.tasks.stats(),
             **{name: self._counts[name] for name in _COUNTERS},
         }
 

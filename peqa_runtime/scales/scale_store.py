@@ -1,14 +1,16 @@
 """Where scale sets rest: a folder that holds the old or the new revision, whole, whatever happens meanwhile.
 
-    <store>/blobs/<revision>.safetensors    one file per content, named by its digest, written once
-    <store>/tasks/<task>.json               the task's history; this small file is what commits a change
-    <store>/quarantine/                     damaged files, moved aside
-    <store>/unfinished/                     files being written; emptied at every start
-    <store>/lock                            one writer at a time, across threads and processes
+    <store>/tasks/                 a folder per task: its history, which commits a change, and its sets (task_folder)
+    <store>/quarantine/            damaged files, moved aside
+    <store>/unfinished/            files being written, and names of tasks being changed; emptied at every start
+    <store>/incoming/              uploads on their way, of a server that may be another process
+    <store>/index.json             cache of what the histories say, for a quick start (task_index)
+    <store>/changes                names of changed tasks, for the other processes (change_log)
+    <store>/lock                   one writer at a time, across threads and processes
 
-A put writes and syncs the blob first, then replaces the task's file: before that rename the old revision is
-current, after it the new one. Blobs that no task refers to are removed afterwards, or at the next start. File names
-come from digests that we computed and from checked task names only.
+A put writes and syncs the set first, then replaces the task's history: before that rename the old revision is
+current, after it the new one. Sets that the history does not refer to are removed afterwards, or at the next start.
+No change looks at another task. File names come from digests that we computed and from checked task names only.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 
 import filelock
@@ -27,76 +28,102 @@ import filelock
 from peqa_runtime.core import BaseManifest, RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import (
     InvalidScaleSet,
-    InvalidTaskName,
     NoSuchRevision,
     StoreError,
+    TaskUnusable,
     UnknownTask,
     WrongBase,
 )
-from peqa_runtime.scales.atomic_file import sync_folder, write_atomic
-from peqa_runtime.scales.blob_folder import BlobFolder
+from peqa_runtime.scales.atomic_file import sync_folder
+from peqa_runtime.scales.change_log import ChangeLog
+from peqa_runtime.scales.earlier_layout import adopt
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import SetLayouts
+from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_runtime.scales.task_history import HistoryEntry, TaskHistory, check_match
+from peqa_runtime.scales.task_index import TaskIndex, TaskRecord, read_index
 
 logger = logging.getLogger(__name__)
+
+_INDEX_WORTH = 64  # histories read anew at a start; more, and the index is written again
+_ABANDONED = 3600.0  # seconds; an upload that still comes has been written to since
 
 
 class ScaleStore:
     """The tasks of one base on disk. Thread-safe; several processes may share the folder.
 
-    `keep`: entries kept per task. `verify_bytes`: at the start, current sets are read and checked against their
-    digest until this many bytes are read; the rest are checked when they are first used.
-    Raises `StoreError` when the folder cannot be used.
+    `keep`: entries kept per task. Nothing of a set but its file's size is looked at before it is loaded; `load` checks
+    its digest. Raises `StoreError` when the folder cannot be used.
     """
 
     def __init__(
-        self,
-        directory: Path | str,
-        manifest: BaseManifest,
-        *,
-        keep: int = 16,
-        verify_bytes: int = 256 << 20,
-        lock_timeout: float = 60.0,
+        self, directory: Path | str, manifest: BaseManifest, *, keep: int = 16, lock_timeout: float = 60.0
     ) -> None:
         assert keep >= 1
         self.directory = Path(directory)
+        self.incoming = self.directory / "incoming"
         self.manifest = manifest
         self._keep = keep
-        self._tasks = self.directory / "tasks"
         self._unfinished = self.directory / "unfinished"
-        blobs, quarantine = self.directory / "blobs", self.directory / "quarantine"
-        self._blobs = BlobFolder(blobs, unfinished=self._unfinished, quarantine=quarantine, manifest=manifest)
-        self._histories: dict[str, TaskHistory] = {}
+        tasks, quarantine = self.directory / "tasks", self.directory / "quarantine"
+        self.layouts = SetLayouts(manifest)
+        self._folders = TaskFolders(
+            tasks, self.layouts, unfinished=self._unfinished, quarantine=quarantine, manifest=manifest
+        )
+        self._index = TaskIndex()
+        self._index_file = self.directory / "index.json"
+        self._index_stale = False
         self._unusable: dict[str, str] = {}
-        self._write_lock = threading.Lock()  # readers take none: both dicts are replaced, never changed
+        self._changed: set[str] = set()  # by other processes, not yet told by `refresh`
+        self._log = ChangeLog(self.directory / "changes", unfinished=self._unfinished)
+        self._write_lock = threading.Lock()
         self._file_lock = filelock.FileLock(self.directory / "lock", timeout=lock_timeout, thread_local=False)
         with self._storing("opened"):
-            for folder in (blobs, self._tasks, quarantine, self._unfinished):
+            for folder in (tasks, quarantine, self._unfinished, self.incoming):
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.directory)
-        with self._writing("opened"):
-            for leftover in self._unfinished.iterdir():
-                leftover.unlink()
-            self._read_tasks(verify_bytes)
-            self._collect(self._blobs.revisions())
+        with self._locked("opened"):
+            self._open()
 
-    def tasks(self) -> list[str]:
-        """Names of the tasks that can be used, sorted."""
-        return sorted(set(self._histories) - set(self._unusable))
+    def close(self) -> None:
+        """Write the index, if it is behind. The store may be used on."""
+        if not self._index_stale:
+            return
+        with suppress(StoreError), self._locked("written"):
+            self._save_index()
+
+    def __len__(self) -> int:
+        """Tasks found here, those that cannot be used included."""
+        return len(self._index)
+
+    def tasks(self, after: str = "", limit: int | None = None) -> list[str]:
+        """Names of the tasks that can be used, in order: those greater than `after`, at most `limit`."""
+        found: list[str] = []
+        while limit is None or len(found) < limit:
+            names = self._index.names(after, limit)
+            found += [name for name in names if name not in self._unusable]
+            if limit is None or len(names) < limit:
+                break
+            after = names[-1]
+        return found[:limit]
 
     def unusable(self) -> dict[str, str]:
         """Tasks found here that cannot be used on this base, each with the reason."""
         return dict(self._unusable)
 
+    def record(self, task: str) -> TaskRecord | None:
+        """What is known of a task that can be used, from memory; None when there is no such task."""
+        return None if task in self._unusable else self._index.get(task)
+
     def info(self, task: str) -> TaskInfo:
-        """Return what is known of the current revision. Raises `UnknownTask`, also for an unusable task."""
+        """Return what is known of the current revision. Raises `UnknownTask`, `TaskUnusable`, `StoreError`."""
         reason = self._unusable.get(task)
         if reason is not None:
-            raise UnknownTask(f"task {task!r} cannot be used: {reason}")
+            raise unusable(task, reason)
         return self._history(task).info()
 
     def revisions(self, task: str) -> tuple[RevisionInfo, ...]:
-        """Return the kept history, newest first. Raises `UnknownTask`."""
+        """Return the kept history, newest first. Raises `UnknownTask`, `StoreError`."""
         return self._history(task).revision_infos()
 
     def put(
@@ -124,23 +151,15 @@ class ScaleStore:
         with self._writing("written"):
             before = self._reread(task)
             check_match(task, before, if_match)
-            if before is None:
-                after = TaskHistory(task, (entry,), 0)
-            elif before.current.revision != entry.revision or before.current.base_digest != entry.base_digest:
-                after = before.with_upload(entry, self._keep)
-            elif (before.current.prompt_format, before.current.note) != (entry.prompt_format, entry.note):
-                after = before.with_current(entry)
-            else:
-                after = before
-            try:
-                self._blobs.write(entry.revision, data)
-                if after is not before:
-                    self._commit(task, after)
-            except OSError:
-                self._collect([entry.revision])
-                raise
-            self._set_usable(task)
-            self._collect((before.revisions if before else set()) - after.revisions)
+            after = _with_upload(task, before, entry, self._keep)
+            if after is before and self._fault(task, after.current) is None:
+                self._unusable.pop(task, None)
+                return after.info()
+            with self._changing(task):
+                digest = self._folders.write(task, entry.revision, data)
+                after = after.with_current(replace(after.current, file_digest=digest))
+                self._folders.commit(task, after)
+                self._take(task, after)
             return after.info()
 
     def rollback(self, task: str, revision: str | None = None, *, if_match: str | None = None) -> TaskInfo:
@@ -154,80 +173,157 @@ class ScaleStore:
                 raise self._unknown(task)
             check_match(task, before, if_match)
             after = before.rolled_back(revision)
-            reason = self._fault(after.current)
+            reason = self._fault(task, after.current)
             if reason is not None:
                 raise NoSuchRevision(
                     f"revision {after.current.revision[:12]} of task {task!r} cannot be used: {reason}"
                 )
             if after != before:
-                self._commit(task, after)
-            self._set_usable(task)
+                with self._changing(task):
+                    self._folders.commit(task, after)
+                    self._take(task, after)
+            self._unusable.pop(task, None)
             return after.info()
 
     def delete(self, task: str, *, if_match: str | None = None) -> None:
         """Remove the task and its history, durably. Raises `UnknownTask`, `RevisionConflict`, `StoreError`."""
         with self._writing("written"):
+            known = task in self._unusable
             before = self._reread(task)
-            if before is None and task not in self._unusable:
+            if before is None and not known:
                 raise self._unknown(task)
             check_match(task, before, if_match)
-            self._commit(task, None)
-            self._set_usable(task)
-            self._collect(before.revisions if before else ())
-
-    def entry(self, task: str, revision: str | None = None) -> HistoryEntry:
-        """Return the current entry, or the newest of `revision`. Raises `UnknownTask`, `NoSuchRevision`."""
-        history = self._history(task)
-        return history.current if revision is None else history.rolled_back(revision).current
+            with self._changing(task):
+                self._folders.commit(task, None)
+                self._take(task, None)
 
     def rollback_target(self, task: str, revision: str | None = None) -> HistoryEntry:
         """Return the entry that `rollback` would make current. Raises `UnknownTask`, `NoSuchRevision`."""
         return self._history(task).rolled_back(revision).current
 
-    def load(self, entry: HistoryEntry) -> ScaleSet:
-        """Read a kept set and check it against its digest.
+    def load(self, task: str, revision: str | None = None) -> ScaleSet:
+        """Read the task's current (or named) set and check it against its digest.
 
-        Raises `StoreError`; a damaged file is moved aside first, and the tasks that need it become unusable.
+        Raises `UnknownTask`, `NoSuchRevision`, `StoreError`; a damaged file is moved aside first, and a task whose
+        current one it is becomes unusable.
         """
-        return self._parse(self._read(entry))
+        record = self.record(task)
+        if record is not None and revision in (None, record.revision):
+            entry = record.entry
+        else:
+            entry = self._entry(task, revision)
+        with self._storing("read"), suppress(FileNotFoundError, InvalidScaleSet):
+            return self._folders.load(task, entry)
+        self._examine(task, entry)
+        with self._storing("read"):
+            return self._folders.load(task, entry)
 
     def content(self, task: str, revision: str | None = None) -> bytes:
         """Return the file of the task's current (or named) revision: the bytes that were uploaded.
 
         When the same content was also uploaded with another prompt format or note, the file is written anew with
-        this task's. Raises `UnknownTask`, `NoSuchRevision`, `WrongBase`, `StoreError`.
+        this entry's. Raises `UnknownTask`, `NoSuchRevision`, `WrongBase`, `StoreError`.
         """
-        entry = self.entry(task, revision)
+        entry = self._entry(task, revision)
         if entry.base_digest != self.manifest.base_digest:
             raise WrongBase(f"revision {entry.revision[:12]} of task {task!r} belongs to another base")
-        data = self._read(entry)
-        stored = self._parse(data)
+        with self._storing("read"):
+            try:
+                data, stored = self._folders.content(task, entry)
+            except (FileNotFoundError, InvalidScaleSet):
+                self._examine(task, entry)
+                data, stored = self._folders.content(task, entry)
         if (stored.prompt_format, dict(stored.note)) == (entry.prompt_format, entry.note):
             return data
         return replace(stored, task=task, prompt_format=entry.prompt_format, note=entry.note).to_bytes()
 
-    def _parse(self, data: bytes) -> ScaleSet:
-        return ScaleSet.parse(data, self.manifest, max_ratio=inf)  # the ratio was checked at the upload
+    def refresh(self) -> set[str]:
+        """Take in what other processes changed; return the tasks concerned. Nothing new: one `stat`.
 
-    def _read_tasks(self, verify_bytes: int) -> None:
-        for path in sorted(self._tasks.iterdir()):
-            task = path.name.removesuffix(".json")
-            try:
-                check_task_name(task if path.suffix == ".json" else "")
-                history = TaskHistory.from_json(path.read_bytes(), task)
-            except InvalidTaskName:
-                logger.warning("%s is not the file of a task; ignored", path)
+        Raises `StoreError`.
+        """
+        with self._storing("read"):
+            if not self._changed and not self._log.moved():
+                return set()
+        with self._writing("read"):
+            changed, self._changed = self._changed, set()
+            return changed
+
+    def _open(self) -> None:
+        """Bring the folder in order and read it."""
+        adopt(self.directory, self._folders)
+        self._log.news()
+        known = read_index(self._index_file)
+        records: dict[str, TaskRecord] = {}
+        for task, stamp in self._folders.tasks():
+            if stamp is None:
+                self._folders.tidy(task, ())
                 continue
-            except ValueError as error:
-                self._set_unusable(task, f"its record is damaged ({error}); upload it again or delete it")
+            record = known.get(task)
+            if record is None or record.stamp != stamp:
+                record = self._read_record(task)
+            if record is None:
                 continue
-            self._set_history(task, history)
-            reason = self._fault(history.current, read=verify_bytes > 0)
-            verify_bytes -= history.current.num_bytes
+            records[task] = record
+            reason = self._fault(task, record.entry, read=False)
             if reason is not None:
                 self._set_unusable(task, reason)
+        self._index.fill(records)
+        for leftover in self._unfinished.iterdir():
+            task = leftover.name.removeprefix("change-")
+            if task in records:
+                history = self._folders.history(task)
+                self._folders.tidy(task, history.revisions if history else ())
+            leftover.unlink()
+        for upload in self.incoming.iterdir():
+            if time.time() - upload.stat().st_mtime > _ABANDONED:
+                upload.unlink(missing_ok=True)
+        if sum(known.get(task) is not record for task, record in records.items()) > _INDEX_WORTH:
+            self._save_index()
 
-    def _fault(self, entry: HistoryEntry, *, read: bool = True) -> str | None:
+    def _read_record(self, task: str) -> TaskRecord | None:
+        """The task's record, from its history; None, and the task unusable, when that is damaged."""
+        stamp = self._folders.stamp(task)
+        try:
+            history = self._folders.history(task)
+        except ValueError as error:
+            self._set_unusable(task, f"its record is damaged ({error}); upload it again or delete it")
+            return None
+        return None if history is None or stamp is None else TaskRecord.of(history, stamp)
+
+    def _catch_up(self) -> None:
+        """Read anew what other processes changed since the last look."""
+        names = self._log.news()
+        if names is None:
+            stamps = dict(self._folders.tasks())
+            names = set(self._index.names()) | set(self._unusable) | stamps.keys()
+            names = {task for task in names if self._is_behind(task, stamps.get(task))}
+        for task in names:
+            self._look_again(task)
+        self._changed |= names
+
+    def _is_behind(self, task: str, stamp: tuple[int, int, int] | None) -> bool:
+        record = self._index.get(task)
+        return record is None or record.stamp != stamp
+
+    def _look_again(self, task: str) -> None:
+        """Take the task as it is on disk now."""
+        self._unusable.pop(task, None)
+        record = self._read_record(task)
+        self._index.set(task, record)
+        self._index_stale = True
+        reason = None if record is None else self._fault(task, record.entry, read=False)
+        if reason is not None:
+            self._set_unusable(task, reason)
+
+    def _take(self, task: str, history: TaskHistory | None) -> None:
+        """Make memory agree with a history that was written a moment ago."""
+        stamp = self._folders.stamp(task)
+        self._index.set(task, None if history is None or stamp is None else TaskRecord.of(history, stamp))
+        self._index_stale = True
+        self._unusable.pop(task, None)
+
+    def _fault(self, task: str, entry: HistoryEntry, *, read: bool = True) -> str | None:
         """Why the entry cannot be used (None: it can). A damaged file is moved aside. Not `read`: size only."""
         if entry.base_digest != self.manifest.base_digest:
             return (
@@ -235,109 +331,91 @@ class ScaleStore:
                 f"({self.manifest.model_id})"
             )
         try:
-            if read or not self._blobs.has_size(entry.revision, entry.num_bytes):
-                self._blobs.read(entry.revision)
+            if read or not self._folders.has_size(task, entry.revision, entry.num_bytes):
+                self._folders.load(task, entry)
         except FileNotFoundError:
             return "its file is missing; upload it again or roll back"
         except WrongBase as error:
             return str(error)
         except InvalidScaleSet as error:
-            self._blobs.set_aside(entry.revision)
+            self._folders.set_aside(task, entry.revision)
             return f"its file is damaged and was moved to quarantine ({error}); upload it again or roll back"
         return None
 
-    def _read(self, entry: HistoryEntry) -> bytes:
-        """The entry's file. When it is missing or damaged, the tasks that need it become unusable: `StoreError`."""
-        with self._storing("read"):
-            try:
-                return self._blobs.read(entry.revision)
-            except (FileNotFoundError, InvalidScaleSet):
-                pass  # looked at again below, alone: the file may be on its way
+    def _examine(self, task: str, entry: HistoryEntry) -> None:
+        """After a failed read, look again while nobody writes. Still damaged or missing: `StoreError`."""
         with self._writing("read"):
-            reason = self._fault(entry)
+            reason = self._fault(task, entry)
             if reason is None:
-                return self._blobs.read(entry.revision)
-            for task, history in self._histories.items():
-                if history.current.revision == entry.revision:
-                    self._set_unusable(task, reason)
-        raise StoreError(f"revision {entry.revision[:12]} cannot be read: {reason}")
+                return
+            record = self._index.get(task)
+            if record is not None and record.revision == entry.revision:
+                self._set_unusable(task, reason)
+        raise StoreError(f"revision {entry.revision[:12]} of task {task!r} cannot be read: {reason}")
 
     def _reread(self, task: str) -> TaskHistory | None:
-        """The task's history as it is on disk now (another process may have changed it); None when there is none."""
-        path = self._task_file(task)
-        history = None
+        """The task's history as it is on disk now; None when there is none. A damaged one is moved aside."""
         try:
-            history = TaskHistory.from_json(path.read_bytes(), task)
-        except FileNotFoundError:
-            pass
+            return self._folders.history(task)
         except ValueError:
-            self._blobs.quarantine(path)
-        self._set_history(task, history)
-        return history
+            self._folders.set_aside(task, None)
+            return None
 
-    def _commit(self, task: str, history: TaskHistory | None) -> None:
-        """Replace (None: remove) the task's file. On an `OSError` the file is as it was before."""
-        path = self._task_file(task)
-        before = path.read_bytes() if path.exists() else None
+    @contextmanager
+    def _changing(self, task: str) -> Iterator[None]:
+        """Tell the others, and the next start, that the task changes; remove afterwards what it does not need."""
+        mark = self._unfinished / f"change-{task}"
+        mark.touch()
         try:
-            if history is None:
-                path.unlink(missing_ok=True)
-                sync_folder(path.parent)
-            else:
-                write_atomic(path, history.to_json(), temporary=self._unfinished)
-        except OSError:
-            self._restore(path, before)
-            raise
-        self._set_history(task, history)
-
-    def _restore(self, path: Path, before: bytes | None) -> None:
-        """Undo a rename or removal whose sync failed, so that disk and memory agree on the old state."""
-        try:
-            if before is None:
-                path.unlink(missing_ok=True)
-            elif not path.exists() or path.read_bytes() != before:
-                write_atomic(path, before, temporary=self._unfinished)
-        except OSError as error:
-            logger.error("%s may hold the change that was refused: %s", path, error)
-
-    def _collect(self, candidates: Iterable[str]) -> None:
-        """Remove the candidates' blobs unless some task refers to them. Who holds a lease has its copy in memory."""
-        left = set(candidates)
-        if not left:
-            return
-        try:
-            for path in self._tasks.glob("*.json"):
-                left -= TaskHistory.from_json(path.read_bytes(), path.name.removesuffix(".json")).revisions
-            self._blobs.remove(left)
-        except (OSError, ValueError) as error:  # a record that cannot be read might refer to any of them
-            logger.warning("unused scale sets stay in the store until its next start: %s", error)
+            self._log.note(task)
+            yield
+        finally:
+            try:
+                history = self._folders.history(task)
+                self._folders.tidy(task, history.revisions if history else ())
+                mark.unlink()
+            except (OSError, ValueError) as error:  # the mark stays, so the next start does it
+                logger.warning("unused files of task %r stay until the next start: %s", task, error)
 
     def _set_unusable(self, task: str, reason: str) -> None:
         logger.warning("task %r in the scale store cannot be used: %s", task, reason)
-        self._unusable = {**self._unusable, task: reason}
+        self._unusable[task] = reason
 
-    def _set_usable(self, task: str) -> None:
-        self._unusable = {t: reason for t, reason in self._unusable.items() if t != task}
-
-    def _set_history(self, task: str, history: TaskHistory | None) -> None:
-        others = {t: h for t, h in self._histories.items() if t != task}
-        self._histories = others if history is None else {**others, task: history}
+    def _save_index(self) -> None:
+        self._index.save(self._index_file, unfinished=self._unfinished)
+        self._index_stale = False
 
     def _history(self, task: str) -> TaskHistory:
-        if task not in self._histories:
+        """The history from disk. Raises `UnknownTask`, `StoreError`."""
+        if task not in self._index:
             raise self._unknown(task)
-        return self._histories[task]
+        with self._storing("read"):
+            try:
+                history = self._folders.history(task)
+            except ValueError as error:
+                raise StoreError(f"the record of task {task!r} is damaged: {error}") from None
+        if history is None:
+            raise self._unknown(task)
+        return history
+
+    def _entry(self, task: str, revision: str | None) -> HistoryEntry:
+        history = self._history(task)
+        return history.current if revision is None else history.rolled_back(revision).current
 
     def _unknown(self, task: str) -> UnknownTask:
-        known = sorted(self._histories)
-        listed = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+        known, more = self._index.names(limit=5), len(self._index) - 5
+        listed = ", ".join(known) + (f" and {more} more" if more > 0 else "")
         return UnknownTask(f"there is no task {str(task)[:80]!r} in the store; known: {listed or 'none'}")
-
-    def _task_file(self, task: str) -> Path:
-        return self._tasks / f"{check_task_name(task)}.json"
 
     @contextmanager
     def _writing(self, done: str) -> Iterator[None]:
+        """Nobody else writes, and what others wrote is known."""
+        with self._locked(done):
+            self._catch_up()
+            yield
+
+    @contextmanager
+    def _locked(self, done: str) -> Iterator[None]:
         with self._write_lock, self._storing(done), self._file_lock:
             yield
 
@@ -352,3 +430,20 @@ class ScaleStore:
             logger.error("scale store %s: %s", self.directory, error)
             reason = error.strerror or type(error).__name__
             raise StoreError(f"the scale store cannot be {done} ({reason}); nothing was changed") from error
+
+
+def unusable(task: str, reason: str) -> TaskUnusable:
+    """The error for a task that is there but cannot be used."""
+    return TaskUnusable(f"task {task!r} cannot be used: {reason}")
+
+
+def _with_upload(task: str, before: TaskHistory | None, entry: HistoryEntry, keep: int) -> TaskHistory:
+    """The history after an upload; `before` itself when nothing is new."""
+    if before is None:
+        return TaskHistory(task, (entry,), 0)
+    current = before.current
+    if (current.revision, current.base_digest) != (entry.revision, entry.base_digest):
+        return before.with_upload(entry, keep)
+    if (current.prompt_format, current.note) != (entry.prompt_format, entry.note):
+        return before.with_current(entry)
+    return before

@@ -23,7 +23,11 @@ _REVISION = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One upload of a task: which content, and what came with it. `created` is Unix time in seconds."""
+    """One upload of a task: which content, and what came with it. `created` is Unix time in seconds.
+
+    `file_digest`: SHA-256 of the file when its tensors lie in the order of their names, so that a load need check
+    nothing else; "" when unknown.
+    """
 
     revision: str
     kind: ScaleKind
@@ -32,6 +36,7 @@ class HistoryEntry:
     base_digest: str
     prompt_format: str = ""
     note: Mapping[str, Any] = field(default_factory=dict)
+    file_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,18 @@ class TaskHistory:
 
     def info(self) -> TaskInfo:
         """Return what is told of the current entry."""
-        return TaskInfo(task=self.task, num_revisions=len(self.entries), **vars(self.current))
+        e = self.current
+        return TaskInfo(
+            task=self.task,
+            revision=e.revision,
+            kind=e.kind,
+            num_bytes=e.num_bytes,
+            created=e.created,
+            base_digest=e.base_digest,
+            prompt_format=e.prompt_format,
+            note=e.note,
+            num_revisions=len(self.entries),
+        )
 
     def revision_infos(self) -> tuple[RevisionInfo, ...]:
         """Return all entries, newest first."""
@@ -136,7 +152,7 @@ def _entry(raw: dict[str, Any]) -> HistoryEntry:
         not _REVISION.fullmatch(entry.revision) or entry.kind not in SCALE_KINDS
     ):  # a revision becomes a file name
         raise ValueError(f"damaged: entry {str(raw)[:80]}")
-    texts = (entry.base_digest, entry.prompt_format)
+    texts = (entry.base_digest, entry.prompt_format, entry.file_digest)
     numbers = (entry.created, entry.num_bytes)
     if not (
         isinstance(entry.note, dict)

@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from peqa_runtime.core import (
     BASE_REVISION,
+    Blend,
     Lease,
     RevisionInfo,
     ScaleKind,
     TaskInfo,
     check_task_name,
 )
-from peqa_runtime.errors import InvalidScaleSet, InvalidTaskName, NoSuchRevision, StoreError, UnknownTask
+from peqa_runtime.errors import (
+    InvalidRequest,
+    InvalidScaleSet,
+    InvalidTaskName,
+    NoSuchRevision,
+    StoreError,
+    UnknownTask,
+)
+from peqa_runtime.scales.blend import blend_revision, mix
+from peqa_runtime.scales.host_cache import HostCache
 from peqa_runtime.scales.scale_set import DEFAULT_MAX_RATIO, ScaleSet, read_set_file
-from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.scale_store import ScaleStore, unusable
+from peqa_runtime.scales.store_watch import StoreWatch
 from peqa_runtime.scales.task_registry import TaskRegistry
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_HOST_BYTES = 1 << 30
 
 
 class TaskLibrary:
@@ -42,29 +55,22 @@ class TaskLibrary:
         store: ScaleStore,
         registry: TaskRegistry,
         *,
-        host_bytes: int = 1 << 30,
+        host_bytes: int = DEFAULT_HOST_BYTES,
         max_ratio: float = DEFAULT_MAX_RATIO,
         check: Callable[[ScaleSet], None] | None = None,
     ) -> None:
         self.store = store
         self.registry = registry
         self.check = check
-        self._host_bytes = host_bytes
+        self.arrange: Callable[[ScaleSet], ScaleSet] | None = None
+        """How a set is held in host memory, when the bank wants it otherwise than in the file."""
         self._max_ratio = max_ratio
         self._change_lock = threading.Lock()  # held while a change goes to disk and registry
-        self._host_lock = threading.Lock()  # never held while the disk is read
-        self._host: OrderedDict[str, ScaleSet] = OrderedDict()  # least recently used first
-        self._host_used = 0
+        self._host = HostCache(host_bytes, registry.holders)
+        self._watch: StoreWatch | None = None
         self._unplaceable: dict[str, str] = {}
         for task in store.tasks():
-            info = store.info(task)
-            try:
-                self._check_kind(info.kind)
-            except InvalidScaleSet as error:
-                logger.warning("task %r in the scale store cannot be used: %s", task, error)
-                self._unplaceable[task] = str(error)
-            else:
-                self._publish(info)
+            self._publish(task)
 
     def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo:
         """Check the scale set file `data` (bytes or path) and make it the task's current revision, live on return.
@@ -78,14 +84,15 @@ class TaskLibrary:
                 data, _ = read_set_file(data, self.store.manifest)
             except OSError as error:
                 raise InvalidScaleSet(f"the file cannot be read: {error.strerror or error}") from None
-        scale_set = ScaleSet.parse(data, self.store.manifest, max_ratio=self._max_ratio)
+        manifest, layouts = self.store.manifest, self.store.layouts
+        scale_set = ScaleSet.parse(data, manifest, max_ratio=self._max_ratio, layouts=layouts)
         self._check_kind(scale_set.kind)
         if self.check is not None:
             self.check(scale_set)
         with self._change_lock:
             info = self.store.put(task, scale_set, data, if_match=if_match)
-            self._keep(scale_set)  # so that the first request need not read it
-            self._publish(info)
+            self._host.put(self._arranged(scale_set))  # so that the first request need not read it
+            self._publish(task)
         return info
 
     def rollback(self, task: str, revision: str | None = None, if_match: str | None = None) -> TaskInfo:
@@ -100,35 +107,58 @@ class TaskLibrary:
                     f"revision {target.revision[:12]} is of kind {target.kind!r}, for which this server has no rows"
                 )
             info = self.store.rollback(task, revision, if_match=if_match)
-            self._publish(info)
+            self._publish(task)
         return info
 
     def delete(self, task: str, if_match: str | None = None) -> None:
         """Remove the task: no new request gets it, running ones finish. Raises `UnknownTask`, `RevisionConflict`."""
         with self._change_lock:
             self.store.delete(task, if_match=if_match)
-            self._unplaceable.pop(task, None)
-            if self.registry.current(task) is not None:
-                self.registry.delete(task)
+            self._publish(task)
+
+    def refresh(self) -> None:
+        """Take in what other processes changed in the store. Raises `StoreError`."""
+        with self._change_lock:
+            for task in self.store.refresh():
+                record, known = self.store.record(task), self.registry.peek(task)
+                if record is None or known is None or known != record.lease(task):
+                    self._publish(task)
+
+    def watch(self, seconds: float) -> None:
+        """From now on `refresh` every so often, in a thread, until `close`."""
+        assert self._watch is None
+        self._watch = StoreWatch(self.refresh, seconds)
+
+    def close(self) -> None:
+        """End the watch, and leave the store ready for a quick start. The library may be used on."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        self.store.close()
 
     def info(self, task: str) -> TaskInfo:
-        """Return what is known of the task's current revision. Raises `UnknownTask`."""
+        """Return what is known of the task's current revision. Raises `UnknownTask`, `TaskUnusable`, `StoreError`."""
         if task in self._unplaceable:
-            raise UnknownTask(f"task {task!r} cannot be used: {self._unplaceable[task]}")
-        return self.store.info(task)
+            raise unusable(task, self._unplaceable[task])
+        info = self.store.info(task)
+        if info.revision != self.registry.current(task):  # another process was here
+            self.refresh()
+        return info
 
-    def list(self) -> list[TaskInfo]:
-        """Return all tasks that can be used, by name."""
-        infos = []
-        for task in self.registry.tasks():
-            try:
-                infos.append(self.info(task))
-            except UnknownTask:  # deleted a moment ago
-                continue
-        return infos
+    def page(self, after: str = "", limit: int | None = None) -> list[TaskInfo]:
+        """Return the tasks that can be used, by name, without their notes: those after `after`, at most `limit`."""
+        infos: list[TaskInfo] = []
+        while limit is None or len(infos) < limit:
+            names = self.store.tasks(after, limit)
+            records = [(name, self.store.record(name)) for name in names if name not in self._unplaceable]
+            infos += [record.info(name) for name, record in records if record is not None]
+            if limit is None or len(names) < limit:
+                break
+            after = names[-1]
+        return infos[:limit]
 
     def unusable(self) -> dict[str, str]:
-        """Tasks in the store that cannot be used, each with the reason."""
+        """Return the tasks that are in the store but cannot be used here, each with the reason."""
         return {**self.store.unusable(), **self._unplaceable}
 
     def revisions(self, task: str) -> tuple[RevisionInfo, ...]:
@@ -139,97 +169,160 @@ class TaskLibrary:
         """Return the scale set file of the current (or named) revision. Raises `UnknownTask`, `NoSuchRevision`."""
         return self.store.content(task, revision)
 
-    def acquire(self, task: str) -> Lease:
-        """Pin the task's current revision; `scale_set` then gives it from memory until `release`.
+    def acquire(self, choice: str | Blend) -> Lease:
+        """Pin the current revision of a task or blend; `scale_set` then gives it from memory until `release`.
 
-        May read the disk when the set was not used for long. Raises `UnknownTask`, `StoreError`.
+        May read the disk when the set was not used for long. Raises as `acquire_soon` does, and `StoreError`.
         """
-        while True:
-            try:
-                lease = self.registry.acquire(task)
-            except UnknownTask:
-                reason = self.unusable().get(task)
-                if reason is None:
-                    raise
-                raise UnknownTask(f"task {task!r} cannot be used: {reason}") from None
-            try:
-                if lease.revision != BASE_REVISION:
-                    self.scale_set(lease.revision, task=task)
-            except (StoreError, NoSuchRevision, UnknownTask):
-                self.registry.release(lease)
-                if not self._dropped(task, lease):
-                    raise
-            except BaseException:
-                self.registry.release(lease)
-                raise
-            else:
-                return lease
+        return self.acquire_soon(choice).result()
 
-    def in_memory(self, task: str) -> bool:
-        """True when `acquire` of this task would not read the disk at this moment."""
-        revision = self.registry.current(task)
-        with self._host_lock:
-            return revision is None or revision in self._host
+    def acquire_soon(self, choice: str | Blend) -> Future[Lease]:
+        """Pin the current revision now; the result is there once its set is in memory, often at once.
+
+        Cancelled before that, it releases the lease by itself. Raises `UnknownTask`, `TaskUnusable`; of a blend
+        `InvalidRequest` when one of its tasks is not of kind "channel". The future may fail with `StoreError`.
+        """
+        lease, members = self._pin(choice)
+        result: Future[Lease] = Future()
+        if lease.revision == BASE_REVISION or self._host.get(lease.revision) is not None:
+            self._release_all(members)
+            result.set_result(lease)
+            return result
+
+        def loaded(load: Future[ScaleSet]) -> None:
+            self._release_all(members)
+            error = load.exception()
+            if error is None and result.set_running_or_notify_cancel():
+                result.set_result(lease)
+                return
+            self.release(lease)
+            if error is not None and result.set_running_or_notify_cancel():
+                self._try_again(choice, members or [lease], error, result)
+
+        def read() -> ScaleSet:
+            return self._mixed(lease.blend, members) if lease.blend else self._read(lease)
+
+        self._host.load(lease.revision, read).add_done_callback(loaded)
+        return result
 
     def release(self, lease: Lease) -> None:
         """Give a lease back, exactly once."""
         self.registry.release(lease)
         if lease.revision != BASE_REVISION:
-            self._shrink()
+            self._host.shrink()
 
-    def scale_set(self, revision: str, *, task: str | None = None) -> ScaleSet:
-        """Return a revision's tensors: always from memory while it is leased, else perhaps from disk.
+    def scale_set(self, revision: str) -> ScaleSet:
+        """Return the tensors of a leased revision, from memory: never from the disk, as the engine's step asks.
 
-        `task` says where to look on disk. Raises `NoSuchRevision` when it is neither in memory nor known to the
-        store, `StoreError`, `UnknownTask`.
+        Raises `NoSuchRevision` when it is not there, as nobody leases it.
         """
-        with self._host_lock:
-            if revision in self._host:
-                self._host.move_to_end(revision)
-                return self._host[revision]
-        if task is None:
+        found = self._host.get(revision)
+        if found is None:
             raise NoSuchRevision(f"revision {revision[:12]} is not in memory: acquire its task first")
-        scale_set = self.store.load(self.store.entry(task, revision))
-        return self._keep(scale_set)
+        return found
+
+    def in_memory(self, task: str) -> bool:
+        """True when `acquire` of this task would not read the disk at this moment."""
+        revision = self.registry.current(task)
+        return revision is None or self._host.get(revision) is not None
 
     def host_counts(self) -> tuple[int, int]:
         """Number of sets in host memory and their bytes."""
-        with self._host_lock:
-            return len(self._host), self._host_used
+        return self._host.counts()
 
-    def _publish(self, info: TaskInfo) -> None:
-        self._unplaceable.pop(info.task, None)
-        self.registry.set_current(info.task, info.revision, info.kind, info.prompt_format)
+    def stats(self) -> dict[str, float]:
+        """Numbers for metrics, by name; counters end in `_total`."""
+        return {"tasks": self.registry.counts().tasks, **self._host.stats()}
 
-    def _keep(self, scale_set: ScaleSet) -> ScaleSet:
-        with self._host_lock:
-            kept = self._host.setdefault(scale_set.revision, scale_set)
-            if kept is scale_set:
-                self._host_used += scale_set.num_bytes
-            self._host.move_to_end(scale_set.revision)
-        self._shrink()
-        return kept
+    def _pin(self, choice: str | Blend) -> tuple[Lease, list[Lease]]:
+        """A lease, and for a blend the leases of its members, which are needed until it is mixed."""
+        if isinstance(choice, str):
+            return self._acquire_named(choice), []
+        members: list[Lease] = []
+        try:
+            for task, _ in choice.shares:
+                members.append(self._acquire_named(task))
+                if members[-1].kind != "channel":
+                    raise InvalidRequest(
+                        f"task {task!r} is of kind {members[-1].kind!r}; only sets of kind 'channel' can be blended",
+                        param="task",
+                    )
+        except BaseException:
+            self._release_all(members)
+            raise
+        tuned = [member for member in members if member.revision != BASE_REVISION]
+        revision = blend_revision(_shares(choice, members)) if tuned else BASE_REVISION
+        formats = {member.prompt_format for member in tuned} or {""}
+        prompt_format = formats.pop() if len(formats) == 1 else None
+        return self.registry.hold(Lease(choice.name, revision, "channel", prompt_format, choice)), members
 
-    def _shrink(self) -> None:
-        """Drop the least recently used sets that nobody leases, down to the limit."""
-        with self._host_lock:
-            if self._host_used <= self._host_bytes:
-                return
-            for revision in list(self._host):
-                if self._host_used <= self._host_bytes:
-                    return
-                if not self.registry.holders(revision):  # an acquire pins before it looks here
-                    self._host_used -= self._host.pop(revision).num_bytes
+    def _acquire_named(self, task: str) -> Lease:
+        try:
+            return self.registry.acquire(task)
+        except UnknownTask:
+            reason = self.unusable().get(task)
+            if reason is None:
+                raise
+            raise unusable(task, reason) from None
 
-    def _dropped(self, task: str, lease: Lease) -> bool:
-        """After a failed load: true when `acquire` should look again, because the task changed or left meanwhile."""
-        with self._change_lock:
-            if self.registry.current(task) != lease.revision:
-                return True
-            if task in self.store.unusable() or task not in self.store.tasks():
-                self.registry.delete(task)
-                return True
+    def _release_all(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            self.release(lease)
+
+    def _read(self, lease: Lease) -> ScaleSet:
+        return self._arranged(self.store.load(lease.task, lease.revision))
+
+    def _mixed(self, blend: Blend, members: list[Lease]) -> ScaleSet:
+        sets = [None if m.revision == BASE_REVISION else self._held_or_read(m) for m in members]
+        return mix(_shares(blend, members), sets)
+
+    def _held_or_read(self, lease: Lease) -> ScaleSet:
+        held = self._host.get(lease.revision)
+        return self._read(lease) if held is None else self._arranged(held)
+
+    def _arranged(self, scale_set: ScaleSet) -> ScaleSet:
+        return scale_set if self.arrange is None else self.arrange(scale_set)
+
+    def _try_again(
+        self, choice: str | Blend, leases: list[Lease], error: BaseException, result: Future[Lease]
+    ) -> None:
+        """After a failed load: again when a task concerned has changed or left meanwhile, else that error."""
+        try:
+            if not isinstance(error, StoreError | NoSuchRevision | UnknownTask):
+                raise error
+            moved = [lease for lease in leases if self._has_moved(lease)]
+            if not moved:
+                raise error
+            again = self.acquire_soon(choice)
+        except BaseException as final:  # noqa: BLE001  it must reach whoever waits for the result
+            result.set_exception(final)
+            return
+        again.add_done_callback(lambda done: _pass_on(done, result))
+
+    def _has_moved(self, lease: Lease) -> bool:
+        """True when the task has another revision, or none that can be used, since the lease."""
+        if lease.revision == BASE_REVISION:
             return False
+        with self._change_lock:
+            if self.registry.current(lease.task) == lease.revision and self.store.record(lease.task) is None:
+                self._publish(lease.task)
+            return self.registry.current(lease.task) != lease.revision
+
+    def _publish(self, task: str) -> None:
+        """Make the registry agree with the store."""
+        record = self.store.record(task)
+        self._unplaceable.pop(task, None)
+        if record is not None:
+            try:
+                self._check_kind(record.kind)
+            except InvalidScaleSet as error:
+                logger.warning("task %r in the scale store cannot be used: %s", task, error)
+                self._unplaceable[task] = str(error)
+                record = None
+        if record is not None:
+            self.registry.set_current(task, record.revision, record.kind, record.prompt_format)
+        elif self.registry.current(task) is not None:
+            self.registry.delete(task)
 
     def _check_name(self, task: str) -> None:
         check_task_name(task)
@@ -244,3 +337,15 @@ class TaskLibrary:
                 f"a set of kind {kind!r} finds no place here: this server has {counts.rows} task rows and "
                 f"{counts.group_rows} for kind 'group'; start it with more"
             )
+
+
+def _shares(blend: Blend, members: list[Lease]) -> list[tuple[str, float]]:
+    return [(member.revision, share) for member, (_, share) in zip(members, blend.shares, strict=True)]
+
+
+def _pass_on(done: Future[Lease], result: Future[Lease]) -> None:
+    error = done.exception()
+    if error is None:
+        result.set_result(done.result())
+    else:
+        result.set_exception(error)

@@ -186,6 +186,11 @@ class TaskRegistry:
             lease = self._current.get(task)
             return None if lease is None else lease.revision
 
+    def peek(self, task: str) -> Lease | None:
+        """What `acquire` of the task would give, not pinned; None when there is no such task."""
+        with self._lock:
+            return self._current.get(task)
+
     def tasks(self) -> list[str]:
         """All names, sorted."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -21,12 +22,13 @@ from peqa_runtime.errors import (
     NoSuchRevision,
     RevisionConflict,
     StoreError,
+    TaskUnusable,
     UnknownTask,
     WrongBase,
 )
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.set_layout import expected_shapes
 
 MANIFEST = BaseManifest("tiny", "d1" * 32, {f"l{i}": LinearShape(6, 8, 2) for i in range(3)})
 OTHER_BASE = BaseManifest("tiny2", "e2" * 32, MANIFEST.linears)
@@ -50,12 +52,22 @@ def new_store(folder: Path, manifest: BaseManifest = MANIFEST, **options: int) -
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of the store but the lock, with its bytes."""
+    """Every file of tasks and quarantine, with its bytes; the two hex digits of a task's place left out."""
     return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != "lock"
+        str(p.relative_to(folder)).replace(f"tasks/{p.parent.parent.name}/", ""): p.read_bytes()
+        for room in ("tasks", "quarantine")
+        for p in (folder / room).rglob("*")
+        if p.is_file()
     }
+
+
+def place(folder: Path, task: str) -> Path:
+    """The task's folder."""
+    return folder / "tasks" / hashlib.sha256(task.encode()).hexdigest()[:2] / task
+
+
+def blob(folder: Path, task: str, scale_set: ScaleSet) -> Path:
+    return place(folder, task) / f"{scale_set.revision}.safetensors"
 
 
 def history(store: ScaleStore, task: str) -> list[str]:
@@ -77,7 +89,7 @@ def test_a_put_survives_a_new_start(folder: Path) -> None:
     )
     assert (info.prompt_format, dict(info.note)) == ("{prompt}\n", {"lr": 0.003})
     assert info.num_bytes == len(scale_set.to_bytes())
-    loaded = again.load(again.entry("sql"))
+    loaded = again.load("sql")
     assert loaded.revision == scale_set.revision
     assert all(torch.equal(loaded.tensors[n], t) for n, t in scale_set.tensors.items())
 
@@ -181,15 +193,16 @@ def test_if_match_must_be_the_current_revision(folder: Path) -> None:
 def test_only_the_last_revisions_are_kept(folder: Path) -> None:
     store = new_store(folder, keep=3)
     sets = [set_of(0.8 + 0.01 * i) for i in range(6)]
-    store.put("other", sets[1])
     for scale_set in sets:
         store.put("sql", scale_set)
     assert history(store, "sql") == [sets[3].revision, sets[4].revision, f"[{sets[5].revision}]"]
-    blobs = {name.split("/")[1].split(".")[0] for name in files(folder) if name.startswith("blobs")}
-    assert blobs == {s.revision for s in (sets[1], sets[3], sets[4], sets[5])}
+    assert set(files(folder)) == {
+        "sql/history.json",
+        *(f"sql/{s.revision}.safetensors" for s in sets[3:]),
+    }
 
 
-def test_delete_removes_the_task_and_what_only_it_needed(folder: Path) -> None:
+def test_delete_removes_the_task_with_its_files(folder: Path) -> None:
     store = new_store(folder)
     store.put("sql", A)
     store.put("sql", B)
@@ -201,7 +214,8 @@ def test_delete_removes_the_task_and_what_only_it_needed(folder: Path) -> None:
             s.info("sql")
         with pytest.raises(UnknownTask):
             s.delete("sql")
-    assert sorted(files(folder)) == [f"blobs/{B.revision}.safetensors", "tasks/slots.json"]
+    assert set(files(folder)) == {f"slots/{B.revision}.safetensors", "slots/history.json"}
+    assert not place(folder, "sql").exists()
 
 
 @pytest.mark.parametrize(
@@ -244,45 +258,47 @@ def flip_a_byte(path: Path, position: int = -3) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("verify_bytes", [1 << 20, 0])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "header", "remove"])
-def test_a_damaged_set_is_moved_aside_and_the_rest_serves(
-    folder: Path, damage: str, verify_bytes: int
-) -> None:
+def test_a_damaged_set_is_moved_aside_and_the_rest_serves(folder: Path, damage: str) -> None:
     store = new_store(folder)
     for task, sets in {"sql": (A, B), "slots": (C,)}.items():
         for scale_set in sets:
             store.put(task, scale_set)
-    blob = folder / "blobs" / f"{B.revision}.safetensors"
+    damaged = blob(folder, "sql", B)
     if damage == "flip":
-        flip_a_byte(blob)
+        flip_a_byte(damaged)
     elif damage == "header":
-        flip_a_byte(blob, 20)
+        flip_a_byte(damaged, 20)
     elif damage == "remove":
-        blob.unlink()
+        damaged.unlink()
     else:
-        blob.write_bytes(blob.read_bytes()[: 100 if damage == "truncate" else 0])
-    again = new_store(folder, verify_bytes=verify_bytes)
-    if verify_bytes == 0 and damage in ("flip", "header"):  # found when it is used, not at the start
+        damaged.write_bytes(damaged.read_bytes()[: 100 if damage == "truncate" else 0])
+    again = new_store(folder)
+    if damage in ("flip", "header"):  # found when it is used, not at the start
         assert again.tasks() == ["slots", "sql"]
         with pytest.raises(StoreError, match=r"cannot be read: its file is (damaged|missing)"):
-            again.load(again.entry("sql"))
+            again.load("sql")
     assert again.tasks() == ["slots"]
     assert list(again.unusable()) == ["sql"]
     assert len([name for name in files(folder) if name.startswith("quarantine")]) == (damage != "remove")
-    assert again.load(again.entry("slots")).revision == C.revision
+    assert again.load("slots").revision == C.revision
+    with pytest.raises(TaskUnusable, match="'sql' cannot be used: its file is"):
+        again.info("sql")
     assert again.rollback("sql").revision == A.revision
     assert again.tasks() == ["slots", "sql"]
     with pytest.raises(NoSuchRevision, match="cannot be used: its file is missing"):
         again.rollback("sql", B.revision)
-    again.put("slots", B)
+    again.put("sql", B)
+    assert again.rollback("sql", A.revision).revision == A.revision
     assert again.rollback("sql", B.revision).revision == B.revision
 
 
 def test_uploading_again_heals_a_damaged_set(folder: Path) -> None:
     new_store(folder).put("sql", A)
-    flip_a_byte(folder / "blobs" / f"{A.revision}.safetensors")
+    flip_a_byte(blob(folder, "sql", A))
     store = new_store(folder)
+    with pytest.raises(StoreError):
+        store.load("sql")
     assert store.tasks() == []
     store.put("sql", A)
     assert store.tasks() == ["sql"]
@@ -306,12 +322,13 @@ def test_a_damaged_record_is_reported_and_replaced_by_an_upload(folder: Path, re
     store = new_store(folder)
     store.put("slots", B)
     store.put("sql", A)
-    (folder / "tasks" / "sql.json").write_bytes(record)
+    (place(folder, "sql") / "history.json").write_bytes(record)
     (folder / "tasks" / "NOT A TASK").write_bytes(b"")
+    (place(folder, "sql").parent / "NOT A TASK").mkdir()
     again = new_store(folder)
     assert again.tasks() == ["slots"]
     assert "record is damaged" in again.unusable()["sql"]
-    assert f"blobs/{A.revision}.safetensors" in files(folder)
+    assert f"sql/{A.revision}.safetensors" in files(folder)
     again.put("sql", C)
     assert history(new_store(folder), "sql") == [f"[{C.revision}]"]
     again.delete("sql")
@@ -321,7 +338,7 @@ def test_a_damaged_record_is_reported_and_replaced_by_an_upload(folder: Path, re
 def test_a_damaged_record_can_be_deleted(folder: Path) -> None:
     store = new_store(folder)
     store.put("sql", A)
-    (folder / "tasks" / "sql.json").write_bytes(b"{")
+    (place(folder, "sql") / "history.json").write_bytes(b"{")
     new_store(folder).delete("sql")
     assert new_store(folder).unusable() == {}
 
@@ -333,7 +350,7 @@ def test_a_change_by_another_process_is_seen_by_the_next_change(folder: Path) ->
     with pytest.raises(RevisionConflict):
         one.put("sql", C, if_match=A.revision)
     one.put("sql", C)
-    assert history(two, "sql") != history(one, "sql") == [A.revision, B.revision, f"[{C.revision}]"]
+    assert history(one, "sql") == [A.revision, B.revision, f"[{C.revision}]"]
 
 
 def test_threads_and_stores_write_one_after_the_other(folder: Path) -> None:
@@ -411,10 +428,13 @@ CHANGES: dict[str, Callable[[ScaleStore], object]] = {
 
 def prepared(folder: Path) -> ScaleStore:
     store = new_store(folder, keep=2)
-    for task, scale_set in (("sql", A), ("sql", B), ("full", A), ("full", B)):
+    for task, scale_set in (("sql", A), ("sql", B), ("full", A), ("full", B), ("still", A)):
         store.put(task, scale_set)
     (folder / "unfinished" / "left.tmp").write_bytes(b"half")
-    (folder / "blobs" / f"{'0' * 64}.safetensors").write_bytes(b"no task needs this")
+    (place(folder, "still") / f"{'0' * 64}.safetensors").write_bytes(b"no task needs this")
+    (folder / "unfinished" / "change-still").touch()
+    (place(folder, "begun")).mkdir(parents=True)
+    (place(folder, "begun") / f"{'0' * 64}.safetensors").write_bytes(b"a first put that was killed")
     return store
 
 
@@ -454,8 +474,12 @@ def test_sigkill_at_every_step_leaves_the_old_or_the_new_state(tmp_path: Path, n
         assert after_kill.unusable() == {}
         assert list((folder / "unfinished").iterdir()) == []
         assert list((folder / "quarantine").iterdir()) == []
-        kept = {r.revision for task in after_kill.tasks() for r in after_kill.revisions(task)}
-        assert {p.stem for p in (folder / "blobs").iterdir()} == kept
+        kept = {
+            f"{task}/{name}"
+            for task in after_kill.tasks()
+            for name in ("history.json", *(f"{r.revision}.safetensors" for r in after_kill.revisions(task)))
+        }
+        assert set(files(folder)) == kept
         change(reference := prepared(tmp_path / f"reference-{at}"))
         new = state(reference)
         assert found in (old, new)
@@ -504,19 +528,24 @@ def test_content_is_on_disk_before_the_name_that_refers_to_it(folder: Path) -> N
 
     def kind_of(descriptor: int) -> str:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        return path.name if path.is_dir() else "file"
+        return room(path) if path.is_dir() else "file"
+
+    def room(path: Path) -> str:
+        return "shard" if len(path.name) == 2 else path.name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: (order.append(f"sync {kind_of(fd)}"), fsync(fd))[1])
         patch.setattr(
-            os, "replace", lambda a, b: (order.append(f"rename to {Path(b).parent.name}"), replace(a, b))[1]
+            os, "replace", lambda a, b: (order.append(f"rename to {room(Path(b).parent)}"), replace(a, b))[1]
         )
         store.put("sql", A)
     assert order == [
-        "sync file",
-        "rename to blobs",
-        "sync blobs",
-        "sync file",
-        "rename to tasks",
         "sync tasks",
+        "sync shard",
+        "sync file",
+        "rename to sql",
+        "sync sql",
+        "sync file",
+        "rename to sql",
+        "sync sql",
     ]

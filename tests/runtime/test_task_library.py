@@ -24,8 +24,8 @@ from peqa_runtime.errors import (
     WrongBase,
 )
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
 
@@ -68,7 +68,7 @@ def test_an_upload_is_live_and_durable_when_it_returns(folder: Path) -> None:
     lease = library.acquire("sql")
     assert lease.revision == info.revision == revision_of(A)
     assert value_of(library, lease.revision) == 0.8
-    assert [i.task for i in library.list()] == ["sql"]
+    assert [i.task for i in library.page()] == ["sql"]
     again = new_library(folder)
     assert again.acquire("sql").revision == info.revision
     assert again.content("sql") == A
@@ -167,7 +167,7 @@ def test_a_refused_upload_changes_nothing(
     with pytest.raises(error):
         library.upload(task, data)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    assert [i.task for i in library.list()] == ["sql"]
+    assert [i.task for i in library.page()] == ["sql"]
     assert library.acquire("sql").revision == revision_of(A)
 
 
@@ -248,7 +248,7 @@ def test_a_start_reads_no_tensors(folder: Path) -> None:
     for task in ("a", "b"):
         library.upload(task, A)
     again = new_library(folder)
-    assert [i.task for i in again.list()] == ["a", "b"]
+    assert [i.task for i in again.page()] == ["a", "b"]
     assert again.host_counts() == (0, 0)
     assert again.in_memory("base")
     assert not again.in_memory("b")
@@ -263,13 +263,13 @@ def test_a_set_that_is_damaged_later_names_its_task(folder: Path) -> None:
     library.upload("sql", B)
     library.upload("slots", C)
     again = new_library(folder)
-    blob = folder / "blobs" / f"{revision_of(B)}.safetensors"
+    (blob,) = folder.glob(f"tasks/*/sql/{revision_of(B)}.safetensors")
     blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
     for _ in range(2):
         with pytest.raises(UnknownTask, match=r"'sql' cannot be used: its file is damaged"):
             again.acquire("sql")
     assert list(again.unusable()) == ["sql"]
-    assert [i.task for i in again.list()] == ["slots"]
+    assert [i.task for i in again.page()] == ["slots"]
     assert again.registry.counts().leases == 0
     assert again.acquire("slots").revision == revision_of(C)
     assert again.rollback("sql").revision == again.acquire("sql").revision == revision_of(A)
@@ -285,7 +285,7 @@ def test_a_disk_that_fails_for_a_moment_makes_no_task_unusable(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr("peqa_runtime.scales.blob_folder.read_set_file", too_many_files)
+        patch.setattr("peqa_runtime.scales.task_folder._read", too_many_files)
         with pytest.raises(StoreError, match="Too many open files"):
             library.acquire("sql")
     assert library.unusable() == {}
@@ -401,7 +401,7 @@ def test_disk_and_registry_agree_after_a_storm_of_changes(folder: Path) -> None:
     assert library.registry.counts().leases == 0
     on_disk = ScaleStore(folder, MANIFEST)
     assert on_disk.unusable() == {}
-    assert library.registry.tasks() == on_disk.tasks() == [i.task for i in library.list()]
+    assert library.registry.tasks() == on_disk.tasks() == [i.task for i in library.page()]
     for task in on_disk.tasks():
         assert library.acquire(task).revision == on_disk.info(task).revision
 

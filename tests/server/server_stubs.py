@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import httpx
 
 from peqa_runtime.core import (
     BaseManifest,
+    Blend,
     Lease,
     LinearShape,
     Request,
@@ -155,15 +158,32 @@ class StubTasks:
     history: dict[str, list[bytes]] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
     upload_seconds: float = 0.0
+    load_seconds: float = 0.0
 
-    def acquire(self, task: str) -> Lease:
-        info = self.info(task)
-        lease = Lease(task, info.revision, info.kind, info.prompt_format)
+    def acquire_soon(self, choice: str | Blend) -> Future[Lease]:
+        """At once, or after `load_seconds`."""
+        if isinstance(choice, Blend):
+            infos = [self.info(task) for task, _ in choice.shares if task != "base"]
+            revision = hashlib.sha256(repr(choice).encode()).hexdigest()
+            lease = Lease(choice.name, revision, "channel", infos[0].prompt_format, choice)
+        else:
+            info = self.info(choice)
+            lease = Lease(choice, info.revision, info.kind, info.prompt_format)
         self.leases.append(lease)
-        return lease
+        future: Future[Lease] = Future()
 
-    def in_memory(self, task: str) -> bool:
-        return True
+        def arrive() -> None:
+            time.sleep(self.load_seconds)
+            if future.set_running_or_notify_cancel():
+                future.set_result(lease)
+            else:
+                self.leases.remove(lease)
+
+        if self.load_seconds:
+            threading.Thread(target=arrive).start()
+        else:
+            arrive()
+        return future
 
     def release(self, lease: Lease) -> None:
         self.leases.remove(lease)
@@ -203,8 +223,12 @@ class StubTasks:
     def unusable(self) -> dict[str, str]:
         return {"foreign": "belongs to another base"}
 
-    def list(self) -> list[Any]:
-        return [self.info(task) for task in sorted(self.history)]
+    def page(self, after: str = "", limit: int | None = None) -> list[Any]:
+        names = [task for task in sorted(self.history) if task > after]
+        return [self.info(task) for task in names[:limit]]
+
+    def close(self) -> None:
+        pass
 
     def revisions(self, task: str) -> list[RevisionInfo]:
         self.info(task)

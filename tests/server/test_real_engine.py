@@ -285,9 +285,9 @@ def test_demo_tasks_are_seeded_once(real: Real, tiny_base: Path, tmp_path: Path)
     tasks = real.services.tasks
     seed_tasks(tasks, tmp_path, (files[0], bad))
     seed_tasks(tasks, tmp_path, (*files, bad))
-    assert {"seed-a", "seed-b"} <= {info.task for info in tasks.list()}
+    assert {"seed-a", "seed-b"} <= {info.task for info in tasks.page()}
     assert (tmp_path / SEEDED).read_text().split() == ["seed-a", "seed-b"]
     tasks.delete("seed-a")
     seed_tasks(tasks, tmp_path, tuple(files))
-    assert "seed-a" not in {info.task for info in tasks.list()}, "what was deleted stays deleted"
+    assert "seed-a" not in {info.task for info in tasks.page()}, "what was deleted stays deleted"
     tasks.delete("seed-b")

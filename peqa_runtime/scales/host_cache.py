@@ -1,0 +1,112 @@
+"""The middle tier: sets in host memory, between the device's rows and the disk, least recently used first to go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from peqa_runtime.scales.scale_set import ScaleSet
+
+_THREADS = 16
+"""Loads at once. Each is a read and a digest, done without the interpreter's lock; many only where a disk hangs."""
+
+
+class HostCache:
+    """Sets by revision, at most `limit_bytes` of them beyond those in use. Thread-safe.
+
+    `in_use(revision)`: true while the set may not be dropped.
+    """
+
+    def __init__(self, limit_bytes: int, in_use: Callable[[str], object]) -> None:
+        self.limit_bytes = limit_bytes
+        self._in_use = in_use
+        self._lock = threading.Lock()  # never held while the disk is read
+        self._sets: OrderedDict[str, ScaleSet] = OrderedDict()
+        self._used = 0
+        self._loads: dict[str, Future[ScaleSet]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="peqa-load")
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    def get(self, revision: str) -> ScaleSet | None:
+        """The set, when it is in memory."""
+        with self._lock:
+            found = self._sets.get(revision)
+            if found is not None:
+                self._sets.move_to_end(revision)
+            return found
+
+    def put(self, scale_set: ScaleSet) -> None:
+        """Keep a set as the most recently used one."""
+        with self._lock:
+            self._keep(scale_set)
+        self.shrink()
+
+    def load(self, revision: str, read: Callable[[], ScaleSet]) -> Future[ScaleSet]:
+        """The set from memory, or from `read`, called in a thread; who asks meanwhile gets the same load."""
+        with self._lock:
+            if revision in self._loads:
+                return self._loads[revision]
+            if revision in self._sets:
+                done: Future[ScaleSet] = Future()
+                done.set_result(self._sets[revision])
+                return done
+            self._loads[revision] = self._threads.submit(self._load, revision, read)
+            return self._loads[revision]
+
+    def shrink(self) -> None:
+        """Drop the least recently used sets that nobody uses, down to the limit."""
+        with self._lock:
+            if self._used <= self.limit_bytes:
+                return
+            dropped, used = [], self._used
+            for revision, scale_set in self._sets.items():
+                if used <= self.limit_bytes:
+                    break
+                if not self._in_use(revision):  # who begins to use one pins it before looking here
+                    dropped.append(revision)
+                    used -= scale_set.num_bytes
+            for revision in dropped:
+                del self._sets[revision]
+            self._used = used
+
+    def counts(self) -> tuple[int, int]:
+        """Number of sets in memory and their bytes."""
+        with self._lock:
+            return len(self._sets), self._used
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for metrics; counters end in `_total`."""
+        sets, used = self.counts()
+        return {
+            "host_sets": sets,
+            "host_bytes": used,
+            "host_limit_bytes": self.limit_bytes,
+            "set_loads_total": self._counts["done"],
+            "set_load_failures_total": self._counts["failed"],
+            "set_load_seconds_total": self._seconds,
+        }
+
+    def _load(self, revision: str, read: Callable[[], ScaleSet]) -> ScaleSet:
+        started = time.perf_counter()
+        scale_set = None
+        try:
+            scale_set = read()
+        finally:
+            with self._lock:
+                del self._loads[revision]
+                self._counts["failed" if scale_set is None else "done"] += 1
+                self._seconds += time.perf_counter() - started
+                if scale_set is not None:
+                    self._keep(scale_set)
+            self.shrink()
+        return scale_set
+
+    def _keep(self, scale_set: ScaleSet) -> None:
+        if scale_set.revision not in self._sets:
+            self._sets[scale_set.revision] = scale_set
+            self._used += scale_set.num_bytes
+        self._sets.move_to_end(scale_set.revision)
