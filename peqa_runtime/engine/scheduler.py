@@ -148,6 +148,12 @@ class Scheduler:
             self._end(sequence)
         return sequence
 
+    def inherit_counts(self, before: Scheduler) -> None:
+        """Go on counting where the scheduler that this one replaces stopped."""
+        self.num_preemptions = before.num_preemptions
+        if self.blocks.cache is not None and before.blocks.cache is not None:
+            self.blocks.cache.inherit_counts(before.blocks.cache)
+
     def check_integrity(self) -> None:
         """Assert the invariants between two steps (used by tests, and cheap enough for idle moments)."""
         self.blocks.check_integrity(self.running)
@@ -216,11 +222,11 @@ class Scheduler:
 
     def _goes_on(self, begun: Sequence, head: Sequence) -> bool:
         """Whether a begun prompt goes before one that could start. It lets a shorter one of a task pass that is
-        behind by more than a step: else a long prompt would hold everybody's short ones up."""
+        behind by a whole step: else a long prompt would hold everybody's short ones up."""
         if begun.priority != head.priority:
             return begun.priority < head.priority
         ahead = self.waiting.served(begun) - self.waiting.served(head)
-        return ahead <= self._max_batch_tokens or begun.num_uncomputed_tokens <= head.num_uncomputed_tokens
+        return ahead < self._max_batch_tokens or begun.num_uncomputed_tokens <= head.num_uncomputed_tokens
 
     def _start(self, sequence: Sequence, plan: StepPlan, computing: Items[Sequence]) -> _Start:
         """Give a waiting sequence a place, a row, blocks for all its known tokens and a share of the step.

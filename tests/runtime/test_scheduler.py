@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from peqa_runtime.core import (
     TokenOutput,
 )
 from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
 
 EOS = 0
@@ -49,12 +51,16 @@ class Rows:
         return Placement(self.placed[revision], 0, write)
 
 
-def sequence(name: str, prompt: int, revision: str = BASE_REVISION, **params: object) -> Sequence:
-    params.setdefault("max_tokens", 4)
-    tokens = tuple(range(1, prompt + 1))
-    task = revision or BASE_TASK
-    request = Request(name, tokens, SamplingParams(**params), task, revision)  # type: ignore[arg-type]
-    return Sequence(request, list(tokens))
+def sequence(name: str, prompt: int, revision: str = BASE_REVISION, **options: object) -> Sequence:
+    return ids(name, list(range(1, prompt + 1)), revision, **options)
+
+
+def ids(
+    name: str, prompt: list[int], revision: str = BASE_REVISION, priority: int = 0, **params: object
+) -> Sequence:
+    sampling = SamplingParams(**{"max_tokens": 4, **params})  # type: ignore[arg-type]
+    request = Request(name, tuple(prompt), sampling, revision or BASE_TASK, revision, priority=priority)
+    return Sequence(request, prompt)
 
 
 def scheduler(blocks: int = 64, block_size: int = 4, rows: Rows | None = None, **limits: int) -> Scheduler:
@@ -264,3 +270,141 @@ def test_prompt_logprobs_of_a_single_token_prompt() -> None:
     s = scheduler()
     s.add(sequence("a", 1, prompt_logprobs=2, max_tokens=1))
     assert step(s)[1][0].prompt_logprobs == (None,)
+
+
+def caching(blocks: int = 64, **limits: int) -> Scheduler:
+    return Scheduler(BlockManager(blocks, 4, PrefixCache("ab" * 32, 4)), Rows(4), **limits)
+
+
+def test_a_lower_priority_runs_earlier_and_equal_ones_by_age() -> None:
+    s = scheduler(max_sequences=1)
+    for name, priority in (("later", 1), ("a", 0), ("urgent", -5), ("b", 0)):
+        s.add(sequence(name, 2, priority=priority, max_tokens=1))
+    assert [set(step(s)[0]) for _ in range(4)] == [{"urgent"}, {"a"}, {"b"}, {"later"}]
+
+
+def test_a_better_priority_takes_a_place_from_the_worst_and_latest_that_runs() -> None:
+    s = scheduler(max_sequences=3)
+    for name, priority in (("bulk1", 7), ("bulk2", 7), ("normal", 0)):
+        s.add(sequence(name, 2, priority=priority, max_tokens=20))
+    step(s)
+    s.add(sequence("urgent", 2, priority=-1, max_tokens=2))
+    assert set(step(s)[0]) == {"urgent", "normal", "bulk1"}
+    assert s.num_preemptions == 1
+    s.add(sequence("equal", 2, priority=7))
+    assert set(step(s)[0]) == {"urgent", "normal", "bulk1"}, "an equal priority takes nothing"
+    assert set(step(s)[0]) == {"normal", "bulk1", "bulk2"}, (
+        "and who was preempted comes before who has not begun"
+    )
+
+
+def test_a_better_priority_takes_blocks_but_not_in_vain() -> None:
+    s = scheduler(blocks=8, block_size=4)
+    s.add(sequence("first", 12, priority=0, max_tokens=4))
+    s.add(sequence("bulk", 8, priority=7, max_tokens=4))
+    step(s)
+    s.add(sequence("too big now", 24, priority=-1, max_tokens=4))
+    s.add(sequence("too big even so", 20, priority=0, max_tokens=4))
+    batch = s.schedule()
+    assert {i.sequence.request_id for i in batch.scheduled} == {"too big now"}
+    assert s.num_preemptions == 2
+    s.update(batch, results(batch))
+    s = scheduler(blocks=8, block_size=4)
+    s.add(sequence("first", 16, priority=0, max_tokens=4))
+    s.add(sequence("bulk", 4, priority=7, max_tokens=3))
+    step(s)
+    s.add(sequence("too big even so", 24, priority=0, max_tokens=4))
+    assert set(step(s)[0]) == {"first", "bulk"}
+    assert s.num_preemptions == 0
+
+
+def test_memory_is_taken_from_the_worst_priority_first_then_from_the_latest() -> None:
+    s = scheduler(blocks=6, block_size=2, max_sequences=8)
+    for name, priority in (("bulk", 3), ("old", 0), ("new", 0)):
+        s.add(sequence(name, 2, priority=priority, max_tokens=6))
+    preempted = []
+    while s.has_work:
+        before = {x.request_id for x in s.running}
+        batch = s.schedule()
+        preempted += sorted(before - {x.request_id for x in s.running})
+        s.update(batch, results(batch))
+        s.check_integrity()
+    assert preempted[0] == "bulk"
+    assert "old" not in preempted
+
+
+def test_a_short_prompt_of_a_task_that_is_behind_passes_a_long_one() -> None:
+    s = scheduler(blocks=400, max_batch_tokens=8)
+    s.add(sequence("long", 100, "x"))
+    for _ in range(3):
+        assert step(s)[0] == {"long": 8}
+    s.add(sequence("short", 4, "y"))
+    assert step(s)[0] == {"long": 8}, "who comes is not behind yet"
+    assert step(s)[0] == {"short": 4, "long": 4}
+    s.add(sequence("as long", 100, "y"))
+    assert step(s)[0] == {"short": 1, "long": 7}, "one that is no shorter waits for what is begun"
+
+
+def test_a_better_priority_goes_before_a_prompt_that_is_begun() -> None:
+    s = scheduler(blocks=400, max_batch_tokens=8)
+    s.add(sequence("long", 60))
+    step(s)
+    s.add(sequence("urgent", 80, priority=-1))
+    assert step(s)[0] == {"urgent": 8}
+
+
+def test_a_beginning_shared_by_many_is_computed_once() -> None:
+    """All come at once: those who share wait for the one that computes the beginning."""
+    s = caching(blocks=400, max_batch_tokens=64)
+    for i in range(6):
+        s.add(ids(f"r{i}", [*range(1, 193), 900 + i, 800 + i]))
+    total: Counter[str] = Counter()
+    while s.has_work:
+        total.update(step(s)[0])
+    assert [total[f"r{i}"] - 3 for i in range(6)] == [194, 2, 2, 2, 2, 2]  # 3 to decode
+
+
+def test_who_shares_nothing_does_not_wait_for_a_beginning() -> None:
+    s = caching(blocks=400, max_batch_tokens=256)
+    for i in range(2):
+        s.add(ids(f"r{i}", [*range(1, 193), 900 + i]))
+    s.add(ids("other", [7] * 20, "x"))
+    assert step(s)[0] == {"r0": 193, "other": 20}
+
+
+def test_a_short_beginning_is_not_waited_for() -> None:
+    s = caching(max_batch_tokens=64)
+    s.add(ids("a", [*range(1, 17), 90]))
+    s.add(ids("b", [*range(1, 17), 91]))
+    assert step(s)[0] == {"a": 17, "b": 17}
+
+
+def test_who_waits_for_a_beginning_goes_on_when_its_owner_is_gone() -> None:
+    s = caching(blocks=400, max_batch_tokens=32)
+    s.add(ids("owner", [*range(1, 130), 900]))
+    s.add(ids("sharer", [*range(1, 130), 901]))
+    assert step(s)[0] == {"owner": 32}
+    s.abort("owner")
+    assert step(s)[0] == {"sharer": 32}
+    assert s.running[0].num_cached_tokens == 32, "and finds what was computed"
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    s = caching(blocks=60, max_sequences=1)
+    s.add(ids("bulk", [*range(1, 41)], priority=5, max_tokens=20))
+    for _ in range(6):
+        step(s)
+    s.add(ids("urgent", [99], priority=0, max_tokens=1))
+    assert step(s)[0] == {"urgent": 1}
+    assert step(s)[0] == {"bulk": 46 - 44}, "45 are computed: eleven full blocks, and the rest again"
+
+
+def test_prompt_logprobs_use_nothing_cached_but_may_be_used() -> None:
+    s = caching()
+    s.add(ids("scored", [*range(1, 21)], max_tokens=1, prompt_logprobs=0))
+    assert step(s)[0] == {"scored": 20}
+    s.add(ids("scored again", [*range(1, 21)], max_tokens=1, prompt_logprobs=0))
+    s.add(ids("plain", [*range(1, 21)], max_tokens=1))
+    shares, outputs = step(s)
+    assert shares == {"scored again": 20, "plain": 4}
+    assert {o.request_id: o.num_cached_tokens for o in outputs} == {"scored again": 0, "plain": 16}

@@ -113,7 +113,7 @@ class Oracle:
                 ahead = self.served[job.priority, job.task] - self.served[head.priority, head.task]
                 same = job.priority == head.priority
                 if job in self.running and (
-                    job.priority < head.priority or (same and (ahead <= self.budget or job.left <= head.left))
+                    job.priority < head.priority or (same and (ahead < self.budget or job.left <= head.left))
                 ):
                     begun.remove(job)
                     self.give(job)

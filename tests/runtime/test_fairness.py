@@ -1,0 +1,202 @@
+"""Tasks of one priority share tokens: the stated bound holds, a crowd starves nobody, and absence earns nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peqa_runtime.core import Request, SamplingParams, Sequence, StepResult
+from peqa_runtime.engine import fair_queue
+from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.fair_queue import FairQueue
+from peqa_runtime.engine.scheduler import Scheduler
+
+PLACES = 4
+
+
+def sequence(name: str, task: str, prompt: int = 4, output: int = 4, priority: int = 0) -> Sequence:
+    tokens = tuple(range(1, prompt + 1))
+    params = SamplingParams(max_tokens=output)
+    return Sequence(Request(name, tokens, params, task, priority=priority), list(tokens))
+
+
+def scheduler(blocks: int = 400, budget: int = 32) -> Scheduler:
+    return Scheduler(BlockManager(blocks, 2), None, max_batch_tokens=budget, max_sequences=PLACES)  # type: ignore[arg-type]
+
+
+def step(s: Scheduler) -> Counter[str]:
+    """Run a step; the tokens computed per task."""
+    batch = s.schedule()
+    tokens: Counter[str] = Counter()
+    for item in batch.scheduled:
+        tokens[item.sequence.request.task] += item.num_tokens
+    s.update(batch, [StepResult(7 if item.samples else None) for item in batch.scheduled])
+    s.check_integrity()
+    return tokens
+
+
+def waiting(s: Scheduler) -> set[str]:
+    return {w.request.task for w in s.waiting if not w.num_preemptions}
+
+
+def requests(task: str, sizes: Iterator[tuple[int, int]]) -> Iterator[Sequence]:
+    for number, (prompt, output) in enumerate(sizes):
+        yield sequence(f"{task}{number}", task, prompt, output)
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=SIZES, b=SIZES, budget=st.integers(2, 64), blocks=st.integers(40, 200), b_from=st.integers(0, 30))
+def test_two_backlogged_tasks_differ_by_no_more_than_the_bound(
+    a: list[tuple[int, int]], b: list[tuple[int, int]], budget: int, blocks: int, b_from: int
+) -> None:
+    """Over every stretch of steps: as the difference is checked against its smallest and its largest value so far."""
+    s = scheduler(blocks, budget)
+    bound = 2 * PLACES * max(prompt + output for prompt, output in (*a, *b))
+    sources = {"a": requests("a", itertools.cycle(a)), "b": requests("b", itertools.cycle(b))}
+    difference, least, most = 0, 0, 0
+    computed: dict[str, int] = {}  # of each request, recomputation not counted
+    for at in range(250):
+        for task, source in sources.items():
+            new = sum(w.request.task == task and not w.num_preemptions for w in s.waiting)
+            for _ in range(2 * PLACES - new if task == "a" or at >= b_from else 0):
+                s.add(next(source))
+        before = dict(computed)
+        batch = s.schedule()
+        for item in batch.scheduled:
+            name = item.sequence.request_id
+            computed[name] = max(computed.get(name, 0), item.start + item.num_tokens)
+        s.update(batch, [StepResult(7 if item.samples else None) for item in batch.scheduled])
+        if at < b_from:
+            continue
+        for name, tokens in computed.items():
+            difference += (tokens - before.get(name, 0)) * (1 if name.startswith("a") else -1)
+        least, most = min(least, difference), max(most, difference)
+        assert most - least <= bound
+
+
+def test_long_prompts_get_no_more_than_short_ones() -> None:
+    s = scheduler()
+    for i in range(300):
+        s.add(sequence(f"long{i}", "long", prompt=60, output=4))
+    for i in range(600):
+        s.add(sequence(f"short{i}", "short", prompt=4, output=4))
+    total: Counter[str] = Counter()
+    while {"long", "short"} <= waiting(s):
+        total += step(s)
+    assert abs(total["long"] - total["short"]) <= 2 * PLACES * 64
+    assert sum(total.values()) > 6000, "or the bound says little"
+
+
+def test_a_thousand_requests_of_one_task_do_not_starve_one_of_another() -> None:
+    s = scheduler()
+    for i in range(1000):
+        s.add(sequence(f"crowd{i}", "crowd", prompt=8, output=8))
+    for _ in range(50):
+        step(s)
+    s.add(sequence("single", "single"))
+    before = len(s.waiting)
+    while "single" in waiting(s):
+        step(s)
+    started = before - len(s.waiting)
+    assert started <= 2 + PLACES, "it was its turn as soon as a place was free"
+
+
+def test_nobody_waits_while_there_is_room() -> None:
+    """Fairness holds nothing back: a task alone gets everything."""
+    s = scheduler()
+    for i in range(40):
+        s.add(sequence(f"r{i}", "only", prompt=4, output=4))
+    for _ in range(10):
+        assert step(s)["only"] >= PLACES
+
+
+def test_having_been_away_earns_nothing() -> None:
+    s = scheduler()
+    s.add(sequence("early", "b"))
+    for i in range(200):
+        s.add(sequence(f"a{i}", "a", prompt=8, output=8))
+    for _ in range(60):
+        step(s)
+    assert "b" not in waiting(s)
+    for i in range(200):
+        s.add(sequence(f"b{i}", "b", prompt=8, output=8))
+    total: Counter[str] = Counter()
+    for _ in range(60):
+        total += step(s)
+    assert total["b"] <= total["a"] + 2 * PLACES * 16
+
+
+def test_counters_are_each_prioritys_own() -> None:
+    s = scheduler()
+    for i in range(40):
+        s.add(sequence(f"urgent{i}", "a", priority=-1))
+    for _ in range(30):
+        step(s)
+    for i in range(40):
+        s.add(sequence(f"a{i}", "a", prompt=8, output=8))
+        s.add(sequence(f"b{i}", "b", prompt=8, output=8))
+    total: Counter[str] = Counter()
+    while {"a", "b"} <= waiting(s):
+        total += step(s)
+    assert abs(total["a"] - total["b"]) <= 2 * PLACES * 16, "what a got before was of another priority"
+
+
+def test_names_that_are_gone_are_forgotten() -> None:
+    queue = FairQueue()
+    arrivals = itertools.count()
+
+    def add(task: str) -> Sequence:
+        s = sequence(task, task)
+        s.arrival = next(arrivals)
+        queue.add(s)
+        return s
+
+    add("stays")
+    for i in range(5000):
+        s = add(f"t{i}")
+        queue.start(s)
+        queue.charge(s, 1)
+        queue.drop(s, running=True)
+    (level,) = queue._levels.values()
+    assert len(level.shares) == 5001, "those ahead of the one that waits are remembered"
+    stays = next(iter(queue))
+    queue.start(stays)
+    queue.charge(stays, 10)
+    for i in range(5000, 16_000):
+        queue.drop(add(f"t{i}"), running=False)
+    assert len(level.shares) < 200
+    queue.drop(stays, running=True)
+    assert not queue._levels
+
+
+def test_a_start_looks_at_few_of_thousands_of_tasks() -> None:
+    queue = FairQueue()
+    for i in range(10_000):
+        s = sequence(f"r{i}", f"t{i}")
+        s.arrival = i
+        queue.add(s)
+    looked = 0
+    place = fair_queue._Share.place.fget  # type: ignore[attr-defined]
+
+    def counting(share: object) -> object:
+        nonlocal looked
+        looked += 1
+        return place(share)
+
+    fair_queue._Share.place = property(counting)  # type: ignore[assignment, method-assign]
+    try:
+        candidates = queue.candidates()
+        for s in itertools.islice(candidates, 64):
+            queue.start(s)
+            queue.charge(s, 100)
+        candidates.close()
+    finally:
+        fair_queue._Share.place = property(place)  # type: ignore[method-assign]
+    assert looked < 1000
