@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from peqa_runtime.core import (
     BASE_REVISION,
     BASE_TASK,
-    Batch,
     Lease,
     Request,
     SamplingParams,
@@ -27,9 +26,11 @@ from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
+from peqa_runtime.engine.request_check import check_request
+from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
-from peqa_runtime.errors import EngineDead, InvalidRequest, PromptTooLong
+from peqa_runtime.errors import EngineDead, InvalidRequest
 from peqa_runtime.scales.scale_bank import ScaleBank
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STEP_FAILED = "the engine failed while it computed this request; the server's log has the reason"
+REQUEST_FAILED = "this request could not be computed (others can); the server's log has the reason"
+ENGINE_RESTARTED = (
+    "the engine failed while it worked on this request and has restarted; send the request again"
+)
 
 
 class Engine:
@@ -89,24 +93,15 @@ class Engine:
         tasks.arrange = self.bank.arranged
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):
             linear.module.attach(bank, model.step_rows)
-        self._prefixes = (
-            PrefixCache(model.manifest.base_digest, config.block_size) if config.prefix_cache else None
-        )
-        self.scheduler = Scheduler(
-            BlockManager(num_blocks, config.block_size, self._prefixes),
-            tasks.registry,
-            max_batch_tokens=config.max_batch_tokens,
-            max_sequences=config.max_sequences,
-            max_prompt_logprob_rows=config.max_prompt_logprob_rows,
-            eos_token_ids=model.eos_token_ids,
-        )
+        self.scheduler = self._new_scheduler()
         self.runner = ModelRunner(
             model, self.bank, tasks.scale_set, Sampler(model.eos_token_ids), config.block_size
         )
         self._leases: dict[
             str, Lease | None
         ] = {}  # of every request in work; None: the base, without a lease
-        self._failures = 0
+        self._crashes = CrashLimit(config.max_crashes, config.crash_window)
+        self._planning_crashed = False  # and no step has been computed since
         self._counts: Counter[str] = Counter()
         self._step_seconds = 0.0
         self._step_seconds_total = 0.0
@@ -144,24 +139,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe."""
-        prompt, params, vocab_size = request.prompt_token_ids, request.params, self.model.vocab_size
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
-        for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < vocab_size)
-                raise InvalidRequest(
-                    f"token id {wrong} is outside the vocabulary: ids go from 0 to {vocab_size - 1}",
-                    param=name,
-                )
         blocks = self.scheduler.blocks
-        limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
-        if len(prompt) + params.max_tokens > limit:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
-                f"{limit} tokens that fit; shorten one of them",
-                param="prompt" if len(prompt) >= limit else "max_tokens",
-            )
+        check_request(request, self.model, min(self.max_model_len, blocks.num_blocks * blocks.block_size))
 
     def pin(self, request: Request) -> Lease | None:
         """A lease on the request's revision, which somebody holds one on; None for the base. Thread-safe."""
@@ -214,27 +193,33 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one batch: at most one new token per request. A request's last output has a `finish_reason`.
 
-        An exception within a step ends that step's requests with an error output and the engine goes on; after
-        `max_step_failures` such steps in a row it raises `EngineDead`.
+        A request whose computing raises ends with an error output, the others of the step do not notice. When no
+        single request is to blame, the step's requests end with an error output, and the engine starts anew with
+        those that waited. `EngineDead` is raised when that happens `max_crashes` times within `crash_window`
+        seconds, or at once when the device is lost.
         """
         started = time.perf_counter()
-        batch, failure = None, None
+        planned: Collection[Sequence] | None = None
+        crash: Exception | None = None
         try:
             batch = self.scheduler.schedule()
             if not batch.scheduled:
                 return []
-            outputs = self.scheduler.update(batch, self.runner.run(batch))
-            self._failures = 0
+            planned = [item.sequence for item in batch.scheduled]
+            outcome = run_step(self.runner.run, batch)
+            outputs = self._refused(outcome)
+            outputs += self.scheduler.update(outcome.batch, outcome.results)
+            self._planning_crashed = False
         except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
-            failure = error
-            outputs = self._step_failed(batch, error)
+            crash = error
+            outputs = self._restart(planned)
         self._book(outputs, time.perf_counter() - started)
-        if self._failures >= self.config.max_step_failures:
-            self.abort_all()
-            message = (
-                f"{self._failures} steps in a row failed, the last with {type(failure).__name__}: {failure}"
-            )
-            raise EngineDead(message) from failure
+        if crash is not None:
+            try:
+                self._crashes.note(crash)
+            except EngineDead:
+                self.abort_all()
+                raise
         return outputs
 
     def stats(self) -> dict[str, float]:
@@ -252,7 +237,8 @@ class Engine:
             "step_seconds": self._step_seconds,
             "step_seconds_total": self._step_seconds_total,
             "preemptions_total": self.scheduler.num_preemptions,
-            **(self._prefixes.stats() if self._prefixes else {}),
+            "tasks_quarantined": len(self.tasks.registry.quarantined()),
+            **(blocks.cache.stats() if blocks.cache else {}),
             **self.tasks.stats(),
             **{name: self._counts[name] for name in _COUNTERS},
         }
@@ -278,12 +264,68 @@ class Engine:
             self._temporary.cleanup()
             self._temporary = None
 
-    def _step_failed(self, batch: Batch | None, error: Exception) -> list[TokenOutput]:
-        self._failures += 1
+    def _new_scheduler(self) -> Scheduler:
+        """A scheduler with nothing in it, all blocks free and nothing cached."""
+        config, model = self.config, self.model
+        prefixes = PrefixCache(model.manifest.base_digest, config.block_size) if config.prefix_cache else None
+        return Scheduler(
+            BlockManager(self.kv_cache.num_blocks, config.block_size, prefixes),
+            self.tasks.registry,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+            eos_token_ids=model.eos_token_ids,
+        )
+
+    def _refused(self, outcome: Outcome) -> list[TokenOutput]:
+        """End the requests whose computing raised."""
+        if outcome.failed:
+            self._counts["step_failures_total"] += 1
+        outputs: list[TokenOutput] = []
+        for item, error in outcome.failed:
+            request = item.sequence.request
+            logger.error("request %s of task %r fails", request.request_id, request.task, exc_info=error)
+            outputs += self.scheduler.fail([item.sequence], REQUEST_FAILED, "request_failed")
+        return outputs
+
+    def _restart(self, planned: Collection[Sequence] | None) -> list[TokenOutput]:
+        """Begin with a new scheduler, free blocks and unwritten rows; return the last outputs of who does not survive.
+
+        The step's requests end (`planned` None, the planning itself crashed: all that run, and when it crashes again
+        at once, all). The others begin anew with the tokens that they have.
+        """
+        self._counts["restarts_total"] += 1
         self._counts["step_failures_total"] += 1
-        logger.error("a step failed (%d in a row)", self._failures, exc_info=error)
-        lost = self.scheduler.running if batch is None else [item.sequence for item in batch.scheduled]
-        return self.scheduler.fail(lost, STEP_FAILED, "engine_restarted")
+        before, everyone = self.scheduler, [*self.scheduler.running, *self.scheduler.waiting]
+        if planned is None:
+            planned = everyone if self._planning_crashed else before.running
+            self._planning_crashed = True
+        lost = set(planned)
+        survivors = [s for s in everyone if s not in lost and s.status != "finished"]
+        self.tasks.registry.mark_unwritten()
+        self.scheduler = self._new_scheduler()
+        self.scheduler.inherit_counts(before)
+        for sequence in sorted(survivors, key=lambda s: s.arrival):
+            sequence.forget_place()
+            self.scheduler.add(sequence)
+        kept = {s.request_id for s in survivors}
+        return [
+            TokenOutput(name, finish_reason="error", error=ENGINE_RESTARTED, error_code="engine_restarted")
+            for name in self._leases
+            if name not in kept
+        ]
+
+    def _strike(self, lease: Lease | None) -> None:
+        """A request ended with NaN or infinity: after some its revision is set aside. The base cannot be."""
+        self._counts["numerical_errors_total"] += 1
+        if lease is None or lease.revision == BASE_REVISION:
+            logger.error("a request on the base ended with NaN or infinity")
+            return
+        logger.error(
+            "a request of task %r, revision %s, ended with NaN or infinity", lease.task, lease.revision
+        )
+        if self.tasks.registry.strike(lease.revision):
+            logger.error("task %r, revision %s, is in quarantine", lease.task, lease.revision)
 
     def _book(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""
@@ -294,7 +336,10 @@ class Engine:
                 self._counts["finished_total"] += 1
                 if output.finish_reason == "error":
                     self._counts["errors_total"] += 1
-                self.unpin(self._leases.pop(output.request_id))
+                lease = self._leases.pop(output.request_id)
+                if output.error_code == "numerical_error":
+                    self._strike(lease)
+                self.unpin(lease)
         self._counts["steps_total"] += 1
         self._step_seconds = seconds
         self._step_seconds_total += seconds
@@ -309,4 +354,6 @@ _COUNTERS = (
     "errors_total",
     "steps_total",
     "step_failures_total",
+    "numerical_errors_total",
+    "restarts_total",
 )

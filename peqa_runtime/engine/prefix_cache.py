@@ -51,6 +51,11 @@ class PrefixCache:
             "prefix_cache_hits_total": self.num_hit_tokens,
         }
 
+    def inherit_counts(self, before: PrefixCache) -> None:
+        """Go on counting where the cache that this one replaces stopped."""
+        self.num_queried_tokens = before.num_queried_tokens
+        self.num_hit_tokens = before.num_hit_tokens
+
     def find(self, sequence: Sequence, max_blocks: int) -> list[int]:
         """The longest run of cached blocks, at most `max_blocks`, that the sequence's tokens begin with."""
         found: list[int] = []

@@ -139,11 +139,15 @@ class FakeTokenizer:
 
 @dataclass
 class FakeModel:
-    """What the engine needs of a LoadedModel. `eos` ends; `explode` raises in a forward that computes this token."""
+    """What the engine needs of a LoadedModel.
+
+    A forward raises when it computes the token `explode`, or always when `broken`; `poison` gives a row of NaN.
+    """
 
     eos_token_ids: tuple[int, ...] = (NO_EOS,)
     explode: int | None = None
     poison: int | None = None
+    broken: bool = False
     max_model_len: int = 256
     vocab_size: int = VOCAB
     kv_spec: list[KVShape] = field(default_factory=lambda: [KVShape()])
@@ -163,7 +167,7 @@ class FakeModel:
     def forward(self, context: Any, input_ids: Tensor, positions: Tensor, logits_at: Tensor) -> Tensor:
         self.before_forward()
         self.forwards.append(len(input_ids))
-        if self.explode is not None and bool((input_ids == self.explode).any()):
+        if self.broken or (self.explode is not None and bool((input_ids == self.explode).any())):
             raise RuntimeError("boom")
         keys = self.layers[0].key_cache
         hidden = self._hidden(input_ids, positions, self.linear.scales(len(input_ids)))

@@ -240,7 +240,7 @@ def test_a_failed_step_reaches_its_readers_and_the_engine_serves_on(start: Start
 
 
 def test_death_reaches_every_reader_and_every_later_submit(start: Start) -> None:
-    engine = start(model={"explode": 96}, max_step_failures=1, max_sequences=1, tasks={"a": 1.5})
+    engine = start(max_crashes=1, max_sequences=1, tasks={"a": 1.5})
 
     async def work() -> None:
         async def expect_death(stream: TokenStream) -> None:
@@ -253,6 +253,11 @@ def test_death_reaches_every_reader_and_every_later_submit(start: Start) -> None
         async with held(engine):
             for i in range(4):
                 streams.append(submit(engine, str(i), (96,), "a"))
+
+            def boom(_: Any) -> Any:
+                raise RuntimeError("boom")
+
+            engine.engine.runner.run = boom  # type: ignore[method-assign]
         await asyncio.gather(*map(expect_death, streams))
         await until(lambda: not engine.alive)
         with pytest.raises(EngineDead, match="boom"):

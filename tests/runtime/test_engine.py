@@ -11,8 +11,8 @@ import torch
 
 from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
 from peqa_runtime.engine.config import EngineConfig
-from peqa_runtime.engine.engine import STEP_FAILED, Engine
-from peqa_runtime.errors import EngineDead, InvalidRequest, PromptTooLong
+from peqa_runtime.engine.engine import Engine
+from peqa_runtime.errors import InvalidRequest, PromptTooLong
 
 MakeEngine = Callable[..., Engine]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -225,52 +225,6 @@ def test_abort_gives_blocks_and_lease_back_at_once(fake_engine: MakeEngine) -> N
     assert not engine.abort("x")
     assert not engine.has_work
     assert_clean(engine)
-
-
-def test_a_row_of_nan_ends_one_request_only(fake_engine: MakeEngine) -> None:
-    engine = fake_engine(model={"poison": 96}, tasks={"a": 1.5})
-    some = [p for p in prompts(8) if 96 not in p]
-    for i, prompt in enumerate(some):
-        add(engine, str(i), prompt, max_tokens=3)
-    add(engine, "bad", [1, 2, 96], "a")
-    got = drain(engine)
-    (bad,) = got["bad"]
-    assert bad.finish_reason == "error"
-    assert "NaN" in (bad.error or "")
-    for i, prompt in enumerate(some):
-        want = engine.model.expected(prompt, 3)  # type: ignore[attr-defined]
-        assert 96 in want[:2] or tokens(got[str(i)]) == want
-
-
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(fake_engine: MakeEngine) -> None:
-    engine = fake_engine(model={"explode": 96}, tasks={"a": 1.5}, max_sequences=2)
-    add(engine, "bad", [1, 96], "a")
-    add(engine, "beside", [1, 2])
-    add(engine, "later", [5, 6, 7], "a", max_tokens=4)
-    got = drain(engine)
-    for name in ("bad", "beside"):
-        assert [(o.finish_reason, o.error) for o in got[name]] == [("error", STEP_FAILED)]
-    # The bank write of the failed step was done or is done again: the task's answer is right.
-    assert tokens(got["later"]) == engine.model.expected([5, 6, 7], 4, 1.5)  # type: ignore[attr-defined]
-    assert engine.stats()["step_failures_total"] == 1
-
-
-def test_failing_again_and_again_ends_the_engine(fake_engine: MakeEngine) -> None:
-    engine = fake_engine(model={"explode": 96}, max_sequences=1, max_step_failures=3, tasks={"a": 1.5})
-    for i in range(5):
-        add(engine, str(i), [96], "a")
-    engine.step()
-    engine.step()
-    with pytest.raises(EngineDead, match="boom"):
-        engine.step()
-    assert_clean(engine)
-
-
-def test_a_good_step_between_failures_resets_the_count(fake_engine: MakeEngine) -> None:
-    engine = fake_engine(model={"explode": 96}, max_sequences=1, max_step_failures=2)
-    for i in range(6):
-        add(engine, str(i), [96] if i % 2 else [1], max_tokens=1)
-    assert len(drain(engine)) == 6
 
 
 def test_two_engines_live_in_one_process(fake_engine: MakeEngine) -> None:
