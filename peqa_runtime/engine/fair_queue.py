@@ -150,10 +150,9 @@ class _Level:
             self._last = share
 
     def remove(self, sequence: Sequence) -> None:
-        if sequence.num_preemptions:
+        if self.share(sequence).waiting.pop(sequence.arrival, None) is None:
             self.resumed.remove(sequence)
         else:
-            del self.share(sequence).waiting[sequence.arrival]
             self._num_new -= 1
 
     def in_order(self) -> Generator[Sequence, None, None]:

@@ -7,26 +7,23 @@ tokens `[num_computed_tokens, num_tokens)` are to compute, and one budget of tok
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Generator, Iterable
 from collections.abc import Sequence as Items
 from contextlib import closing
 from itertools import count
-from typing import Literal, Protocol
+from typing import Literal
 
 from peqa_runtime.core import (
-    BASE_REVISION,
     BASE_TASK,
-    BankWrite,
     Batch,
     ErrorCode,
     FinishReason,
-    Placement,
-    ScaleKind,
     ScheduledSequence,
     Sequence,
     StepResult,
     TokenOutput,
 )
+from peqa_runtime.engine.bank_rows import BankRows, RowPlacer
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.fair_queue import FairQueue
 from peqa_runtime.engine.step_plan import StepPlan
@@ -45,15 +42,6 @@ _WORTH_WAITING = 64
 them too. A step more of waiting costs about what computing as many does on two cores."""
 
 _Start = Literal["started", "not now", "no row", "no room"]
-
-
-class RowPlacer(Protocol):
-    """Who may use a row of the scale bank (the TaskRegistry)."""
-
-    def place(
-        self, revision: str, kind: ScaleKind, *, in_use: Collection[str] | None = None
-    ) -> Placement | None:
-        """A row for this leased revision, never one of a revision `in_use`; None when there is no other."""
 
 
 class Scheduler:
@@ -80,15 +68,13 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._rows = rows
+        self._rows = BankRows(rows)
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
         self._max_prompt_logprob_rows = max_prompt_logprob_rows
         self._eos_token_ids = frozenset(eos_token_ids)
         self._arrivals = count()
         self._known: dict[str, Sequence] = {}  # by request id: all that wait or run
-        # Writes that no step has completed yet, by row: a step that fails leaves them for the next user of the row.
-        self._pending_writes: dict[int, BankWrite] = {}
 
     @property
     def has_work(self) -> bool:
@@ -112,14 +98,14 @@ class Scheduler:
             if sequence.status == "running" and self._grow_or_preempt(sequence):
                 self._give(plan, sequence)
         self._compute_prompts(plan)
-        return Batch(plan.shares, self._writes_for(plan.shares))
+        return Batch(plan.shares, self._rows.writes_for(plan.shares))
 
     def update(self, batch: Batch, results: Iterable[StepResult]) -> list[TokenOutput]:
         """Book the step: computed tokens, sampled tokens, ends. One output per sequence that has news.
 
         A sequence aborted while the step ran is passed over: it has no blocks any more.
         """
-        self._written(batch)
+        self._rows.written(batch)
         outputs: list[TokenOutput] = []
         for item, result in zip(batch.scheduled, results, strict=True):
             if item.sequence.status != "running":
@@ -245,7 +231,7 @@ class Scheduler:
             return "no room"
         if plan.share(sequence, len(found) * self.blocks.block_size) is None:
             return "not now"  # rows for prompt log-probabilities are used up
-        if not self._place(sequence):
+        if not self._rows.place(sequence, in_use={s.request.revision for s in self.running}):
             return "no row"
         for victim in victims:
             plan.drop(victim)
@@ -271,35 +257,6 @@ class Scheduler:
             victims.append(self.running[number - 1])
             free += self.blocks.freed_by(victims[-1], found)
         return None
-
-    def _place(self, sequence: Sequence) -> bool:
-        """Get the sequence's bank row; False when every row is pinned."""
-        request = sequence.request
-        if request.revision == BASE_REVISION:
-            return True  # row 0, the default
-        in_use = {s.request.revision for s in self.running}
-        placement = self._rows.place(request.revision, request.kind, in_use=in_use)
-        if placement is None:
-            return False
-        if placement.write:
-            write = BankWrite(request.revision, placement.row, placement.group_row)
-            self._pending_writes[placement.row] = write
-        sequence.row, sequence.group_row, sequence.holds_row = placement.row, placement.group_row, True
-        return True
-
-    def _writes_for(self, shares: tuple[ScheduledSequence, ...]) -> tuple[BankWrite, ...]:
-        """Pending writes that this step's sequences need. Others wait for a user: only a lease, which a scheduled
-        sequence has, keeps a set in host memory."""
-        if not self._pending_writes:
-            return ()
-        users = {(s.sequence.row, s.sequence.request.revision) for s in shares}
-        return tuple(w for w in self._pending_writes.values() if (w.row, w.revision) in users)
-
-    def _written(self, batch: Batch) -> None:
-        """Strike off the writes that the step has done."""
-        for write in batch.bank_writes:
-            if self._pending_writes.get(write.row) == write:
-                del self._pending_writes[write.row]
 
     def _grow_or_preempt(self, sequence: Sequence) -> bool:
         """Get the blocks for the sequence's next token, if need be from the last; False when it was itself."""

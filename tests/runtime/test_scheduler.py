@@ -408,3 +408,23 @@ def test_prompt_logprobs_use_nothing_cached_but_may_be_used() -> None:
     shares, outputs = step(s)
     assert shares == {"scored again": 20, "plain": 4}
     assert {o.request_id: o.num_cached_tokens for o in outputs} == {"scored again": 0, "plain": 16}
+
+
+def test_a_sequence_that_was_preempted_elsewhere_can_be_added_and_aborted() -> None:
+    """As after a restart of the engine, which hands those that survive to a new scheduler."""
+    for name in ("aborted", "runs"):
+        old = scheduler(max_sequences=1)
+        survivor = sequence(name, 4, priority=3)
+        old.add(survivor)
+        step(old)
+        old.add(sequence("urgent", 1))
+        step(old)
+        assert survivor.num_preemptions == 1
+        survivor.forget_place()
+        new = scheduler()
+        new.add(survivor)
+        if name == "aborted":
+            assert new.abort(name) is survivor
+        while new.has_work:
+            step(new)
+        assert survivor.num_generated_tokens == (1 if name == "aborted" else 4)
