@@ -2,6 +2,7 @@
 #   make serve   a server on $(HOST):$(PORT) with the demo model and three tasks; MODEL=DIR|FILE.gguf serves that instead
 #   make test    the tests (ALL=1: the slow ones too, as CI does)
 #   make lint    ruff and mypy
+#   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
 #   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 OUT ?=
+FULL ?=
 PEQA_HOME ?= $(CURDIR)/.peqa
 export PEQA_HOME
 TORCH_VERSION ?= 2.13.0
@@ -23,7 +25,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: serve test lint format setup setup-dev clean bench-kernels
+.PHONY: serve test lint format setup setup-dev clean bench-kernels bench-engine
 
 serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -43,6 +45,9 @@ format: $(STAMP_DEV)
 
 bench-kernels: $(STAMP)
 	$(BIN)/python -m peqa_kernels.bench $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-engine: $(STAMP)
+	$(BIN)/python -m peqa_loadtest.bench $(MODEL) $(if $(OUT),--out $(OUT)) $(if $(FULL),--minutes 20) $(ARGS)
 
 setup: $(STAMP)
 setup-dev: $(STAMP_DEV)

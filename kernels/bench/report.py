@@ -23,18 +23,21 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 
 
 def print_table(rows: Sequence[Row], out: TextIO) -> None:
-    """Print aligned rows, then what the columns mean and how many bars are met."""
+    """Print aligned rows without empty columns, then what the columns mean and how many bars are met."""
     cells = [COLUMNS, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    used = [i for i in range(len(COLUMNS)) if i == 0 or any(line[i] for line in cells[1:])]
+    cells = [tuple(line[i] for i in used) for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         out.write("  ".join([line[0].ljust(len(first)), *rest]).rstrip() + "\n")
     judged = [row for row in rows if row.bar is not None]
-    out.write(
-        "\nbytes µs: bytes that must be read, at this run's memory rate. flops µs: at this run's bf16 matmul rate. "
-        "of floor: the larger of the two over the time.\n"
-        f"{sum(bool(row.ok) for row in judged)} of {len(judged)} bars met\n"
-    )
+    if COLUMNS[-1] in cells[0]:
+        out.write(
+            "\nbytes µs: bytes that must be read, at this run's memory rate. flops µs: at this run's bf16 matmul rate. "
+            "of floor: the larger of the two over the time.\n"
+        )
+    out.write(f"{sum(bool(row.ok) for row in judged)} of {len(judged)} bars met\n")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

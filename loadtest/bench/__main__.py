@@ -1,0 +1,5 @@
+"""`python -m peqa_loadtest.bench`."""
+
+from peqa_loadtest.bench.cli import main
+
+raise SystemExit(main())

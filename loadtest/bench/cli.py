@@ -1,0 +1,220 @@
+"""`python -m peqa_loadtest.bench`: both halves of the engine's bench, one table, one file of rows."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from peqa_loadtest.bench.disconnects import disconnects
+from peqa_loadtest.bench.endurance import endurance
+from peqa_loadtest.bench.figure import Figure, print_figures, write_figures
+from peqa_loadtest.bench.many_tasks import many_tasks
+from peqa_loadtest.bench.offline import OfflineBench
+from peqa_loadtest.bench.process import ServerProcess
+from peqa_loadtest.bench.session import Session, open_session
+from peqa_loadtest.bench.shutdown import shutdown
+from peqa_loadtest.bench.throughput import throughput
+from peqa_loadtest.bench.updates import updates
+from peqa_loadtest.client import LoadTestError
+
+SERVED = ("throughput", "updates", "disconnects", "endurance", "sigterm", "many-tasks")
+PARTS = ("offline", *SERVED)
+OFFLINE_PARTS = ("mixed", "profile", "equality")
+ON_ONE_SERVER = SERVED[:4]
+WIDTH = 130  # columns of the table where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run. The counts are those that the figures are stated for."""
+
+    base: Path | None
+    work: Path
+    parts: tuple[str, ...]
+    device: str
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    tasks: int = 16
+    rounds: int = 2
+    requests_per_stream: int = 2
+    updates: int = 1000
+    disconnects: int = 500
+    minutes: float = 2.0
+    many_tasks: int = 10_000
+    probes: int = 100
+    offline: tuple[str, ...] = ()  # passed on to the offline half
+
+    def server(self, store: str) -> ServerProcess:
+        """A server of the base on a store of this run; not started."""
+        base = [] if self.base is None else [str(self.base)]
+        arguments = [
+            *base,
+            "--store",
+            str(self.work / store),
+            "--device",
+            self.device,
+            "--log-level",
+            "warning",
+        ]
+        return ServerProcess(arguments, self.work / f"{store}.log")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 when everything was measured, whatever the bars say, 1 when it could not be."""
+    given = _parser().parse_args(arguments)
+    parts = tuple(given.only.split(",")) if given.only else PARTS
+    if unknown := set(parts) - set(PARTS):
+        print(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    progress = Console(stderr=True)
+    rows: list[Figure] = []
+    begin = time.monotonic()
+    failure = None
+    with tempfile.TemporaryDirectory(prefix="peqa-bench-", dir=given.work) as folder:
+        try:
+            asyncio.run(_collect(_options(given, parts, Path(folder)), progress, rows))
+        except (LoadTestError, httpx.HTTPError) as error:
+            failure = f"{type(error).__name__}: {error}"
+        finally:  # what was measured is kept, also after Ctrl-C
+            print_figures(rows, console)
+            if given.out is not None:
+                write_figures(given.out, rows)
+    written = f", written to {given.out}" if given.out else ""
+    print(f"{len(rows)} rows in {time.monotonic() - begin:.0f} s{written}")
+    if failure is not None:
+        print(f"not measured to the end: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
+
+
+async def _collect(options: Options, progress: Console, rows: list[Figure]) -> None:
+    """Measure into `rows`, and say on stderr what is being measured."""
+    begin = time.monotonic()
+    with progress.status("…") if progress.is_terminal else contextlib.nullcontext() as status:
+        async for name, found in measure(options):
+            rows += found
+            line = f"{time.monotonic() - begin:5.0f} s  {name}"
+            if status is not None:
+                status.update(line)
+            else:
+                progress.print(line, highlight=False)
+
+
+async def measure(options: Options) -> AsyncIterator[tuple[str, list[Figure]]]:
+    """Name of what comes next, with the rows of what is done."""
+    offline = OfflineBench(options.base, options.device, options.work, list(options.offline))
+    if "offline" in options.parts:
+        yield "the engine offline", []
+        yield "the engine offline: done", offline.figures(*OFFLINE_PARTS)
+    yield "scale sets", []
+    files = offline.scale_sets(options.tasks)
+    tasks = [f"task-{i}" for i in range(options.tasks)]
+    if set(ON_ONE_SERVER) & set(options.parts):
+        yield "a server starts", []
+        with options.server("store") as server:
+            session = await open_session(server, options.prompt_tokens, options.output_tokens)
+            await session.put_tasks(tasks, files)
+            for part in ON_ONE_SERVER:
+                if part in options.parts:
+                    yield part, []
+                    yield f"{part}: done", await _on_one_server(part, options, session, tasks, files, offline)
+            await session.close()
+    if "sigterm" in options.parts:
+        yield "sigterm", []
+        yield "sigterm: done", await shutdown(lambda: options.server("store"), options.prompt_tokens)
+    if "many-tasks" in options.parts:
+        yield f"{options.many_tasks} tasks", []
+        found = await many_tasks(
+            options.server,
+            files,
+            options.many_tasks,
+            options.probes,
+            options.prompt_tokens,
+            options.output_tokens,
+        )
+        yield "many tasks: done", found
+
+
+async def _on_one_server(
+    part: str, options: Options, session: Session, tasks: list[str], files: list[Path], offline: OfflineBench
+) -> list[Figure]:
+    if part == "throughput":
+        return await throughput(session, tasks, offline, options.rounds, options.requests_per_stream)
+    if part == "updates":
+        return await updates(session, tasks[:4], files, options.updates)
+    if part == "disconnects":
+        return await disconnects(session, tasks, options.disconnects)
+    assert part == "endurance", part
+    return await endurance(session, tasks[:4], files, options.minutes)
+
+
+def _options(given: argparse.Namespace, parts: tuple[str, ...], work: Path) -> Options:
+    offline = [
+        "--prompt-tokens",
+        given.prompt_tokens,
+        "--output-tokens",
+        given.output_tokens,
+        "--tasks",
+        given.tasks,
+    ]
+    offline += ["--seconds", given.seconds, "--batches", given.batches]
+    return Options(
+        given.base,
+        work,
+        parts,
+        given.device,
+        prompt_tokens=given.prompt_tokens,
+        output_tokens=given.output_tokens,
+        tasks=given.tasks,
+        rounds=given.rounds,
+        updates=given.updates,
+        disconnects=given.disconnects,
+        minutes=given.minutes,
+        many_tasks=given.many_tasks,
+        probes=given.probes,
+        offline=tuple(map(str, offline)),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m peqa_loadtest.bench",
+        description="Measure the engine offline and served, with bars.",
+        epilog="example: python -m peqa_loadtest.bench --only throughput,updates --out rows.json",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "base", type=Path, nargs="?", help="a base folder; none: the demo's, under $PEQA_HOME"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as one JSON array")
+    parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="where temporary files go; 10 000 tasks take 4 GB"
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="of mixed load with updates")
+    for name, count, what in (
+        ("prompt-tokens", 128, "tokens of a prompt"),
+        ("output-tokens", 64, "tokens of an answer"),
+        ("tasks", 16, "tasks of the mix"),
+        ("rounds", 2, "offline and served throughput, in turn"),
+        ("updates", 1000, "updates under load"),
+        ("disconnects", 500, "clients that hang up"),
+        ("many-tasks", 10_000, "registered tasks"),
+        ("probes", 100, "first tokens of cold tasks"),
+        ("batches", 200, "random mixed batches, offline"),
+        ("seconds", 20, "of each offline comparison"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=count, help=what)
+    return parser

@@ -1,0 +1,89 @@
+"""Mixed load with updates for many minutes: memory stays flat, and no handle is left open."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.session import Session, failures
+from peqa_loadtest.client import Answer
+from peqa_loadtest.swap import prepare_swap
+
+STREAMS = 8
+UPDATE_EVERY = 1.0
+SAMPLE_EVERY = 2.0
+WARM_UP = 0.3  # of the time: allocators, caches and the prefix index fill up
+MOST_GROWTH = 1.0  # MB/min
+
+
+class Sample(NamedTuple):
+    """What the server held at one moment."""
+
+    minute: float
+    megabytes: float
+    handles: int
+
+
+async def endurance(session: Session, tasks: list[str], files: list[Path], minutes: float) -> list[Figure]:
+    """Load for `minutes`; the growth of memory is the slope of a line through the samples after the warm-up."""
+    pool = session.prompts(STREAMS)
+    check = await prepare_swap(session.client, tasks[0], files[:2], pool, session.output_tokens)
+    stop = asyncio.Event()
+    await session.load(tasks, STREAMS, 2 * STREAMS)
+    samples: list[Sample] = []
+    begin = time.monotonic()
+    changes = asyncio.create_task(check.keep_swapping(session.client, UPDATE_EVERY, stop))
+    watch = asyncio.create_task(_watch(session, samples, begin, stop))
+    answers: list[Answer] = []
+    try:
+        while time.monotonic() < begin + 60 * minutes:
+            answers += await session.load(tasks, STREAMS, 2 * STREAMS, {tasks[0]: pool})
+    finally:
+        stop.set()
+        await asyncio.gather(changes, watch)
+    steady = [sample for sample in samples if sample.minute >= WARM_UP * minutes]
+    half = len(steady) // 2
+    early, late = (median(s.handles for s in part) for part in (steady[:half], steady[half:]))
+    report = check.report([answer for answer in answers if answer.task == check.task])
+    growth = slope([(s.minute, s.megabytes) for s in steady])
+    facts = {
+        "minutes": minutes,
+        "requests": len(answers),
+        "uploads": report.uploads,
+        "memory_mb": steady[-1].megabytes,
+        "samples": len(steady),
+    }
+    return [
+        figure("served/endurance/memory-growth", growth, "MB/min", "<=", MOST_GROWTH, **facts),
+        figure("served/endurance/more-file-handles", late - early, "handles", "<=", 0, handles=late, **facts),
+        figure(
+            "served/endurance/failed",
+            failures(answers) + len(report.violations),
+            "requests",
+            "<=",
+            0,
+            **facts,
+        ),
+    ]
+
+
+async def _watch(session: Session, samples: list[Sample], begin: float, stop: asyncio.Event) -> None:
+    server = session.server
+    while not stop.is_set():
+        minute = (time.monotonic() - begin) / 60
+        samples.append(Sample(minute, server.memory_mb(), server.open_files()))
+        await asyncio.sleep(SAMPLE_EVERY)
+
+
+def slope(samples: list[tuple[float, float]]) -> float:
+    """Least-squares slope of y over x; 0 for fewer than two samples."""
+    if len(samples) < 2:
+        return 0.0
+    middle = sum(x for x, _ in samples) / len(samples)
+    height = sum(y for _, y in samples) / len(samples)
+    spread = sum((x - middle) ** 2 for x, _ in samples)
+    return sum((x - middle) * (y - height) for x, y in samples) / spread

@@ -1,0 +1,134 @@
+"""Thousands of tasks registered: their memory, resident traffic beside them, and the first token of a cold one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.process import ServerProcess
+from peqa_loadtest.bench.session import Session, failures, open_session, rate
+from peqa_loadtest.client import LoadTestError
+from peqa_loadtest.report import percentile
+from peqa_loadtest.swap import put_set
+
+RESIDENT = 8  # tasks of the traffic that goes on; as many streams
+UPLOADS_AT_ONCE = 4
+ROUNDS = 3
+RESIDENT_SHARE = 0.97  # "no slowdown", within what two halves of one run differ by
+COLD_EXTRA_MS = 100.0
+PROBE_TOKENS = 4
+HALF_ONE = 0x3C00  # fp16 1.0; the next 1023 patterns lie between 1 and 2
+
+
+def variant(data: bytes, number: int) -> bytes:
+    """A set file that differs from `data` in its last two fp16 scales, for each `number` < 2**16 another."""
+    high, low = divmod(number, 256)
+    return data[:-4] + struct.pack("<HH", HALF_ONE + high, HALF_ONE + low)
+
+
+async def many_tasks(
+    start: Callable[[str], ServerProcess],
+    files: list[Path],
+    count: int,
+    probes: int,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> list[Figure]:
+    """`start(store)` gives a server on one of two stores: one gets `count` tasks, the other those with traffic."""
+    names = [f"resident-{i}" for i in range(RESIDENT)]
+    data = files[0].read_bytes()
+    with start("many") as server:
+        session = await open_session(server, prompt_tokens, output_tokens)
+        await session.put_tasks(names, files)
+        empty = server.memory_mb()
+        begin = time.monotonic()
+        await _register(session, data, count - RESIDENT)
+        upload_ms = (time.monotonic() - begin) / max(1, count - RESIDENT) * 1e3
+        after_upload = server.memory_mb()
+        await session.close()
+    # Started anew: every set but those asked for since lies on the disk only.
+    with start("many") as server, start("few") as other:
+        session = await open_session(server, prompt_tokens, output_tokens)
+        small = await open_session(other, prompt_tokens, output_tokens)
+        await small.put_tasks(names, files)
+        registered = server.memory_mb()
+        many: list[float] = []
+        few: list[float] = []
+        for _ in range(ROUNDS):
+            for one, rates in ((session, many), (small, few)):
+                await one.load(names, RESIDENT, RESIDENT)
+                answers = await one.load(names, RESIDENT, 2 * RESIDENT)
+                if failures(answers):
+                    raise LoadTestError("requests of the resident traffic failed")
+                rates.append(rate(answers))
+        cold, warm = await _first_tokens(session, names, count, probes)
+        for one in (session, small):
+            await one.close()
+        start_seconds = server.start_seconds
+    extra = (percentile(cold, 99) - percentile(warm, 99)) * 1e3
+    facts = {"tasks": count, "probes": probes}
+    return [
+        figure("served/many-tasks/memory", registered, "MB", "<=", None, without_tasks_mb=empty, **facts),
+        figure("served/many-tasks/memory-after-uploads", after_upload, "MB", "<=", None, **facts),
+        figure("served/many-tasks/upload", upload_ms, "ms", "<=", None, at_once=UPLOADS_AT_ONCE, **facts),
+        figure("served/many-tasks/start", start_seconds, "s", "<=", None, **facts),
+        figure(
+            "served/many-tasks/resident-traffic", mean(many) / mean(few), "x", ">=", RESIDENT_SHARE, **facts
+        ),
+        figure(
+            "served/many-tasks/cold-first-token-p99-extra",
+            extra,
+            "ms",
+            "<=",
+            COLD_EXTRA_MS,
+            cold_p50_ms=percentile(cold, 50) * 1e3,
+            cold_p99_ms=percentile(cold, 99) * 1e3,
+            warm_p50_ms=percentile(warm, 50) * 1e3,
+            warm_p99_ms=percentile(warm, 99) * 1e3,
+            **facts,
+        ),
+    ]
+
+
+async def _register(session: Session, data: bytes, count: int) -> None:
+    numbers = iter(range(count))
+
+    async def work() -> None:
+        for number in numbers:
+            await put_set(session.client, f"many-{number}", f"variant {number}", variant(data, number))
+
+    await asyncio.gather(*(work() for _ in range(UPLOADS_AT_ONCE)))
+
+
+async def _first_tokens(
+    session: Session, resident: list[str], count: int, probes: int
+) -> tuple[list[float], list[float]]:
+    """Seconds to the first token of tasks never asked for and of resident ones, in turn, beside resident traffic."""
+    cold: list[float] = []
+    warm: list[float] = []
+    done = asyncio.Event()
+
+    async def traffic() -> None:
+        while not done.is_set():
+            await session.load(resident, 2, 4)
+
+    beside = asyncio.create_task(traffic())
+    numbers = random.Random("cold").sample(range(count - RESIDENT), min(probes, count - RESIDENT))
+    try:
+        for i, number in enumerate(numbers):
+            for task, times in ((f"many-{number}", cold), (resident[i % RESIDENT], warm)):
+                (prompt,) = session.prompts(1)
+                answer = await session.client.complete(task, prompt, PROBE_TOKENS)
+                if answer.failure is not None or not answer.text_times:
+                    raise LoadTestError(f"no first token of task {task}: {answer.failure}")
+                times.append(answer.text_times[0] - answer.started)
+    finally:
+        done.set()
+        await beside
+    return cold, warm

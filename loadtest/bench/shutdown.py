@@ -1,0 +1,77 @@
+"""SIGTERM: new requests are told when to come back, running ones end, the status is 0; a second ends it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+
+from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.process import ServerProcess
+from peqa_loadtest.bench.session import Session, open_session
+from peqa_loadtest.client import Answer
+
+STREAMS = 4
+ANSWER_TOKENS = 256  # long enough to be still running when the signals come
+AT_ONCE_SECONDS = 2.0
+DRAIN_SECONDS = 60.0
+
+
+async def shutdown(start: Callable[[], ServerProcess], prompt_tokens: int) -> list[Figure]:
+    """Two servers of their own: one gets one signal, the other two."""
+    with start() as server:
+        session = await open_session(server, prompt_tokens, ANSWER_TOKENS)
+        running = await _begin_streams(session)
+        server.signal(signal.SIGTERM)
+        refused = await _refusal(server.url)
+        answers = await asyncio.gather(*running)
+        await session.close()
+        status = await asyncio.to_thread(server.exit_status, DRAIN_SECONDS)
+        finished = sum(answer.failure is None for answer in answers) / STREAMS
+    with start() as server:
+        session = await open_session(server, prompt_tokens, ANSWER_TOKENS)
+        running = await _begin_streams(session)
+        server.signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        server.signal(signal.SIGTERM)
+        begin = time.monotonic()
+        await asyncio.to_thread(server.exit_status, DRAIN_SECONDS)
+        seconds = time.monotonic() - begin
+        await asyncio.gather(*running)
+        await session.close()
+    return [
+        figure("served/sigterm/new-request-refused", float(refused), "yes", ">=", 1),
+        figure("served/sigterm/running-finished", finished, "share", ">=", 1.0, streams=STREAMS),
+        figure("served/sigterm/exit-status", -1 if status is None else status, "status", "<=", 0),
+        figure("served/sigterm/second-signal", seconds, "s", "<=", AT_ONCE_SECONDS),
+    ]
+
+
+async def _begin_streams(session: Session) -> list[asyncio.Task[Answer]]:
+    """Streams that have begun: the server has told of tokens."""
+    before = session.server.metric("peqa_engine_generation_tokens_total")
+    running = [
+        asyncio.create_task(session.client.complete("base", prompt, ANSWER_TOKENS))
+        for prompt in session.prompts(STREAMS)
+    ]
+    while (
+        await asyncio.to_thread(session.server.metric, "peqa_engine_generation_tokens_total")
+        < before + STREAMS
+    ):
+        await asyncio.sleep(0.02)
+    return running
+
+
+async def _refusal(url: str) -> bool:
+    """Whether the first request that is not served any more gets 503 with Retry-After."""
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        while True:  # the signal is handled between two events of the server's loop
+            try:
+                answer = await client.post("/v1/completions", json={"prompt": "one", "max_tokens": 1})
+            except httpx.TransportError:
+                return False
+            if answer.status_code != 200:
+                return answer.status_code == 503 and "retry-after" in answer.headers

@@ -1,0 +1,78 @@
+"""A task that changes several times a second while streams run: nothing failed, mixed or stale, and no stall."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.session import Session, failures, gaps
+from peqa_loadtest.client import Answer
+from peqa_loadtest.report import percentile
+from peqa_loadtest.swap import SwapCheck, prepare_swap
+
+PER_SECOND = 5.0
+STREAMS = 16
+POOL = 8  # prompts of the changing task, whose answers are known
+QUIET_SHARE = 0.3  # of the time with updates: as long the same load runs without, in as many pieces
+SEGMENTS = 4
+P99_RATIO = 1.10
+SMALLEST_PIECE = 2 * STREAMS  # requests
+
+
+async def updates(session: Session, tasks: list[str], files: list[Path], count: int) -> list[Figure]:
+    """`count` updates of the first task under STREAMS streams, between pieces of the same load without updates."""
+    changing = tasks[0]
+    pool = session.prompts(POOL)
+    check = await prepare_swap(session.client, changing, files[:2], pool, session.output_tokens)
+    seconds = count / PER_SECOND / SEGMENTS
+    quiet: list[Answer] = []
+    loud: list[Answer] = []
+    for _ in range(SEGMENTS):
+        quiet += await _load_for(session, tasks, {changing: pool}, seconds * QUIET_SHARE)
+        stop = asyncio.Event()
+        changes = asyncio.create_task(check.keep_swapping(session.client, 1 / PER_SECOND, stop))
+        try:
+            loud += await _load_for(session, tasks, {changing: pool}, seconds)
+        finally:
+            stop.set()
+            await changes
+    return _judge(check, quiet, loud)
+
+
+async def _load_for(
+    session: Session, tasks: list[str], prompts_of: dict[str, list[str]], seconds: float
+) -> list[Answer]:
+    """The load for about `seconds`: pieces of it until the time is over."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    answers: list[Answer] = []
+    while not answers or loop.time() < end:
+        answers += await session.load(tasks, STREAMS, SMALLEST_PIECE, prompts_of)
+    return answers
+
+
+def _judge(check: SwapCheck, quiet: list[Answer], loud: list[Answer]) -> list[Figure]:
+    """Failed: without an answer. Stale: of a revision that was replaced before. Mixed: any other wrong answer."""
+    mine = [a for a in quiet + loud if a.task == check.task and a.failure is None]
+    wrong = [a for a in mine if check.violation(a) is not None]
+    stale = sum(len(a.revisions) == 1 and not a.revisions <= check.allowed(a) for a in wrong)
+    report = check.report(mine)
+    refused = len(report.violations) - len(wrong)  # uploads that failed or came back as another revision
+    before, during = percentile(gaps(quiet), 99), percentile(gaps(loud), 99)
+    facts = {"updates": report.uploads, "answers_of_the_task": len(mine), "streams": STREAMS}
+    return [
+        figure("served/updates/failed", failures(quiet + loud) + refused, "requests", "<=", 0, **facts),
+        figure("served/updates/mixed", len(wrong) - stale, "answers", "<=", 0, **facts),
+        figure("served/updates/stale", stale, "answers", "<=", 0, **facts),
+        figure(
+            "served/updates/inter-token-p99-ratio",
+            during / before,
+            "x",
+            "<=",
+            P99_RATIO,
+            without_ms=before * 1e3,
+            with_ms=during * 1e3,
+            **facts,
+        ),
+    ]

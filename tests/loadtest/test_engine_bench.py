@@ -1,0 +1,198 @@
+"""The served half of the engine's bench: figures and judgements alone, and all of it against a tiny real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peqa_loadtest.bench import cli, updates
+from peqa_loadtest.bench.endurance import slope
+from peqa_loadtest.bench.figure import figure, write_figures
+from peqa_loadtest.bench.many_tasks import variant
+from peqa_loadtest.bench.offline import OfflineBench, value_of
+from peqa_loadtest.bench.process import ServerProcess
+from peqa_loadtest.bench.session import failures, gaps, rate
+from peqa_loadtest.client import Answer, Failure, LoadTestError
+from peqa_loadtest.swap import Revision, SwapCheck, Upload
+
+
+def answer(times: list[float], *, text: str = "x", revision: str = "r1", failed: bool = False) -> Answer:
+    """An answer that started at 0 and got a token at each of `times`."""
+    failure = Failure(500, "no") if failed else None
+    return Answer(
+        "task",
+        "prompt",
+        0.0,
+        finished=times[-1],
+        text_times=times,
+        text=text,
+        output_tokens=len(times),
+        finish_reason="length",
+        revisions={revision},
+        failure=failure,
+    )
+
+
+def test_a_figure_is_judged_by_its_bar() -> None:
+    assert figure("a", 2.0, "x", ">=", 2.0)["ok"] is True
+    assert figure("a", 3, "x", "<=", 2.0, streams=4) == {
+        "name": "a",
+        "value": 3,
+        "unit": "x",
+        "op": "<=",
+        "bar": 2.0,
+        "ok": False,
+        "streams": 4,
+    }
+    assert figure("a", 3, "x", "<=")["ok"] is None
+
+
+def test_rows_are_written_whole(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "rows.json"
+    write_figures(file, [figure("a", 1.0, "x", ">=", 1.0)])
+    assert value_of(json.loads(file.read_text()), "a") == 1.0
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_rates_gaps_and_failures() -> None:
+    answers = [answer([1.0, 2.0]), answer([1.0, 1.5, 4.0]), answer([3.0], failed=True)]
+    assert rate(answers) == pytest.approx(5 / 4)
+    assert sorted(gaps(answers)) == [0.5, 1.0, 2.5]
+    assert failures(answers) == 1
+
+
+def test_slope_is_that_of_the_line() -> None:
+    assert slope([(0.0, 5.0), (1.0, 7.0), (2.0, 9.0)]) == pytest.approx(2.0)
+    assert slope([(0.0, 5.0)]) == 0.0
+
+
+def test_variants_of_a_set_differ_in_their_last_scales() -> None:
+    data = b"header" + struct.pack("<4e", 1.0, 1.0, 1.0, 1.0)
+    made = {variant(data, number) for number in range(1000)}
+    assert len(made) == 1000
+    assert all(one[:-4] == data[:-4] for one in made)
+    assert all(1.0 <= scale < 2.0 for scale in struct.unpack("<2e", variant(data, 999)[-4:]))
+
+
+def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
+    revisions = [
+        Revision("a", "r1", b"", {"prompt": "one"}),
+        Revision("b", "r2", b"", {"prompt": "two"}),
+    ]
+    check = SwapCheck("task", revisions, Upload("r2", -2.0, -1.0))
+    good = answer([1.0, 2.0], text="two", revision="r2")
+    stale = answer([1.0, 2.0], text="one", revision="r1")
+    mixed = answer([1.0, 2.0], text="on|wo", revision="r2")
+    failed = answer([1.0, 2.0], failed=True)
+    rows = {
+        row["name"].rpartition("/")[2]: row for row in updates._judge(check, [good], [stale, mixed, good])
+    }
+    assert (rows["mixed"]["value"], rows["stale"]["value"]) == (1, 1)
+    assert not rows["mixed"]["ok"]
+    assert not rows["stale"]["ok"]
+    assert rows["failed"]["value"] == 1, "no update fell into the run: that is a failure too"
+    rows = {row["name"].rpartition("/")[2]: row for row in updates._judge(check, [good], [failed, good])}
+    assert rows["failed"]["value"] == 2
+    assert rows["inter-token-p99-ratio"]["value"] == pytest.approx(1.0)
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(LoadTestError, match="no-such-base"),
+        ServerProcess([str(tmp_path / "no-such-base")], tmp_path / "log"),
+    ):
+        pass
+
+
+def test_an_offline_half_that_fails_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoadTestError, match="failed"):
+        OfflineBench(tmp_path / "no-such-base", "cpu", tmp_path, []).figures("streams")
+
+
+def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--only", "everything"]) == 2
+    assert "not everything" in capsys.readouterr().err
+
+
+NAMES = [
+    *(
+        f"engine/{row}"
+        for row in (
+            "mixed-tasks/1-sequences/vs-base",
+            "mixed-tasks/8-sequences/vs-base",
+            "mixed-tasks/32-sequences/vs-base",
+            "step-profile/matmul",
+            "step-profile/attention",
+            "step-profile/rest-of-model",
+            "step-profile/bookkeeping",
+            "random-batches/equal-to-alone",
+            "random-batches/preemptions",
+            "random-batches/prefix-hit-tokens",
+            "little-kv-memory/equal-to-ample",
+            "little-kv-memory/errors",
+            "little-kv-memory/preemptions",
+            "machine/linear-bf16-4096x4096-8-rows",
+        )
+    ),
+    *(f"served/throughput/{n}-streams/vs-{who}" for n in (1, 8, 32) for who in ("vllm-cpu", "llama-cpp")),
+    *(
+        f"served/{row}"
+        for row in (
+            "throughput/64-streams/vs-offline",
+            "throughput/failed",
+            "updates/failed",
+            "updates/mixed",
+            "updates/stale",
+            "updates/inter-token-p99-ratio",
+            "disconnects/leaked-blocks",
+            "disconnects/leaked-rows",
+            "endurance/memory-growth",
+            "endurance/more-file-handles",
+            "endurance/failed",
+            "sigterm/new-request-refused",
+            "sigterm/running-finished",
+            "sigterm/exit-status",
+            "sigterm/second-signal",
+            "many-tasks/memory",
+            "many-tasks/memory-after-uploads",
+            "many-tasks/upload",
+            "many-tasks/start",
+            "many-tasks/resident-traffic",
+            "many-tasks/cold-first-token-p99-extra",
+        )
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
+    counts = {
+        **{"prompt-tokens": 40, "output-tokens": 24, "rounds": 1, "updates": 20, "disconnects": 20},
+        **{"minutes": 0.2, "many-tasks": 30, "probes": 5, "batches": 5, "seconds": 0},
+    }
+    options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
+    out = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "peqa_loadtest.bench", str(tiny_base), "--out", str(out), *options],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == NAMES
+    assert all(name in done.stdout for name in NAMES)
+    for name in NAMES:  # what must hold at any speed
+        if name.rpartition("/")[2] in ("failed", "mixed", "stale", "errors", "leaked-blocks", "leaked-rows"):
+            assert rows[name]["ok"], rows[name]
+    assert rows["engine/random-batches/equal-to-alone"]["ok"]
+    assert rows["served/sigterm/exit-status"]["ok"]
+    assert not list(tmp_path.glob("peqa-bench-*")), "its files are gone"

@@ -1,0 +1,137 @@
+"""The offline half of the engine's bench, on a tiny base: names, bars, and that a wrong answer shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peqa_kernels.bench.timing import Timing, Way
+from peqa_runtime.bench import cli
+from peqa_runtime.bench.equality import (
+    answers_alone,
+    little_memory,
+    load_cases,
+    random_batches,
+    random_cases,
+    run_together,
+)
+from peqa_runtime.bench.profile import step_profile
+from peqa_runtime.bench.throughput import mixed_against_base
+from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed, random_set
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.model.base_checkpoint import read_manifest
+from peqa_runtime.scales.scale_set import ScaleSet
+
+LOAD = Load(prompt_tokens=20, output_tokens=6, tasks=3)
+
+
+class FakeTimer:
+    """Makes every call once; each way takes what it was told."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
+        for way in ways:
+            for call in way.calls:
+                call()
+        return {way.name: Timing(self.seconds[way.name], self.seconds[way.name], 5) for way in ways}
+
+
+def test_no_two_prompts_begin_alike() -> None:
+    prompts = Prompts(vocab_size=40, seed=1)
+    written = [prompts.write(8) for _ in range(100)]
+    assert len({prompt[:2] for prompt in written}) == 100
+    assert all(len(prompt) == 8 and min(prompt) >= 16 and max(prompt) < 40 for prompt in written)
+
+
+def test_sets_differ_and_fit(tiny_base: Path) -> None:
+    manifest = read_manifest(tiny_base)
+    sets = [ScaleSet.parse(random_set(manifest, seed), manifest) for seed in (0, 1)]
+    assert sets[0].revision != sets[1].revision
+    assert {one.kind for one in sets} == {"channel"}
+
+
+def test_tasks_take_turns() -> None:
+    assert mixed(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+    assert mixed([], 2) == ["base", "base"]
+
+
+def test_mixed_tasks_are_held_against_the_base(tiny_base: Path) -> None:
+    with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(num_blocks=64), "cpu") as engine:
+        prompts = Prompts(engine.model.vocab_size, 0)
+        rows = mixed_against_base(engine, LOAD, prompts, FakeTimer(base=0.96, mixed=1.0))
+    assert [row.name for row in rows] == [f"engine/mixed-tasks/{n}-sequences/vs-base" for n in (1, 8, 32)]
+    assert [(row.value, row.bar, row.ok) for row in rows] == [(0.96, 0.97, False)] * 3
+    assert rows[1].facts["tokens_per_s"] == pytest.approx(8 * 6)
+
+
+def test_the_profile_adds_up(tiny_base: Path) -> None:
+    config = EngineConfig(num_blocks=64, task_rows=20)
+    load = Load(prompt_tokens=20, output_tokens=8, tasks=16)
+    with engine_with_tasks(tiny_base, load.task_names, config, "cpu") as engine:
+        rows = step_profile(
+            engine, load, Prompts(engine.model.vocab_size, 0), FakeTimer(matmul=1e-9, attention=2e-9)
+        )
+        assert not vars(engine.scheduler).get("schedule"), "the timing is taken off again"
+    shares = {row.name.removeprefix("engine/step-profile/"): row for row in rows}
+    assert list(shares) == ["matmul", "attention", "rest-of-model", "bookkeeping"]
+    assert sum(row.value for row in rows) == pytest.approx(1.0, abs=1e-3)
+    assert shares["bookkeeping"].bar == 0.15
+    assert shares["bookkeeping"].facts["samples"] >= 3
+
+
+def test_batches_equal_each_request_alone_and_a_difference_shows(tiny_base: Path) -> None:
+    def shown(_: str) -> None: ...
+
+    with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(prefix_cache=False), "cpu") as engine:
+        cases = random_cases(LOAD, engine.model.vocab_size, seed=3, count=10)
+        alone = answers_alone(engine, cases)
+        assert len({case.task for case in cases}) > 1
+        assert len(set(alone)) > 5
+    with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(num_blocks=16), "cpu") as engine:
+        rows = random_batches(engine, cases, alone, batches=12, seed=0, show=shown)
+        wrong = [alone[1], alone[0], *alone[2:]]
+        broken = random_batches(engine, cases, wrong, batches=12, seed=0, show=shown)
+    assert [row.name for row in rows] == [
+        "engine/random-batches/equal-to-alone",
+        "engine/random-batches/preemptions",
+        "engine/random-batches/prefix-hit-tokens",
+    ]
+    assert all(row.ok for row in rows), [(row.name, row.value) for row in rows]
+    assert broken[0].value < 1
+    assert not broken[0].ok
+
+
+def test_little_memory_gives_the_same_answers(tiny_base: Path) -> None:
+    load = Load(prompt_tokens=40, output_tokens=40, tasks=3)
+    with engine_with_tasks(tiny_base, load.task_names, EngineConfig(), "cpu") as engine:
+        cases = load_cases(load, engine.model.vocab_size, 0, 8)
+        want = run_together(engine, [(case, 0) for case in cases])
+    with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=11), "cpu") as engine:
+        rows = little_memory(engine, want, cases)
+    assert [row.name.rpartition("/")[2] for row in rows] == ["equal-to-ample", "errors", "preemptions"]
+    assert all(row.ok for row in rows), [(row.name, row.value) for row in rows]
+
+
+def test_the_command_writes_rows_and_sets(tiny_base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    sizes = ["--prompt-tokens", "20", "--output-tokens", "4", "--seconds", "0", "--device", "cpu", "--quiet"]
+    assert cli.main([str(tiny_base), "--only", "streams", "--out", str(out), *sizes]) == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["name"], row["unit"], row["bar"]) == ("engine/offline/64-streams", "tokens/s", None)
+    assert row["value"] > 0
+    assert cli.main([str(tiny_base), "--sets", str(tmp_path / "sets"), "--count", "2"]) == 0
+    assert [file.name for file in sorted((tmp_path / "sets").iterdir())] == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
+
+
+def test_the_command_refuses_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(tmp_path), "--only", "nothing"]) == 2
+    assert "not nothing" in capsys.readouterr().err
+    assert cli.main([str(tmp_path), "--only", "streams"]) == 1
+    assert "error: " in capsys.readouterr().err
