@@ -18,7 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = ("pack_rows.c", "quant_matmul.c", "paged_attention.c", "decoder.c")
+SOURCES = (
+    "pack_rows.c",
+    "quant_matmul.c",
+    "paged_attention.c",
+    "block_tables.c",
+    "decoder.c",
+    "dequantize.c",
+)
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
 # -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
 FLAGS = (

@@ -86,6 +86,16 @@ class NativeOps:
             *(c_float, c_int64, c_float, c_void_p),
         )
         self._attention.restype = None
+        self._attention_misfit = _symbol(self._library, path, "peqa_attention_misfit")
+        self._attention_misfit.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 6)
+        self._attention_misfit.restype = c_int64
+        self._dequantize = _symbol(self._library, path, "peqa_dequantize")
+        self._dequantize.argtypes = (
+            *(c_void_p, c_int64, c_void_p, c_int64),
+            *(c_void_p,) * 6,
+            *(c_int64,) * 9,
+        )
+        self._dequantize.restype = None
 
     def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
         """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
@@ -164,7 +174,8 @@ class NativeOps:
     ) -> Tensor:
         """Attend from packed queries to each sequence's own blocks: float32 [tokens, heads, d_v].
 
-        A token's bits depend on its position, its sequence's keys and values and this build only.
+        A token's bits depend on its position, its sequence's keys and values and this build only. Raises
+        AttentionInputError for block tables, lengths or query starts that point outside of the tensors.
         """
         tokens, heads, d = q.shape
         _, block_size, kv_heads, d_v = value_cache.shape
@@ -177,6 +188,27 @@ class NativeOps:
         assert key_cache.is_contiguous()
         assert value_cache.is_contiguous()
         assert block_tables.stride(1) == 1, block_tables.stride()
+        misfit = self._attention_misfit(
+            block_tables.data_ptr(),
+            block_tables.stride(0),
+            query_starts.data_ptr(),
+            seq_lens.data_ptr(),
+            seq_lens.shape[0],
+            block_tables.shape[1],
+            block_size,
+            key_cache.shape[0],
+            tokens,
+            sliding_window or 0,
+        )
+        if misfit >= 0:
+            # Imported here, since that package imports this one.
+            from peqa_kernels.paged_attention.checks import AttentionInputError
+
+            raise AttentionInputError(
+                f"sequence {misfit} does not fit: query starts must rise to the {tokens} tokens, a sequence has at "
+                f"least as many keys as new tokens, and each block of its keys must be one of the {key_cache.shape[0]} "
+                f"in the cache and stand in its table of {block_tables.shape[1]}"
+            )
         threads = torch.get_num_threads()
         self._attention(
             self._pool.at_least(threads),
@@ -204,3 +236,46 @@ class NativeOps:
             None if sinks is None else sinks.data_ptr(),
         )
         return out
+
+    def dequantize(
+        self,
+        weight: QuantizedWeight,
+        panel: Tensor,  # float32 or bfloat16 [rows, columns], contiguous
+        row: int,
+        column: int,  # a multiple of 8
+        out_scale: Tensor | None = None,  # float32 [N]
+        in_scale: Tensor | None = None,  # float32 [K]
+        group_scale: Tensor | None = None,  # float32 [G, N]
+    ) -> None:
+        """Fill `panel`, whose first element is weight element [row, column], with s0 * (q - z) under the scales."""
+        tensors = (weight.qweight, weight.scales, weight.zeros, out_scale, in_scale, group_scale)
+        held = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+        assert all(tensor is None or tensor.dtype == torch.float32 for tensor in held[1:]), held
+        assert panel.is_contiguous()
+        assert panel.dtype in (torch.float32, torch.bfloat16), panel.dtype
+        assert column % 8 == 0, column
+        threads = torch.get_num_threads()
+        self._dequantize(
+            self._pool.at_least(threads),
+            threads,
+            panel.data_ptr(),
+            panel.dtype == torch.bfloat16,
+            *(None if tensor is None else tensor.data_ptr() for tensor in held),
+            weight.bits,
+            weight.qweight.shape[1],
+            weight.out_features,
+            weight.groups,
+            weight.group_size,
+            row,
+            panel.shape[0],
+            column,
+            panel.shape[1],
+        )
+
+
+def _symbol(library: ctypes.CDLL, path: Path, name: str) -> Any:
+    """A function of the library; StaleLibrary where an older one lacks it."""
+    try:
+        return library[name]
+    except AttributeError:
+        raise StaleLibrary(f"{path.name} has no {name}, which these sources want") from None

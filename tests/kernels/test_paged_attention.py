@@ -271,3 +271,77 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(compiled(*case.args), step(*again.args))
     assert torch.equal(case.key_cache.nan_to_num(), again.key_cache.nan_to_num())
     assert torch.equal(case.key_cache[0, 3], key[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("q", lambda t: t[..., :32], "q must be"),
+        ("q", lambda t: t[:, :5], "multiple of the cache's 2 heads"),
+        ("q", lambda t: t.double(), "q must be float32"),
+        ("key_cache", lambda t: t.half(), "the caches must both be"),
+        ("key_cache", lambda t: t[..., :32].contiguous(), "q must be"),
+        ("key_cache", lambda t: t.transpose(1, 2), "equal first three sizes"),
+        ("value_cache", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "contiguous"),
+        ("block_tables", lambda t: t.long(), "block_tables must be int32"),
+        ("block_tables", lambda t: t[:-1], "6 sequences want 6 block tables"),
+        ("query_starts", lambda t: t[:-1], "7 query starts"),
+        ("seq_lens", lambda t: t.float(), "seq_lens must be int32"),
+        ("sinks", lambda t: torch.zeros(5), "one per query head"),
+        ("sliding_window", lambda t: 0, "sliding_window must be None or at least 1"),
+        ("softcap", lambda t: -1.0, "softcap must be None or above 0"),
+        ("plan", lambda t: op.AttentionPlan(5, 3), "max_new <= max_len"),
+        ("plan", lambda t: op.AttentionPlan(0, 3), "max_new <= max_len"),
+    ],
+)
+def test_what_does_not_fit_is_named(name: str, change, sentence: str) -> None:
+    names = ("q", "key_cache", "value_cache", "block_tables", "query_starts", "seq_lens")
+    arguments = dict(zip(names, make_case(MIX).args, strict=True))
+    arguments[name] = change(arguments.get(name))
+    tensors = [arguments.pop(n) for n in names]
+    with pytest.raises(op.AttentionInputError, match=sentence):
+        op.paged_attention(*tensors, scaling=1.0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("index", "change"),
+    [
+        (3, lambda t: t[5, 2].fill_(10_000)),  # a block that the cache has not
+        (3, lambda t: t[1, 0].fill_(-1)),
+        (4, lambda t: t[6].fill_(99)),  # more queries than tokens
+        (4, lambda t: t[2].fill_(0)),  # starts that fall
+        (5, lambda t: t[2].fill_(3)),  # fewer keys than new tokens
+        (5, lambda t: t[0].fill_(4000)),  # more keys than the table has room for
+    ],
+)
+def test_tables_that_point_outside_are_named_on_the_cpu(index: int, change) -> None:
+    case = make_case(MIX)
+    op.paged_attention(*case.args, scaling=1.0)
+    change(case.args[index])
+    with pytest.raises(op.AttentionInputError, match=r"sequence \d does not fit"):
+        op.paged_attention(*case.args, scaling=1.0)
+
+
+def test_entries_that_are_not_read_may_hold_anything() -> None:
+    case = make_case([(1, 100), (3, 100), (0, 40)])
+    want = op.paged_attention(*case.args, scaling=0.125, sliding_window=20)
+    case.block_tables[:2, :4] = -7  # behind the window
+    case.block_tables[:2, 7:] = 10_000
+    case.block_tables[2] = -1  # a sequence without new tokens
+    assert torch.equal(op.paged_attention(*case.args, scaling=0.125, sliding_window=20), want)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "sentence"),
+    [
+        (0, lambda t: t[:, :1], "key must be"),
+        (1, lambda t: t[:3], "one slot for each"),
+        (4, lambda t: t.int(), "slot_mapping must be int64"),
+    ],
+)
+def test_writes_that_do_not_fit_are_named(index: int, change, sentence: str) -> None:
+    caches = torch.zeros(2, 3, BLOCK_SIZE, 2, 64)
+    arguments = [torch.zeros(4, 2, 64), torch.zeros(4, 2, 64), *caches, torch.arange(4)]
+    arguments[index] = change(arguments[index])
+    with pytest.raises(op.AttentionInputError, match=sentence):
+        op.write_kv(*arguments)
