@@ -25,6 +25,7 @@ SOURCES = (
     "block_tables.c",
     "decoder.c",
     "dequantize.c",
+    "sampling.c",
 )
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
 # -nostdlib: the only symbols left open are memcpy and memset, which the process already has.

@@ -249,6 +249,9 @@ static int64_t scratch_of_ops(const peqa_decoder *m, int64_t threads, int64_t to
     return head > most ? head : most;
 }
 
+/* The counter that a step's ticks are counted in. */
+EXPORT int64_t peqa_ticks(void) { return ticks(); }
+
 /* Floats of scratch that a step needs. */
 EXPORT int64_t peqa_decode_scratch(const peqa_decoder *m, int64_t threads, int64_t tokens, int64_t output_count)
 {

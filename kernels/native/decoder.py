@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from peqa_kernels.native.ops import NativeOps
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
-TICKS = ("matmul", "attention", "elementwise", "head")
-"""What `NativeDecoder.ticks` counts, in its order (TICKS_KINDS of decoder.h)."""
+KINDS = ("matmul", "attention", "elementwise", "head")
+"""What a step's time is spent on, in the order of decoder.h."""
+
+_CALIBRATION = 0.02  # seconds: the counter runs at a fixed rate, which nothing else tells
 
 
 class _Linear(ctypes.Structure):
@@ -153,8 +156,9 @@ class NativeDecoder:
         )
         self._address = ctypes.addressof(self._decoder)
         self._result_width = spec.head.packed.out_features if spec.head else len(spec.norm)
-        self.ticks = (c_int64 * len(TICKS))()
-        self._step = _Step(ticks=ctypes.addressof(self.ticks))
+        self._ticks = (c_int64 * len(KINDS))()
+        self._read_counter = ops.function("peqa_ticks", c_int64)
+        self._step = _Step(ticks=ctypes.addressof(self._ticks))
         self._step_address = ctypes.addressof(self._step)
 
     def bind_caches(self, layer: int, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -174,6 +178,17 @@ class NativeDecoder:
             scales = getattr(bank, name)
             assert scales is None or (scales.dtype == torch.float32 and scales.is_contiguous()), name
             setattr(struct, name, None if scales is None else scales.data_ptr())
+
+    def ticks(self) -> tuple[int, ...]:
+        """What all steps so far spent on each of KINDS, in ticks of the processor's counter."""
+        return tuple(self._ticks)
+
+    def seconds_per_tick(self) -> float:
+        """Measured for a moment; 0 where the processor has no counter to read."""
+        started, before = time.perf_counter(), self._read_counter()
+        time.sleep(_CALIBRATION)
+        ticks = self._read_counter() - before
+        return (time.perf_counter() - started) / ticks if ticks else 0.0
 
     def run(
         self,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peqa_runtime.core import Batch, Request, SamplingParams, ScheduledSequence, Sequence, StepResult
-from peqa_runtime.engine.sampler import Sampler, logit_positions, uniform
+from peqa_runtime.engine.logit_rows import logit_positions
+from peqa_runtime.engine.sampler import Sampler, uniform
 from peqa_runtime.errors import InvalidRequest
 
 VOCAB = 2000
