@@ -145,6 +145,40 @@ def pull(
         typer.echo(f"{output}: revision {found}, {len(answer.content)} bytes")
 
 
+@app.command()
+def fill(
+    base: Annotated[Path, typer.Argument(help="Base folder.", envvar="PEQA_BASE")],
+    count: Annotated[int, typer.Option(help="How many tasks.", envvar="PEQA_COUNT", min=1)],
+    store: Annotated[Path, typer.Option(help="Folder of the tasks.", envvar="PEQA_STORE")],
+    seed: Annotated[int, typer.Option(help="Other seeds, other scales.", envvar="PEQA_SEED")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Put generated tasks into a store, to try out how many a machine serves: synthetic-00000, 00001 and so on.
+
+    A server that runs on the store sees them within seconds.
+
+    Example: peqa tasks fill bases/smollm2 --count 10000 --store tasks
+    """
+    from tqdm import tqdm
+
+    from peqa_runtime.errors import PeqaError
+    from peqa_runtime.model import read_manifest
+    from peqa_runtime.scales.scale_store import ScaleStore
+    from peqa_runtime.scales.synthetic import fill_store
+
+    try:
+        opened = ScaleStore(store, read_manifest(base), durable=False)
+        for _ in tqdm(fill_store(opened, count, seed=seed), total=count, disable=None, unit="task"):
+            pass
+        opened.close()
+    except PeqaError as error:
+        _stop(str(error))
+    report = {"store": str(store), "added": count, "tasks": len(opened.tasks())}
+    typer.echo(
+        json.dumps(report) if as_json else "{store}: {added} tasks added, {tasks} in all".format(**report)
+    )
+
+
 def _ask(
     method: str,
     server: str,

@@ -7,8 +7,8 @@ import secrets
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
-    """Put `data` at `path`: temporary file, fsync, rename, fsync of the folder.
+def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None, durable: bool = True) -> None:
+    """Put `data` at `path`: temporary file, fsync, rename, fsync of the folder. Not `durable`: without the syncs.
 
     `temporary` is a folder on the same volume for the unfinished file (default: beside `path`). When an `OSError`
     (a full disk, say) is raised before the rename, `path` is untouched and no unfinished file is left.
@@ -18,12 +18,14 @@ def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> N
         with open(unfinished, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -52,12 +52,19 @@ _ABANDONED = 3600.0  # seconds; an upload that still comes has been written to s
 class ScaleStore:
     """The tasks of one base on disk. Thread-safe; several processes may share the folder.
 
-    `keep`: entries kept per task. Nothing of a set but its file's size is looked at before it is loaded; `load` checks
+    `keep`: entries kept per task. Not `durable`: nothing is synced, so a power cut may take what was written last (a
+    killed process does not); to fill a store at once. Nothing of a set but its file's size is looked at before it is loaded; `load` checks
     its digest. Raises `StoreError` when the folder cannot be used.
     """
 
     def __init__(
-        self, directory: Path | str, manifest: BaseManifest, *, keep: int = 16, lock_timeout: float = 60.0
+        self,
+        directory: Path | str,
+        manifest: BaseManifest,
+        *,
+        keep: int = 16,
+        lock_timeout: float = 60.0,
+        durable: bool = True,
     ) -> None:
         assert keep >= 1
         self.directory = Path(directory)
@@ -68,7 +75,12 @@ class ScaleStore:
         tasks, quarantine = self.directory / "tasks", self.directory / "quarantine"
         self.layouts = SetLayouts(manifest)
         self._folders = TaskFolders(
-            tasks, self.layouts, unfinished=self._unfinished, quarantine=quarantine, manifest=manifest
+            tasks,
+            self.layouts,
+            unfinished=self._unfinished,
+            quarantine=quarantine,
+            manifest=manifest,
+            durable=durable,
         )
         self._index = TaskIndex()
         self._index_file = self.directory / "index.json"

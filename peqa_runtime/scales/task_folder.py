@@ -37,17 +37,25 @@ Stamp = tuple[int, int, int]
 class TaskFolders:
     """Its owner sees to it that one writer works at a time. Methods raise `OSError` as it comes.
 
-    `unfinished` and `quarantine` are folders on the same volume.
+    `unfinished` and `quarantine` are folders on the same volume. Not `durable`: nothing is synced.
     """
 
     def __init__(
-        self, root: Path, layouts: SetLayouts, *, unfinished: Path, quarantine: Path, manifest: BaseManifest
+        self,
+        root: Path,
+        layouts: SetLayouts,
+        *,
+        unfinished: Path,
+        quarantine: Path,
+        manifest: BaseManifest,
+        durable: bool,
     ) -> None:
         self.root = root
         self._unfinished = unfinished
         self._quarantine = quarantine
         self._manifest = manifest
         self._layouts = layouts
+        self._durable = durable
 
     def tasks(self) -> Iterator[tuple[str, Stamp | None]]:
         """Every task's folder with its history's stamp; None: it has no history."""
@@ -90,10 +98,11 @@ class TaskFolders:
         before = path.read_bytes() if path.exists() else None
         try:
             if history is not None:
-                write_atomic(path, history.to_json(), temporary=self._unfinished)
+                write_atomic(path, history.to_json(), temporary=self._unfinished, durable=self._durable)
             elif before is not None:
                 path.unlink()
-                sync_folder(path.parent)
+                if self._durable:
+                    sync_folder(path.parent)
         except OSError:
             self._restore(path, before)
             raise
@@ -124,7 +133,7 @@ class TaskFolders:
             data = found
         except (FileNotFoundError, InvalidScaleSet):
             self._make_folder(path.parent)
-            write_atomic(path, data, temporary=self._unfinished)
+            write_atomic(path, data, temporary=self._unfinished, durable=self._durable)
         return file_digest(data)
 
     def tidy(self, task: str, keep: Collection[str]) -> None:
@@ -157,7 +166,8 @@ class TaskFolders:
         for path in (folder.parent, folder):
             if not path.is_dir():
                 path.mkdir()
-                sync_folder(path.parent)
+                if self._durable:
+                    sync_folder(path.parent)
 
     def _restore(self, path: Path, before: bytes | None) -> None:
         """Undo a rename or removal whose sync failed, so that disk and memory agree on the old state."""
@@ -165,7 +175,7 @@ class TaskFolders:
             if before is None:
                 path.unlink(missing_ok=True)
             elif not path.exists() or path.read_bytes() != before:
-                write_atomic(path, before, temporary=self._unfinished)
+                write_atomic(path, before, temporary=self._unfinished, durable=self._durable)
         except OSError as error:
             logger.error("%s may hold the change that was refused: %s", path, error)
 
