@@ -76,6 +76,14 @@ class PreparedWeight:
         """Free the dense copies; the next `dense` makes them anew."""
         self._copies.drop()
 
+    def set_row_invariant(self, on: bool) -> None:
+        """Make a row's bits the same in every batch; on the CPU they always are. On a GPU it costs time."""
+        if self.backend == "gpu":
+            from peqa_kernels.quant_matmul.gpu import TritonGpu
+
+            assert isinstance(self.impl, TritonGpu)
+            self.impl.set_row_invariant(on)
+
     def _make(self, backend: str) -> Backend:
         if backend == "reference":
             return _Reference(self.weight)

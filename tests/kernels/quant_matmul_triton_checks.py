@@ -28,32 +28,123 @@ cases = importlib.util.module_from_spec(_spec)
 sys.modules["cases"] = cases
 _spec.loader.exec_module(cases)
 
-# (segments, K, groups): g32, per channel with a step that K does not fill, odd sizes, g128, g256 (two steps a group)
-SHAPES = [((70, 10, 33), 64, 2), ((96,), 100, 1), ((5,), 36, 3), ((66,), 256, 2), ((64, 64), 512, 2)]
+# (segments, K, groups): g32 and siblings of odd sizes; a last tile that K does not fill; groups of 12; g64 of a K that
+# has no tile of 128, as SmolLM2; two groups a tile; a group of two tiles
+SHAPES = [
+    ((70, 10, 33), 64, 2),
+    ((96,), 100, 1),
+    ((5,), 36, 3),
+    ((66,), 192, 3),
+    ((128,), 256, 4),
+    ((40, 24), 512, 2),
+]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def check(device: str, dtype: torch.dtype, *, integers: bool, kinds: tuple[str, ...] = cases.KINDS) -> int:
-    """Every bit width × shape × kind, 21 rows of five tasks; with integers the answer is exact."""
+class Problem:
+    """A weight, activations of many tasks and the right answer, on `device`."""
+
+    def __init__(
+        self, device: str, bits: int, segments: tuple[int, ...], k: int, groups: int, kind: str,
+        rows: int, dtype: torch.dtype, *, integers: bool, bias: bool = False,
+    ) -> None:  # fmt: skip
+        n = sum(segments)
+        self.name = f"{bits} bit {segments}x{k} G{groups} {kind} {rows} rows {dtype} integers={integers}"
+        self.weight = move_weight(cases.make_weight(n, k, groups, bits, integers=integers), device)
+        self.bank = move_bank(cases.make_bank(self.weight, kind, segments, integers=integers), device)
+        self.bias = torch.arange(float(n), device=device) if bias else None
+        self.x = cases.make_x(rows, k, dtype, integers=integers).to(device)
+        self.row, self.group_row = (None if r is None else r.to(device) for r in cases.make_rows(rows, kind))
+        self.integers = integers
+        self.prepared = prepare(self.weight, segments=segments, backend="gpu")
+
+    def arguments(self) -> tuple[object, ...]:
+        """Of a launch: all but the weight and the tile."""
+        return self.x, self.bias, self.bank, self.row, self.group_row
+
+    def check(self, got: torch.Tensor, note: object = "") -> None:
+        """Compare with the reference: exactly, where all numbers are whole."""
+        want = quant_matmul_reference(self.x, self.weight, *self.arguments()[1:])
+        assert got.dtype == self.x.dtype, self.name
+        if self.integers:
+            assert torch.equal(got, want.to(got.dtype)), f"{self.name}: not exact {note}"
+        else:
+            cases.assert_close(f"{self.name} {note}", got, want, LIMIT[got.dtype])
+
+
+def check_kinds(
+    device: str, dtype: torch.dtype, *, integers: bool, kinds: tuple[str, ...] = cases.KINDS
+) -> int:
+    """Every bit width × shape × kind, 5 or 21 rows of five tasks."""
     count = 0
     for bits, (segments, k, groups), kind in itertools.product((2, 3, 4, 8), SHAPES, kinds):
-        n = sum(segments)
-        rows = 21 if count % 3 else 5
-        weight = move_weight(cases.make_weight(n, k, groups, bits, integers=integers), device)
-        bank = move_bank(cases.make_bank(weight, kind, segments, integers=integers), device)
-        bias = torch.arange(float(n), device=device) if count % 2 else None
-        x = cases.make_x(rows, k, dtype, integers=integers).to(device)
-        row, group_row = (None if r is None else r.to(device) for r in cases.make_rows(rows, kind))
-        prepared = prepare(weight, segments=segments, backend="gpu")
-        got = quant_matmul(x, prepared, bias=bias, bank=bank, row=row, group_row=group_row)
-        want = quant_matmul_reference(x, weight, bias, bank, row, group_row)
-        name = f"{bits} bit {segments}x{k} G{groups} {kind} {dtype} integers={integers}"
-        if integers:
-            assert got.dtype == dtype, name
-            assert torch.equal(got, want.to(dtype)), f"{name}: not exact"
-        else:
-            cases.assert_close(name, got, want, LIMIT[dtype])
+        rows = 21 if count % 3 == 1 else 5
+        problem = Problem(
+            device, bits, segments, k, groups, kind, rows, dtype, integers=integers, bias=count % 2 == 1
+        )
+        x, bias, bank, row, group_row = problem.arguments()
+        problem.check(quant_matmul(x, problem.prepared, bias=bias, bank=bank, row=row, group_row=group_row))
         count += 1
+    return count
+
+
+def check_tiles(device: str, dtype: torch.dtype) -> int:
+    """Tiles that the rule would not choose: K split and added up, or in turn, task by task, halves of a panel."""
+    from peqa_kernels.quant_matmul.gpu import launch
+    from peqa_kernels.quant_matmul.tuning import Tile
+
+    tiles = [
+        Tile(8, 128, 4, 1, splits=2),
+        Tile(16, 64, 4, 2, splits=2),
+        Tile(16, 128, 4, 2, splits=2, in_turn=True),
+        Tile(16, 128, 4, 1, taskwise=True),
+        Tile(32, 64, 4, 3, taskwise=True),
+    ]
+    count = 0
+    for (bits, groups), (tile, kind) in itertools.product(
+        [(4, 1), (4, 8), (3, 2)], zip(tiles, ["channel", "mixed", "group", "mixed", "group"], strict=True)
+    ):
+        problem = Problem(device, bits, (128, 120), 256, groups, kind, 37, dtype, integers=True)
+        for _ in range(2):  # twice: the counters of a split must be as before
+            problem.check(launch(problem.prepared.impl, tile, *problem.arguments()), tile)
+        count += 1
+    return count
+
+
+def check_empty_and_strided(device: str) -> int:
+    """No rows, rows of a wider matrix, and features that are not neighbours."""
+    problem = Problem(device, 4, (64,), 128, 2, "channel", 6, torch.float16, integers=True)
+    x, _, bank, row, _ = problem.arguments()
+    wide = torch.cat([x, x], 1)[:, :128]
+    turned = x.t().contiguous().t()
+    for given in (wide, turned):
+        problem.check(quant_matmul(given, problem.prepared, bank=bank, row=row))
+    assert quant_matmul(x[:0], problem.prepared, bank=bank, row=row[:0]).shape == (0, 64)
+    return 3
+
+
+def check_single_rows(device: str, dtype: torch.dtype) -> int:
+    """In the invariant mode a row's bits depend neither on how many rows run with it nor on which."""
+    count = 0
+    for groups, kind in ((1, "channel"), (1, "mixed"), (4, "mixed")):
+        problem = Problem(device, 4, (128, 56), 512, groups, kind, 90, dtype, integers=False)
+        problem.prepared.set_row_invariant(True)
+        x, _, bank, row, group_row = problem.arguments()
+        every = quant_matmul(x, problem.prepared, bank=bank, row=row, group_row=group_row)
+        problem.check(every)
+        for some in (slice(0, 1), slice(89, 90), slice(3, 20), slice(20, 90)):
+            got = quant_matmul(
+                x[some], problem.prepared, bank=bank, row=row[some],
+                group_row=None if group_row is None else group_row[some],
+            )  # fmt: skip
+            assert torch.equal(got, every[some]), f"{problem.name} rows {some}"
+            count += 1
+        base = quant_matmul(x[:9], problem.prepared)
+        zeros = torch.zeros_like(row[:9])
+        same = quant_matmul(
+            x[:9], problem.prepared, bank=bank, row=zeros, group_row=zeros if group_row is not None else None
+        )
+        assert torch.equal(base, same), f"{problem.name}: row 0 is the base"
     return count
 
 
@@ -72,9 +163,14 @@ def move_bank(bank: LinearBank, device: str) -> LinearBank:
 if __name__ == "__main__":
     where = sys.argv[1]
     assert where != "cpu" or "triton" not in sys.modules, "importing the op must not import triton"
-    done = check(where, torch.float32, integers=False)
-    done += check(where, torch.float32, integers=True, kinds=("channel", "mixed"))
-    done += check(where, torch.float16, integers=False, kinds=("channel", "mixed"))
-    if where == "cuda":  # the interpreter multiplies bfloat16 wrongly
-        done += check(where, torch.bfloat16, integers=False) + check(where, torch.bfloat16, integers=True)
+    half = torch.float16 if where == "cpu" else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+    done = check_kinds(where, half, integers=True)
+    done += check_kinds(where, torch.float16, integers=False, kinds=("mixed",))
+    done += check_kinds(where, torch.float32, integers=False, kinds=("mixed",))
+    done += check_tiles(where, half) + check_empty_and_strided(where) + check_single_rows(where, half)
+    if where == "cuda":
+        done += check_kinds(where, torch.bfloat16, integers=False) + check_kinds(
+            where, torch.float32, integers=True
+        )
+        done += check_tiles(where, torch.float16) + check_single_rows(where, torch.float16)
     print(f"{done} checks passed")
