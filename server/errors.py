@@ -30,6 +30,7 @@ _STATUS: tuple[tuple[type[runtime.PeqaError], int, str], ...] = (
     (runtime.PromptTooLong, 400, "context_length_exceeded"),
     (runtime.InvalidRequest, 400, "invalid_value"),
     (runtime.TaskUnusable, 409, "task_unusable"),
+    (runtime.TaskQuarantined, 409, "task_quarantined"),
     (runtime.UnknownTask, 404, "task_not_found"),
     (runtime.InvalidTaskName, 422, "invalid_task_name"),
     (runtime.WrongBase, 409, "wrong_base"),

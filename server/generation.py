@@ -198,4 +198,6 @@ def _failure(output: TokenOutput) -> ApiError:
             headers={"Retry-After": "5"},
         )  # fmt: skip
     reason = output.error or "the engine could not compute this request"
-    return ApiError(500, reason, code="generation_failed")
+    if output.error_code == "engine_restarted":
+        return ApiError(503, reason, code="engine_restarted", headers={"Retry-After": "1"})
+    return ApiError(500, reason, code=output.error_code or "generation_failed")

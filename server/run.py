@@ -16,13 +16,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from peqa_runtime.errors import PeqaError
-from peqa_server.services import Gate, Services
+from peqa_server.services import EngineService, Gate, Services
 
 log = logging.getLogger("peqa.server")
 
 KEEP_ALIVE_SECONDS = (
     65  # longer than the minute after which common clients and balancers drop an idle connection
 )
+ENGINE_WATCH_SECONDS = 0.1
 LAST_ANSWERS_SECONDS = 3  # after the engine has stopped: time to send what says so
 
 Load = Callable[[], Services]
@@ -82,6 +83,7 @@ class DrainingServer(uvicorn.Server):
         self.failed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal or a failed load."""
@@ -109,7 +111,7 @@ class DrainingServer(uvicorn.Server):
                 log.exception("the server could not start")
                 self._tell(loop, self._fail, "the server could not start; its log says why")
             else:
-                self._tell(loop, self.gate.open, services)
+                self._tell(loop, self._open, services)
 
         threading.Thread(target=work, name="peqa-load", daemon=True).start()
 
@@ -117,6 +119,17 @@ class DrainingServer(uvicorn.Server):
     def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], argument: object) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(call, argument)
+
+    def _open(self, services: Services) -> None:
+        self.gate.open(services)
+        self._watching = asyncio.ensure_future(self._watch(services.engine))
+
+    async def _watch(self, engine: EngineService) -> None:
+        """End the server when the engine has died: its running answers have been told, and get time to say so."""
+        while engine.failure is None:
+            await asyncio.sleep(ENGINE_WATCH_SECONDS)
+        log.critical("the server ends: %s", engine.failure)
+        self._fail(f"the engine has died: {engine.failure}")
 
     def _fail(self, reason: str) -> None:
         self.failed = True

@@ -39,6 +39,9 @@ class EngineService(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def failure(self) -> str | None: ...
+
     def submit(self, request: Request) -> TokenStream: ...
 
     def stats(self) -> Mapping[str, float]: ...
@@ -49,7 +52,7 @@ class EngineService(Protocol):
 class TaskService(Protocol):
     """What the server needs of `peqa_runtime.scales.TaskLibrary`.
 
-    Every method may block on the disk, but for `acquire_soon`, `release`, `page` and `unusable`.
+    Every method may block on the disk, but for `acquire_soon`, `release`, `page`, `unusable` and `quarantined`.
     """
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]: ...
@@ -67,6 +70,8 @@ class TaskService(Protocol):
     def page(self, after: str = "", limit: int | None = None) -> Sequence[TaskInfo]: ...
 
     def unusable(self) -> Mapping[str, str]: ...
+
+    def quarantined(self) -> Mapping[str, str]: ...
 
     def revisions(self, task: str) -> Sequence[RevisionInfo]: ...
 
@@ -157,7 +162,10 @@ class Gate:
         """False once the engine's thread is dead or loading failed."""
         if self.phase == "failed":
             return False
-        return self._services is None or self._services.engine.alive
+        if self._services is None:
+            return True
+        engine = self._services.engine
+        return engine.alive and engine.failure is None
 
     def enter(self) -> Services:
         """Begin one generation or upload; pair with `leave`. 503 while draining."""

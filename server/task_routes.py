@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +17,7 @@ from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
 from peqa_server.listing import list_response
 from peqa_server.schemas import RollbackRequest, parse
-from peqa_server.services import Gate, ServedModel, Services, gate_of
+from peqa_server.services import Gate, ServedModel, Services, TaskService, gate_of
 from peqa_server.streaming import read_body
 from peqa_server.upload import spooled_body
 
@@ -32,9 +32,13 @@ async def list_tasks(request: Request) -> Response:
     `?limit=` and `?after=` give a page.
     """
     tasks = gate_of(request).services.tasks
-    unusable = tasks.unusable()
+    unusable, quarantined = tasks.unusable(), tasks.quarantined()
+
+    def row(info: TaskInfo) -> dict[str, Any]:
+        return _row_json(info, quarantined)
+
     rows = [{"task": task, "reason": unusable[task]} for task in sorted(unusable)]
-    return await list_response(request, tasks, _row_json, more={"unusable": rows})
+    return await list_response(request, tasks, row, more={"unusable": rows})
 
 
 @router.get("/{task:path}/revisions")
@@ -68,7 +72,7 @@ async def rollback(request: Request, task: str) -> JSONResponse:
     wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
     with _counted(gate, "rollback"):
         info = await asyncio.to_thread(services.tasks.rollback, task, wanted.revision, _if_match(request))
-    return _changed(request, info)
+    return _changed(request, services.tasks, info)
 
 
 @router.get("/{task:path}")
@@ -76,7 +80,7 @@ async def get_task(request: Request, task: str) -> JSONResponse:
     """One task's current revision and what is known about it."""
     services = _services(request, task)
     info = await asyncio.to_thread(services.tasks.info, task)
-    return JSONResponse(_task_json(info), headers={"ETag": f'"{info.revision}"'})
+    return _task_response(services.tasks, info)
 
 
 @router.put("/{task:path}")
@@ -91,7 +95,7 @@ async def put_task(request: Request, task: str) -> JSONResponse:
             received = time.perf_counter()
             info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)
             gate.metrics.upload_seconds.observe(time.perf_counter() - received)
-    return _changed(request, info)
+    return _changed(request, services.tasks, info)
 
 
 @router.delete("/{task:path}")
@@ -146,17 +150,20 @@ def _if_match(request: Request) -> str | None:
     return value.removeprefix("W/").strip('"')
 
 
-def _changed(request: Request, info: TaskInfo) -> JSONResponse:
+def _changed(request: Request, tasks: TaskService, info: TaskInfo) -> JSONResponse:
     note = note_of(request.scope)
     note.task, note.revision = info.task, info.revision
-    return JSONResponse(_task_json(info), headers={"ETag": f'"{info.revision}"'})
+    return _task_response(tasks, info)
 
 
-def _task_json(info: TaskInfo) -> dict[str, Any]:
-    return _row_json(info) | {"note": dict(info.note)}
+def _task_response(tasks: TaskService, info: TaskInfo) -> JSONResponse:
+    body = _row_json(info, tasks.quarantined()) | {"note": dict(info.note)}
+    return JSONResponse(body, headers={"ETag": f'"{info.revision}"'})
 
 
-def _row_json(info: TaskInfo) -> dict[str, Any]:
+def _row_json(info: TaskInfo, quarantined: Mapping[str, str]) -> dict[str, Any]:
+    """`status` is "ready", or "quarantined" with a `status_reason` that says why and what ends it."""
+    reason = quarantined.get(info.task)
     return {
         "object": "task",
         "task": info.task,
@@ -167,6 +174,8 @@ def _row_json(info: TaskInfo) -> dict[str, Any]:
         "base_digest": info.base_digest,
         "prompt_format": info.prompt_format,
         "num_revisions": info.num_revisions,
+        "status": "ready" if reason is None else "quarantined",
+        "status_reason": reason,
     }
 
 

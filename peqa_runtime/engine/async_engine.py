@@ -110,6 +110,7 @@ class AsyncEngine:
         self._prompt_tokens = 0  # of all streams together
         self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
         self._error: EngineDead | None = None
+        self._failure: str | None = None
         self._deadline: float | None = None
         self._rejected = 0
         self._recent_seconds = 1.0  # time from submit to the end, smoothed; for Retry-After only
@@ -121,6 +122,11 @@ class AsyncEngine:
     def alive(self) -> bool:
         """False once the engine has stopped or died (true while it drains)."""
         return self._thread.is_alive()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine died; None while it lives and after `stop`."""
+        return self._failure
 
     def submit(self, request: Request, lease: Lease | None = None) -> TokenStream:
         """Start a request and return its outputs' stream. Call it in the event loop that reads the stream.
@@ -209,10 +215,13 @@ class AsyncEngine:
                     if not outputs and not self.engine.scheduler.running:
                         time.sleep(_NO_ROW_WAIT)
         except EngineDead as dead:
+            logger.critical("the engine has ended itself: %s", dead)
             error = dead
+            self._failure = str(dead)
         except BaseException as problem:  # whatever ends the thread must reach the readers
             logger.critical("the engine's thread died", exc_info=problem)
             error = EngineDead(f"the engine died of {type(problem).__name__}: {problem}")
+            self._failure = str(error)
         finally:
             self._end(error)
 

@@ -161,6 +161,10 @@ class TaskLibrary:
         """Return the tasks that are in the store but cannot be used here, each with the reason."""
         return {**self.store.unusable(), **self._unplaceable}
 
+    def quarantined(self) -> dict[str, str]:
+        """Return the tasks whose current revision is set aside, each with the reason; see `TaskRegistry.strike`."""
+        return self.registry.quarantined()
+
     def revisions(self, task: str) -> tuple[RevisionInfo, ...]:
         """Return the task's kept revisions, newest first. Raises `UnknownTask`."""
         return self.store.revisions(task)

@@ -135,6 +135,7 @@ class StubEngine:
         self.cancelled: list[Request] = []
         self.running: set[str] = set()
         self.refuse: Exception | None = None
+        self.failure: str | None = None
 
     def submit(self, request: Request) -> StubStream:
         if self.refuse is not None:
@@ -158,6 +159,7 @@ class StubTasks:
     history: dict[str, list[bytes]] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
     upload_seconds: float = 0.0
+    set_aside: dict[str, str] = field(default_factory=dict)
     load_seconds: float = 0.0
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]:
@@ -219,6 +221,9 @@ class StubTasks:
     def _check(self, task: str, if_match: str | None) -> None:
         if if_match not in (None, self.info(task).revision):
             raise RevisionConflict(f"the current revision is not {if_match}")
+
+    def quarantined(self) -> dict[str, str]:
+        return self.set_aside
 
     def unusable(self) -> dict[str, str]:
         return {"foreign": "belongs to another base"}

@@ -27,7 +27,7 @@ def test_upload_read_list_download_delete(server: Any) -> None:
     assert put.json() == {
         "object": "task", "task": "new.task-1", "revision": revision, "kind": "channel", "bytes": 7, "created": 1.5,
         "base_digest": server.tasks.info("sql").base_digest, "prompt_format": "Q: {prompt}\nA:", "note": {},
-        "num_revisions": 1,
+        "num_revisions": 1, "status": "ready", "status_reason": None,
     }  # fmt: skip
     assert put.headers["etag"] == f'"{revision}"'
     assert server.client.get("/v1/tasks/new.task-1").json() == put.json()
