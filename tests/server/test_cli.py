@@ -19,6 +19,7 @@ import typer
 from server_stubs import Live, revision_of, wait_until
 from typer.testing import CliRunner
 
+from peqa_runtime.engine.config import EngineConfig
 from peqa_server.cli import app
 from peqa_server.settings import ServerSettings
 
@@ -124,6 +125,29 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
     locked = live(settings=ServerSettings(api_keys=("k",)))
     assert "API key" in peqa("tasks", "ls", "--server", locked.url).stderr
     assert peqa("tasks", "ls", "--server", locked.url, PEQA_API_KEY="k").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "environment"),
+    [
+        (["--no-prefix-cache", "--max-waiting-tokens", "99"], {}),
+        ([], {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99"}),
+    ],
+)
+def test_serve_hands_settings_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], environment: dict[str, str]
+) -> None:
+    seen: list[EngineConfig] = []
+
+    def serve(options: Any, *_: object) -> int:
+        seen.append(EngineConfig(**options.engine))
+        return 0
+
+    monkeypatch.setattr("peqa_server.cli._serve", serve)
+    assert peqa("serve").exit_code == 0
+    assert peqa("serve", *given, **environment).exit_code == 0
+    assert (seen[0].prefix_cache, seen[0].max_waiting_tokens) == (True, EngineConfig().max_waiting_tokens)
+    assert (seen[1].prefix_cache, seen[1].max_waiting_tokens) == (False, 99)
 
 
 def test_serve_names_a_port_in_use(tmp_path: Path) -> None:

@@ -291,3 +291,22 @@ def test_demo_tasks_are_seeded_once(real: Real, tiny_base: Path, tmp_path: Path)
     seed_tasks(tasks, tmp_path, tuple(files))
     assert "seed-a" not in {info.task for info in tasks.page()}, "what was deleted stays deleted"
     tasks.delete("seed-b")
+
+
+def test_usage_and_metrics_say_what_was_found_computed(real: Real) -> None:
+    prompt = list(range(1, 41))
+    queries = real.metric("peqa_engine_prefix_cache_queries_total")
+    hits = real.metric("peqa_engine_prefix_cache_hits_total")
+    found = []
+    for salt in ("a", "a", "b"):
+        answer = real.complete(prompt, task="two", cache_salt=salt, priority=-1, max_tokens=3)
+        found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert found == [0, 32, 0]
+    assert real.metric("peqa_engine_prefix_cache_queries_total") - queries == 120
+    assert real.metric("peqa_engine_prefix_cache_hits_total") - hits == 32
+    assert real.metric("peqa_prefix_cache_blocks") >= 4
+    body = {"prompt": prompt, "task": "two", "cache_salt": "a", "max_tokens": 3, "stream": True}
+    options = {"stream_options": {"include_usage": True}}
+    with real.client.stream("POST", "/v1/completions", json=body | options) as answer:
+        last = [line for line in answer.iter_lines() if line.startswith("data: {")][-1]
+    assert '"prompt_tokens_details":{"cached_tokens":32}' in last
