@@ -37,6 +37,8 @@ async def list_response(
     """
     limit, after = _limit(request), request.query_params.get("after", "")
     head = list(first) if not after else []
+    if after in [row.get("id") for row in first]:
+        after = ""  # these rows come before all tasks, whatever their names
     size = _PIECE if limit is None else max(0, limit - len(head))
     infos = await asyncio.to_thread(tasks.page, after, size + 1)
     rows = head + [row(info) for info in infos[:size]]
