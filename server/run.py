@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -81,6 +82,7 @@ class DrainingServer(uvicorn.Server):
         self.gate: Gate = app.state.gate
         self.drain_seconds = drain_seconds
         self.failed = False
+        self._told_to_end = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -92,10 +94,11 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. It is not passed on afterwards, as uvicorn would: a clean end is exit status 0."""
-        if self._loop is None or self.gate.phase in ("draining", "starting", "failed"):
-            self.should_exit = self.force_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self._begin_drain)
+        if self._loop is None or self._told_to_end or self.gate.phase != "ready":
+            # Python's own end would wait for the engine's step and for threads that load; what is on disk is whole.
+            _end_process(1 if self.failed else 0)
+        self._told_to_end = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
 
     def load_in_thread(self, load: Load) -> None:
         """Load the services beside the running server; a failure ends the server."""
@@ -162,9 +165,10 @@ def run(app: FastAPI, listener: socket.socket, load: Load, drain_seconds: float)
 
     asyncio.run(main())
     status = 1 if server.failed else 0
-    if server.gate.phase == "starting":
-        # The loading thread is inside of native code; waiting for it, or unwinding under it, helps nobody.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     return status
+
+
+def _end_process(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
