@@ -23,6 +23,8 @@ class StepPlan:
     def share(self, sequence: Sequence, start: int) -> ScheduledSequence | None:
         """What the sequence would get if it computes from `start` on; None when nothing is left for it."""
         share = ScheduledSequence(sequence, start, min(sequence.num_tokens - start, self.tokens))
+        if sequence.request.params.prompt_logprobs is None:
+            return share if share.num_tokens > 0 else None
         positions = share.prompt_logprob_positions
         if len(positions) > self._prompt_rows:
             share = replace(share, num_tokens=positions.start + self._prompt_rows - start)

@@ -269,7 +269,7 @@ def test_any_world(world: World) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(worlds())
 def test_many_worlds(world: World) -> None:
     live(world)
