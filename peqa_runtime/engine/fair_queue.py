@@ -5,10 +5,12 @@ with the smallest counter goes first, so a task with a thousand waiting requests
 task that begins to wait starts at the smallest counter of those that wait already: having been away earns nothing.
 (The virtual token counter of "Fairness in Serving Large Language Models", arXiv 2401.00588, with one token = 1.)
 
-The bound, where rows of the scale bank are enough for all: as long as two tasks of one priority both have something
-waiting, the tokens computed for them differ by at most 2·N·L, N being the most sequences that run at once and L the
-longest prompt plus output. For a task starts a sequence only while its counter is the smallest; from then on at most
-N·L tokens are added to it by what runs, before it is its turn again; and counters of waiting tasks never jump.
+The bound, where rows of the scale bank are enough for all and no prompt waits for a beginning that another computes:
+as long as two tasks of one priority both have something waiting, the tokens computed for them differ by at most 2·N·L,
+N being the most sequences that run at once and L the longest prompt plus output. For a task starts a sequence only
+while its counter is the smallest; from then on at most N·L tokens are added to it by what runs, before it is its turn
+again; and counters of waiting tasks never jump. Tokens computed again after a preemption, or found in the prefix
+cache, count nothing.
 """
 
 from __future__ import annotations
