@@ -111,6 +111,7 @@ def write_kv_gpu(
             D=triton.next_power_of_2(d),
             D_V=triton.next_power_of_2(d_v),
             num_warps=1,  # one head of one token: a few hundred bytes
+            enable_fp_fusion=False,
         )
 
 

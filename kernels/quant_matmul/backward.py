@@ -1,16 +1,17 @@
 """Training of one task's scales: gradients for the input and the scales, never for the frozen weight.
 
-W0 = s0 * (q - z) is the frozen dense fp32 copy; out, in and group scales are fp32 and relative to the base.
+W0 = s0 * (q - z) is the frozen base; out, in and group scales are fp32 and relative to it.
 
     y = b + out * ((x * in) @ W^T),   W[n, k] = W0[n, k] * group[g(k), n]
     dL/d out[n]      = sum_m dY[m, n] * (Y - b)[m, n] / out[n]              no weight gradient, and x is not kept
     dL/d in[k]       = sum_m x[m, k] * dV[m, k],   dV = (dY * out) @ W
-    dL/d group[g, n] = out[n] * sum_{k in g} W0[n, k] * in[k] * (dY^T x)[n, k]   some rows n at a time
+    dL/d group[g, n] = out[n] * sum_{k in g} W0[n, k] * in[k] * (dY^T x)[n, k]   some of dY^T x at a time
     dL/d x           = dV * in
 
-All scales are multiplied into the fp32 weight, which is then rounded once to x.dtype. Scaling a product that is already
-bfloat16 by 1.001 would round back to that product: every change below 0.2 % would be lost. Rounded after scaling, the
-weights of a row round this way and that, and their sum keeps the change.
+Only the packed codes are kept. Each product makes the floats that it multiplies anew, a panel at a time, and forgets
+them. All scales are multiplied in fp32 and the weight is then rounded once to x.dtype. Scaling a product that is
+already bfloat16 by 1.001 would round back to that product: every change below 0.2 % would be lost. Rounded after
+scaling, the weights of a row round this way and that, and their sum keeps the change.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from peqa_kernels.quant_matmul.dense import Scales, column_step, dequantize_panel
+from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from peqa_kernels.quant_matmul import PreparedWeight
 
-_BLOCK = 1 << 18  # elements of an fp32 intermediate: 1 MB, so that it stays in the second-level cache
+_BLOCK = (
+    1 << 18
+)  # elements of an fp32 intermediate on the CPU: 1 MB, so that it stays in the second-level cache
+# Elements of a panel of floats: 16 MB in bfloat16, which a GPU's second-level cache keeps between the kernel that makes
+# it and the product that reads it. A smaller weight, as all of a small model but its head, is one panel.
+_PANEL = 1 << 23
 
 
 def scaled_linear(
@@ -41,10 +49,10 @@ def scaled_linear(
     gradients stay fp32. Fused siblings with unlike input scales are to be called one by one.
     """
     assert x.shape[-1] == prepared.in_features, (x.shape, prepared.in_features)
-    y = _ScaledLinear.apply(
-        x.reshape(-1, prepared.in_features), prepared, bias, out_scale, in_scale, group_scale
-    )
-    return y.view(*x.shape[:-1], prepared.out_features)
+    weight = prepared.weight
+    assert group_scale is None or group_scale.shape == (weight.groups, weight.out_features), group_scale.shape
+    y = _ScaledLinear.apply(x.reshape(-1, weight.in_features), weight, bias, out_scale, in_scale, group_scale)
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -52,15 +60,15 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # [M, K]
-        prepared: PreparedWeight,
+        weight: QuantizedWeight,
         bias: Tensor | None,
         out_scale: Tensor | None,
         in_scale: Tensor | None,
         group_scale: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, _folded(prepared, x.dtype, out_scale, in_scale, group_scale))
+        y = _times_transposed(x, weight, Scales(out_scale, in_scale, group_scale))
         needs_x = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        ctx.prepared = prepared
+        ctx.weight = weight
         ctx.save_for_backward(
             x if needs_x else None,
             y if ctx.needs_input_grad[3] else None,
@@ -81,42 +89,51 @@ class _ScaledLinear(torch.autograd.Function):
         if y is not None:
             d_out = _column_dot(dy, y) / out_scale
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-            dx = dy @ _folded(ctx.prepared, dy.dtype, out_scale, None, group_scale)  # dV
+            dx = _times(dy, ctx.weight, Scales(out_scale, None, group_scale))  # dV
             if ctx.needs_input_grad[4]:
                 d_in = _column_dot(x, dx)
             if in_scale is not None:
                 # dV + dV * (in - 1): one rounding, and half the time of multiplying bfloat16 by fp32.
                 dx.addcmul_(dx, (in_scale - 1.0).to(dx.dtype))
         if ctx.needs_input_grad[5]:
-            d_group = _group_gradient(dy, x, ctx.prepared.dense(), in_scale, group_scale.shape[0])
+            d_group = _group_gradient(dy, x, ctx.weight, in_scale)
             if out_scale is not None:
                 d_group *= out_scale
         return dx if ctx.needs_input_grad[0] else None, None, d_bias, d_out, d_in, d_group
 
 
-def _folded(
-    prepared: PreparedWeight,
-    dtype: torch.dtype,
-    out_scale: Tensor | None,
-    in_scale: Tensor | None,
-    group_scale: Tensor | None,
-) -> Tensor:
-    """Give [N, K] with the scales multiplied in, rounded once to `dtype`."""
-    if out_scale is None and in_scale is None and group_scale is None:
-        return prepared.dense(dtype)
-    w = prepared.dense()
-    if group_scale is not None:
-        grouped = group_scale.t().unsqueeze(-1)  # [N, G, 1]
-        w = (w.view(*grouped.shape[:2], -1) * grouped).view_as(w)
-    if in_scale is not None:
-        w = w * in_scale
-    if out_scale is not None:
-        w = w * out_scale.unsqueeze(1)
-    return w.to(dtype)
+def _times_transposed(x: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
+    """x @ W^T, [M, N] in x.dtype, a panel of outputs at a time."""
+    n, k = weight.out_features, weight.in_features
+    step = max(64, _PANEL // k)
+    if step >= n:
+        return x @ dequantize_panel(weight, x.dtype, scales).t()
+    y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    for first in range(0, n, step):
+        some = slice(first, first + step)
+        y[:, some] = x @ dequantize_panel(weight, x.dtype, scales, rows=some).t()
+    return y
+
+
+def _times(dy: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
+    """dy @ W, [M, K] in dy.dtype, a panel of inputs at a time: no sum is cut, so none is rounded twice."""
+    n, k = weight.out_features, weight.in_features
+    step = column_step(weight, max(64, _PANEL // n))
+    if step >= k:
+        return dy @ dequantize_panel(weight, dy.dtype, scales)
+    dx = torch.empty((dy.shape[0], k), dtype=dy.dtype, device=dy.device)
+    for first in range(0, k, step):
+        some = slice(first, min(k, first + step))
+        dx[:, some] = dy @ dequantize_panel(weight, dy.dtype, scales, columns=some)
+    return dx
 
 
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum a * b over the rows, [M, N] x 2 -> fp32 [N]."""
+    if a.is_cuda:
+        from peqa_kernels.quant_matmul.backward_gpu import column_dot_gpu
+
+        return column_dot_gpu(a, b)
     rows = max(1, _BLOCK // a.shape[1])
     total = torch.zeros(a.shape[1], dtype=torch.float32, device=a.device)
     for first in range(0, a.shape[0], rows):
@@ -124,15 +141,19 @@ def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _group_gradient(dy: Tensor, x: Tensor, dense: Tensor, in_scale: Tensor | None, groups: int) -> Tensor:
+def _group_gradient(dy: Tensor, x: Tensor, weight: QuantizedWeight, in_scale: Tensor | None) -> Tensor:
     """Give sum_{k in g} W0[n, k] * in[k] * (dY^T x)[n, k], fp32 [G, N], holding only some rows of dY^T x."""
-    n, k = dense.shape
-    gradient = torch.empty((groups, n), dtype=torch.float32, device=dy.device)
-    step = max(64, _BLOCK // k)  # fewer rows than 64 would make the matrix products too thin
+    if dy.is_cuda:
+        from peqa_kernels.quant_matmul import backward_gpu
+
+        if backward_gpu.fits_group_kernel(dy, weight):
+            return backward_gpu.group_gradient_gpu(dy, x, weight, in_scale)
+    n, k = weight.out_features, weight.in_features
+    gradient = torch.empty((weight.groups, n), dtype=torch.float32, device=dy.device)
+    step = max(64, (_PANEL if dy.is_cuda else _BLOCK) // k)  # fewer rows than 64: too thin a product
     for first in range(0, n, step):
-        last = min(n, first + step)
-        product = (dy[:, first:last].t() @ x).float().mul_(dense[first:last])
-        if in_scale is not None:
-            product *= in_scale
-        gradient[:, first:last] = product.view(last - first, groups, -1).sum(-1).t()
+        some = slice(first, min(n, first + step))
+        base = dequantize_panel(weight, torch.float32, Scales(into=in_scale), rows=some)
+        base *= dy[:, some].t() @ x
+        gradient[:, some] = base.view(base.shape[0], weight.groups, -1).sum(-1).t()
     return gradient

@@ -5,19 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peqa_kernels import native
 from peqa_kernels.packing import pack_codes
-from peqa_kernels.quant_matmul import PreparedWeight, QuantizedWeight, dequantize, prepare, scaled_linear
+from peqa_kernels.quant_matmul import (
+    PreparedWeight,
+    QuantizedWeight,
+    backward,
+    dequantize,
+    prepare,
+    scaled_linear,
+)
+from peqa_kernels.quant_matmul.dense import Scales, column_step, dequantize_panel, dequantize_panel_torch
 
 SCALES = ("out", "in", "group")
 KINDS = {"channel": ("out",), "channel+input": ("out", "in"), "group": ("group",), "all": SCALES, "base": ()}
 
 
-def make_prepared(n: int, k: int, groups: int) -> PreparedWeight:
+def make_prepared(n: int, k: int, groups: int, bits: int = 4, device: str = "cpu") -> PreparedWeight:
     g = torch.Generator().manual_seed(n + k)
-    codes = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
     scales = 0.01 + 0.05 * torch.rand((n, groups), generator=g)
-    zeros = 4 + 8 * torch.rand((n, groups), generator=g)
-    return prepare(QuantizedWeight(pack_codes(codes, 4), scales, zeros, 4, k), backend="torch")
+    zeros = (1 << bits) * (0.25 + 0.5 * torch.rand((n, groups), generator=g))
+    tensors = (tensor.to(device) for tensor in (pack_codes(codes, bits), scales, zeros))
+    return prepare(QuantizedWeight(*tensors, bits, k), backend="torch" if device == "cpu" else None)
 
 
 def make_inputs(
@@ -121,3 +131,56 @@ def test_what_is_kept_for_the_backward_pass(kind: str, keeps_x: bool) -> None:
         scaled_linear(inputs["x"], prepared, None, inputs.get("out"), inputs.get("in"), inputs.get("group"))
     assert ((50, 128) in kept) == keeps_x
     assert (96, 128) not in kept
+
+
+@pytest.mark.parametrize("panel", [1 << 23, 5000])
+@pytest.mark.parametrize("kind", ["all", "base"])
+@pytest.mark.parametrize(
+    ("bits", "shape"), [(2, (40, 96, 3)), (3, (130, 200, 5)), (8, (70, 64, 2)), (3, (66, 37, 1))]
+)
+def test_every_width_in_panels_of_every_size(
+    bits: int, shape: tuple[int, int, int], kind: str, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward, "_PANEL", panel)
+    prepared = make_prepared(*shape, bits=bits)
+    inputs = make_inputs(prepared, kind, torch.float32, 50, 0.0)
+    ours = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
+    y = scaled_linear(ours["x"], prepared, None, ours.get("out"), ours.get("in"), ours.get("group"))
+    want = formula(prepared, exact)
+    assert relative_rms(y.detach(), want.detach()) <= 2e-6
+    y.square().sum().backward()
+    want.square().sum().backward()
+    for name, value in ours.items():
+        assert relative_rms(value.grad, exact[name].grad) <= 4e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_compiled_panels_have_the_bits_of_the_torch_ones(bits: int, dtype: torch.dtype) -> None:
+    ops = native.load()
+    assert ops is not None, "the compiled kernels are not there"
+    for n, k, groups in ((33, 37, 1), (70, 2000, 1), (40, 96, 3), (9, 1224, 34)):
+        weight = make_prepared(n, k, groups, bits).weight
+        scale = [
+            0.5 + torch.rand(size, generator=torch.Generator().manual_seed(n)) for size in (n, k, n * groups)
+        ]
+        for scales in (Scales(), Scales(scale[0], scale[1], scale[2].view(n, groups).t())):
+            step = column_step(weight, 0)
+            for row, column in ((0, 0), (n // 2, step if step < k else 0)):
+                got, want = torch.full((2, n - row, k - column), float("nan"), dtype=dtype)
+                ops.dequantize(weight, got, row, column, *scales)
+                dequantize_panel_torch(weight, scales, row, column, want)
+                assert torch.equal(got, want), (n, k, groups, row, column)
+    assert torch.equal(dequantize_panel(weight, dtype), dequantize(weight).to(dtype))
+
+
+def test_tuning_keeps_no_floats_of_the_weight() -> None:
+    """Forward and backward leave nothing of the size of the weight behind but the codes."""
+    prepared = make_prepared(96, 128, 4)
+    inputs = {
+        name: value.requires_grad_()
+        for name, value in make_inputs(prepared, "all", torch.bfloat16, 20, 0.0).items()
+    }
+    scaled_linear(inputs["x"], prepared, None, inputs["out"], inputs["in"], inputs["group"]).sum().backward()
+    assert not prepared._copies._copies
