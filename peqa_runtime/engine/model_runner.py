@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peqa_kernels.paged_attention import AttentionPlan
 from peqa_runtime.core import Batch, StepResult
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler
@@ -129,6 +130,7 @@ class ModelRunner:
                 query_starts=self._ints(query_starts),
                 seq_lens=self._ints(lengths),
                 slot_mapping=self._longs(slots),
+                plan=AttentionPlan(max(item.num_tokens for item in batch.scheduled), max(lengths)),
             ),
             ids=self._longs(ids),
             positions=self._longs(positions),

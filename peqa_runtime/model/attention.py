@@ -92,6 +92,7 @@ def paged_attention_forward(
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        plan=context.plan,
     )
     return out[None], None
 

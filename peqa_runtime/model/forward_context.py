@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from peqa_kernels.paged_attention import AttentionPlan
+
 
 @dataclass(frozen=True)
 class ForwardContext:
@@ -20,3 +22,4 @@ class ForwardContext:
     )
     seq_lens: Tensor  # int32 [seqs], keys of each sequence, this step's tokens included
     slot_mapping: Tensor  # int64 [tokens], block * block_size + offset; -1 = not written (padding)
+    plan: AttentionPlan | None = None  # what the host knows of the step: spares a GPU launches that find no work
