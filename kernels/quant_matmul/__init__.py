@@ -9,6 +9,7 @@ sum never depends on the task, so one launch serves a batch of many tasks. Impor
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 if TYPE_CHECKING:
     from peqa_kernels.native import NativeOps
+    from peqa_kernels.quant_matmul.gpu import TritonGpu
 
 __all__ = [
     "BACKENDS",
@@ -79,10 +81,24 @@ class PreparedWeight:
     def set_row_invariant(self, on: bool) -> None:
         """Make a row's bits the same in every batch; on the CPU they always are. On a GPU it costs time."""
         if self.backend == "gpu":
-            from peqa_kernels.quant_matmul.gpu import TritonGpu
+            self._gpu().set_row_invariant(on)
 
-            assert isinstance(self.impl, TritonGpu)
-            self.impl.set_row_invariant(on)
+    def move_codes_to_host(self) -> Tensor:
+        """For serving on a GPU: lay the codes out now, and keep the canonical ones in host memory only; gives those.
+
+        What wants the canonical ones later (`dense`, training) has them copied over each time.
+        """
+        codes = self.weight.qweight.cpu()
+        self.weight = replace(self.weight, qweight=codes)
+        self._copies = DenseCopies(self.weight)
+        self._gpu().release_codes(self.weight)
+        return codes
+
+    def _gpu(self) -> TritonGpu:
+        from peqa_kernels.quant_matmul.gpu import TritonGpu
+
+        assert isinstance(self.impl, TritonGpu), self.backend
+        return self.impl
 
     def _make(self, backend: str) -> Backend:
         if backend == "reference":
@@ -114,7 +130,7 @@ def prepare(
     segments = (weight.out_features,) if segments is None else tuple(segments)
     assert sum(segments) == weight.out_features, (segments, weight.out_features)
     if backend is None:
-        if weight.qweight.device.type == "cuda":
+        if weight.scales.device.type == "cuda":
             backend = "gpu"
         else:
             backend = "torch" if _native_ops() is None else "native"

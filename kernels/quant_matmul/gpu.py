@@ -8,6 +8,7 @@ one launch meet at counters that belong to the weight.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class TritonGpu:
         device = weight.scales.device
         self.layout = layout_of(weight, segments)
         self.out_features = weight.out_features
-        self.words = lay_out(weight, self.layout, device)
+        self._weight = weight
+        self._words: Tensor | None = None
         source = padded_outputs(self.layout).to(device)
         self.scales = _half_if_exact(weight.scales.float()[source].t().contiguous())  # [G, padded N]
         self.zeros, self.zeros_mode = _zeros(weight.zeros.float()[source].t().contiguous(), weight.bits)
@@ -43,6 +45,24 @@ class TritonGpu:
         self.device = gpu_device(device)
         self._invariant = False
         self._tiles: dict[tuple[int, torch.dtype, Scales], Tile] = {}
+
+    @property
+    def words(self) -> Tensor:
+        """The codes as gpu_layout orders them; laid out when first wanted, since training never wants them."""
+        if self._words is None:
+            self._words = lay_out(self._weight, self.layout, self.scales.device)
+        return self._words
+
+    def release_codes(self, weight: QuantizedWeight) -> None:
+        """Lay the codes out now; from here on only `weight`, the same one with its codes elsewhere, is kept."""
+        assert self.words.device == self.scales.device
+        self._weight = weight
+
+    def clone(self) -> TritonGpu:
+        """The same weight with codes at another address: measurements walk through many, past the caches."""
+        other = copy.copy(self)
+        other._words = self.words.clone()
+        return other
 
     def set_row_invariant(self, on: bool) -> None:
         """Make a row's bits independent of the number of rows that run with it, and of their tasks."""
@@ -70,7 +90,7 @@ class TritonGpu:
         tile = self._tiles.get(key)
         if tile is None:
             tile = self.device.choose(self.layout, rows, dtype, scales, invariant=self._invariant)
-            if self.words.is_cuda:
+            if self.scales.is_cuda:
                 if torch.cuda.is_current_stream_capturing():
                     return tile  # no time for a trial; `warm_up` is to be called before a capture
                 name = (key_of(self.layout, rows, dtype, scales), self.zeros_mode, tile)

@@ -119,7 +119,7 @@ def tile_for(
     if dtype == torch.float32:
         tile = Tile(16, 64, 4, 2)  # two products for each
     elif invariant:
-        tile = _invariant_tile(layout)
+        tile = _invariant_tile(layout, gpu)
     elif rows <= 64:
         tile = _decode_tile(layout, rows, scales, gpu)
     else:
@@ -132,7 +132,7 @@ def tile_for(
 
 def safe(tile: Tile) -> Tile:
     """The tile to use instead of one that computes wrongly on this device: narrow, and no loads under way."""
-    return tile._replace(rows=8, stages=1, warps=4, in_turn=False)
+    return tile._replace(rows=8, stages=1, warps=4, splits=1, in_turn=False)
 
 
 def _decode_tile(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Tile:
@@ -142,7 +142,7 @@ def _decode_tile(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Tile:
         most = 16
     elif scales == "channel+input" or layout.groups_per_tile > 1 or not gpu.register_products:
         most = 32
-    size = min(most, rows)
+    size = min(most, rows if layout.bits in (4, 8) else max(16, rows))
     return Tile(size, layout.panel, 4, 4 if size <= 16 else 3)
 
 
@@ -151,14 +151,15 @@ def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu) -> Tile:
     warps = 8 if layout.panel == 128 else 4
     taskwise = scales == "group"
     if warps == 4 or not gpu.register_products or layout.groups_per_tile > 1 or taskwise:
-        return Tile(64, layout.panel, warps, 3, taskwise=taskwise)
+        size = 64 if gpu.register_products or layout.bits != 8 else 32
+        return Tile(size, layout.panel, warps, 3, taskwise=taskwise)
     return Tile(128, layout.panel, warps, 3)
 
 
-def _invariant_tile(layout: Layout) -> Tile:
+def _invariant_tile(layout: Layout, gpu: Gpu) -> Tile:
     """Any number of activations, of any kind of scales."""
     if layout.groups_per_tile > 1:
-        return Tile(16, 64, 4, 3)
+        return Tile(16 if gpu.register_products else 8, 64, 4, 3)
     return Tile(32 if layout.groups == 1 else 16, layout.panel, 4, 3)
 
 

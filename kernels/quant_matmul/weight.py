@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -41,6 +41,12 @@ class QuantizedWeight:
     def group_size(self) -> int:
         """Inputs per group."""
         return self.in_features // self.groups
+
+    def together(self) -> QuantizedWeight:
+        """The same weight with its codes where its scales are: while serving, a GPU's stay in host memory."""
+        if self.qweight.device == self.scales.device:
+            return self
+        return replace(self, qweight=self.qweight.to(self.scales.device))
 
 
 @dataclass

@@ -118,7 +118,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     _check_names(folder, model, manifest)
     linears = fuse_siblings(model, manifest.linears, fuse=fuse)
     steady_linears(model)
-    _prepare(model, linears)
+    _prepare(model, linears, serving=paged)
     step = StepContext()
     layers = place_layers(model, step) if paged else []
     loaded = LoadedModel(
@@ -143,13 +143,13 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     return loaded
 
 
-def _prepare(model: PreTrainedModel, linears: list[LinearSpec]) -> None:
+def _prepare(model: PreTrainedModel, linears: list[LinearSpec], *, serving: bool) -> None:
     """Lay all codes out for the device: fused launches, and heads that are codes."""
     for linear in linears:
         linear.module.prepare()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.prepare()
+            module.serve() if serving else module.prepare()
         elif isinstance(module, TiedHead):
             module.embedding.prepare()
 

@@ -59,6 +59,12 @@ class _Codes(nn.Module):
             self._prepared = prepare(self.weight_codes(), segments=self._segments())
         return self._prepared
 
+    def serve(self) -> None:
+        """`prepare`, and on a GPU keep the canonical codes in host memory only: it has no room for both."""
+        prepared = self.prepare()
+        if prepared.backend == "gpu":
+            self.qweight.data = prepared.move_codes_to_host()
+
     def _segments(self) -> tuple[int, ...]:
         return (self.scales.shape[0],)
 

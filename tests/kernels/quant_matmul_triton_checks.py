@@ -16,6 +16,7 @@ import torch
 from peqa_kernels.quant_matmul import (
     LinearBank,
     QuantizedWeight,
+    dequantize,
     prepare,
     quant_matmul,
     quant_matmul_reference,
@@ -124,28 +125,73 @@ def check_empty_and_strided(device: str) -> int:
 
 
 def check_single_rows(device: str, dtype: torch.dtype) -> int:
-    """In the invariant mode a row's bits depend neither on how many rows run with it nor on which."""
+    """In the invariant mode a row's bits depend neither on how many rows run with it nor on which.
+
+    The interpreter's products depend on a row's place in the tile: there they are of whole numbers, and only what
+    follows is rounded.
+    """
+    from peqa_kernels.quant_matmul.gpu import launch
+
     count = 0
     for groups, kind in ((1, "channel"), (1, "mixed"), (4, "mixed")):
         problem = Problem(device, 4, (128, 56), 512, groups, kind, 90, dtype, integers=False)
         problem.prepared.set_row_invariant(True)
         x, _, bank, row, group_row = problem.arguments()
-        every = quant_matmul(x, problem.prepared, bank=bank, row=row, group_row=group_row)
-        problem.check(every)
-        for some in (slice(0, 1), slice(89, 90), slice(3, 20), slice(20, 90)):
-            got = quant_matmul(
-                x[some], problem.prepared, bank=bank, row=row[some],
-                group_row=None if group_row is None else group_row[some],
-            )  # fmt: skip
-            assert torch.equal(got, every[some]), f"{problem.name} rows {some}"
-            count += 1
+        if device == "cpu":
+            x = x.copy_(cases.make_x(*x.shape, dtype, integers=True))
+            bank.in_scale = None if bank.in_scale is None else bank.in_scale.ceil()
+        weight = problem.prepared.impl
+        answers = []
+        for some in (slice(0, 90), slice(0, 1), slice(89, 90), slice(3, 20), slice(20, 90)):
+            rows = [None if r is None else r[some] for r in (row, group_row)]
+            scales = "channel" if group_row is None else "group"
+            split = weight.tile(len(x[some]), dtype, scales)._replace(splits=4, in_turn=len(x[some]) > 64)
+            chosen = quant_matmul(x[some], problem.prepared, bank=bank, row=rows[0], group_row=rows[1])
+            answers.append((chosen, launch(weight, split, x[some], None, bank, *rows)))
+            for got, every in zip(answers[-1], answers[0], strict=True):
+                assert torch.equal(got, every[some]), f"{problem.name} rows {some}"
+                count += 1
+        problem.check(answers[0][0])
         base = quant_matmul(x[:9], problem.prepared)
         zeros = torch.zeros_like(row[:9])
-        same = quant_matmul(
-            x[:9], problem.prepared, bank=bank, row=zeros, group_row=zeros if group_row is not None else None
-        )
+        rows = (zeros, None if group_row is None else zeros)
+        same = quant_matmul(x[:9], problem.prepared, bank=bank, row=rows[0], group_row=rows[1])
         assert torch.equal(base, same), f"{problem.name}: row 0 is the base"
     return count
+
+
+def check_codes_in_host_memory(device: str) -> int:
+    """A weight that keeps its canonical codes off the device multiplies, dequantizes and trains as before."""
+    problem = Problem(device, 3, (64, 40), 256, 2, "mixed", 5, torch.float32, integers=True)
+    x, _, bank, row, group_row = problem.arguments()
+    prepared, dense = problem.prepared, dequantize(problem.weight)
+    codes = prepared.move_codes_to_host()
+    assert codes.device.type == prepared.weight.qweight.device.type == "cpu"
+    assert torch.equal(codes, problem.weight.qweight.cpu())
+    problem.check(quant_matmul(x, prepared, bank=bank, row=row, group_row=group_row))
+    assert torch.equal(prepared.dense(), dense)
+    x = x.clone().requires_grad_()
+    quant_matmul(x, prepared).sum().backward()
+    assert torch.allclose(x.grad, dense.sum(0).expand_as(x))
+    return 1
+
+
+def check_warm_up(device: str) -> int:
+    """Each kernel once; the exactness trial, which passes here; a broken tile is replaced, with a warning."""
+    from peqa_kernels.quant_matmul.gpu_check import is_exact
+    from peqa_kernels.quant_matmul.gpu_tune import warm_up
+
+    problem = Problem(device, 4, (64, 64), 256, 2, "mixed", 3, torch.float16, integers=False)
+    weight, dtype = problem.prepared.impl, torch.float16
+    weights = [
+        (problem.prepared, None),
+        (prepare(problem.weight, backend="reference"), None),
+        (problem.prepared, None),
+    ]
+    assert warm_up(weights, (1, 5, 16), dtype, ("base", "group")) == 4
+    for rows, scales in ((3, "base"), (16, "channel"), (80, "channel+input"), (80, "group")):
+        assert is_exact(weight, weight.tile(rows, dtype, scales), rows, dtype, scales), (rows, scales)
+    return 5
 
 
 def move_weight(weight: QuantizedWeight, device: str) -> QuantizedWeight:
@@ -167,7 +213,13 @@ if __name__ == "__main__":
     done = check_kinds(where, half, integers=True)
     done += check_kinds(where, torch.float16, integers=False, kinds=("mixed",))
     done += check_kinds(where, torch.float32, integers=False, kinds=("mixed",))
-    done += check_tiles(where, half) + check_empty_and_strided(where) + check_single_rows(where, half)
+    done += (
+        check_tiles(where, half)
+        + check_empty_and_strided(where)
+        + check_single_rows(where, half)
+        + check_warm_up(where)
+    )
+    done += check_codes_in_host_memory(where)
     if where == "cuda":
         done += check_kinds(where, torch.bfloat16, integers=False) + check_kinds(
             where, torch.float32, integers=True

@@ -1,0 +1,125 @@
+"""The choice of tiles: the rule, the tables of measured ones, the trial of each; and what the layout costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peqa_kernels.quant_matmul import QuantizedWeight
+
+pytest.importorskip("triton")
+from peqa_kernels.packing import packed_width
+from peqa_kernels.quant_matmul.gpu_device import GpuDevice
+from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of
+from peqa_kernels.quant_matmul.tuning import (
+    BUCKETS,
+    Gpu,
+    Scales,
+    Tile,
+    TileTable,
+    line_of,
+    table_path,
+    tile_for,
+)
+
+H200 = Gpu("NVIDIA H200", 132, register_products=True)
+KINDS: tuple[Scales, ...] = ("base", "channel", "channel+input", "group")
+
+
+def layout(n: int, k: int, bits: int = 4, group: int = -1) -> Layout:
+    groups = 1 if group == -1 else k // group
+    scales = torch.empty((n, groups), device="meta")
+    qweight = torch.empty((n, packed_width(k, bits)), dtype=torch.uint8, device="meta")
+    return layout_of(QuantizedWeight(qweight, scales, scales, bits, k), (n,))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(12288, 4096, -1), (4096, 11008, 128), (576, 1536, 32), (576, 576, 64)]
+)
+def test_a_weight_takes_its_bits_and_no_more(n: int, k: int, group: int, bits: int) -> None:
+    assert layout(n, k, bits, group).num_bytes * 8 == bits * n * k
+
+
+@pytest.mark.parametrize("k", [4096, 11008, 576, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_of_a_split_has_a_step(k: int, kind: Scales) -> None:
+    for n, rows in ((128, 1), (12288, 1), (4096, 33), (44032, 64), (576, 8192), (4096, 8192)):
+        for invariant in (False, True):
+            cut = layout(n, k)
+            tile = tile_for(cut, rows, torch.bfloat16, kind, H200, invariant=invariant)
+            assert (tile.splits - 1) * -(-cut.tiles // tile.splits) < cut.tiles, (tile, cut)
+            assert cut.panel % tile.outputs == 0
+
+
+def test_few_panels_split_k_to_fill_the_processors() -> None:
+    """4096 outputs are 32 panels for 132 processors."""
+    assert tile_for(layout(4096, 4096), 8, torch.bfloat16, "channel", H200).splits >= 4
+    assert tile_for(layout(44032, 8192), 8, torch.bfloat16, "channel", H200).splits <= 4
+    assert tile_for(layout(44032, 8192), 4096, torch.bfloat16, "channel", H200).splits == 1
+
+
+@pytest.mark.parametrize("group", [-1, 32, 128])
+def test_the_invariant_mode_has_one_tile(group: int) -> None:
+    tiles = {
+        tile_for(layout(4096, 4096, 4, group), rows, torch.bfloat16, kind, H200, invariant=True)._replace(
+            in_turn=False
+        )
+        for rows in BUCKETS
+        for kind in KINDS
+    }
+    assert len(tiles) == 1, tiles
+
+
+def test_a_measured_tile_comes_before_the_rule(tmp_path: Path) -> None:
+    cut, measured = layout(12288, 4096), Tile(16, 128, 4, 5, 3)
+    line = line_of(cut, 13, torch.bfloat16, "channel", measured, 12.5)
+    path = TileTable([line]).save(H200.name, tmp_path)
+    assert path == table_path(H200.name, tmp_path) == tmp_path / "nvidia-h200.json"
+    assert json.loads(path.read_text())["tiles"][0]["us"] == 12.5
+    device = GpuDevice(H200, TileTable.load(H200.name, tmp_path), assembly=True)
+    assert device.choose(cut, 16, torch.bfloat16, "base") == measured
+    for other in (
+        device.choose(cut, 17, torch.bfloat16, "channel"),
+        device.choose(cut, 16, torch.float16, "channel"),
+        device.choose(cut, 16, torch.bfloat16, "group"),
+        device.choose(layout(12288, 4096, 3), 16, torch.bfloat16, "channel"),
+        device.choose(cut, 16, torch.bfloat16, "channel", invariant=True),
+    ):
+        assert other != measured
+    assert TileTable.load("another GPU", tmp_path).lines == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"tiles": [{"bits": 4}]}', '{"tiles": 3}'])
+def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
+    table_path("x", tmp_path).write_text(text)
+    with pytest.raises(ValueError, match="is no table of tiles"):
+        TileTable.load("x", tmp_path)
+
+
+def test_a_tile_that_computes_wrongly_is_replaced_with_a_warning() -> None:
+    device = GpuDevice(H200, TileTable([]), assembly=True)
+    tile = Tile(64, 128, 4, 3, 2)
+    tried: list[Tile] = []
+
+    def wrong(one: Tile) -> bool:
+        tried.append(one)
+        return one.stages == 1
+
+    with pytest.warns(RuntimeWarning, match="computes wrong results on NVIDIA H200"):
+        chosen = device.proven("shape", tile, wrong)
+    assert (chosen.rows, chosen.stages, chosen.splits) == (8, 1, 1)
+    assert device.proven("shape", tile, wrong) == chosen
+    assert len(tried) == 2, "each shape is tried once, and its replacement"
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="another version of Triton"):
+        device.proven("other", tile, lambda one: False)
+
+
+def test_shipped_tables_can_be_read() -> None:
+    from peqa_kernels.quant_matmul.tuning import TABLES
+
+    for path in TABLES.glob("*.json"):
+        assert TileTable.load(path.stem).lines, path
