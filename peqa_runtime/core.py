@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peqa_runtime.errors import InvalidRequest, InvalidTaskName
@@ -332,6 +332,15 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(s.num_tokens for s in self.scheduled)
+
+    def by_group_row(self) -> Batch:
+        """The same step with its sequences ordered by group row.
+
+        A GPU kernel goes through the weight once for each task in a tile, and finds a task's scales in its caches.
+        """
+        if not any(item.sequence.group_row for item in self.scheduled):
+            return self
+        return replace(self, scheduled=tuple(sorted(self.scheduled, key=lambda item: item.sequence.group_row)))
 
 
 @dataclass(frozen=True)

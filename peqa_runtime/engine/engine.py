@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from peqa_runtime.core import (
@@ -30,14 +29,13 @@ from peqa_runtime.engine.request_check import check_request
 from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sources import open_model, open_tasks
 from peqa_runtime.errors import EngineDead, InvalidRequest
 from peqa_runtime.scales.scale_bank import ScaleBank
-from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
-from peqa_runtime.scales.task_registry import TaskRegistry
 
 if TYPE_CHECKING:
-    from peqa_runtime.engine.offline import Completion
+    from peqa_runtime.engine.offline import Choice, Completion
     from peqa_runtime.model.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -54,16 +52,28 @@ class Engine:
     It owns a lease of its own for every request it works on, from `add_request` until the request's last output.
     """
 
-    def __init__(self, model: LoadedModel, tasks: TaskLibrary, config: EngineConfig | None = None) -> None:
-        """Allocate KV cache and scale bank for `model` and bind them to it.
+    def __init__(
+        self,
+        base: LoadedModel | Path | str,
+        tasks: TaskLibrary | Path | str | None = None,
+        config: EngineConfig | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """Load `base` and allocate KV cache and scale bank for it.
 
-        Raises `ValueError` when the configuration does not fit the model, the memory or the registry's rows.
+        base: a base folder (or a model that `load` gave, which then belongs to this engine). tasks: the folder of a
+        scale store; None: no tasks but those that are uploaded or given as files, gone with `close`. device: "auto",
+        "cpu" or "cuda"; dtype, of activations: "auto", "float32", "bfloat16" or "float16"; both for a folder only.
+        Raises `InvalidCheckpoint`, `UnsupportedModel`, `StoreError`, and `ValueError` when the configuration does
+        not fit the model, the memory or the registry's rows.
         """
         self.config = config = config or EngineConfig()
-        self.model = model
-        self.tasks = tasks
+        self.model = model = open_model(base, device=device, dtype=dtype)
+        self.tasks, self._temporary = open_tasks(tasks, model.manifest, config)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        counts = tasks.registry.counts()
+        counts = self.tasks.registry.counts()
         if (counts.rows + 1, counts.group_rows + 1) != (config.task_rows, config.group_rows):
             raise ValueError(
                 f"the task registry has {counts.rows + 1} rows and {counts.group_rows + 1} group rows, the engine "
@@ -90,12 +100,12 @@ class Engine:
         self.bank = ScaleBank(
             model.linears, rows=config.task_rows, group_rows=config.group_rows, device=model.device
         )
-        tasks.arrange = self.bank.arranged
+        self.tasks.arrange = self.bank.arranged
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):
             linear.module.attach(bank, model.step_rows)
         self.scheduler = self._new_scheduler()
         self.runner = ModelRunner(
-            model, self.bank, tasks.scale_set, Sampler(model.eos_token_ids), config.block_size
+            model, self.bank, self.tasks.scale_set, Sampler(model.eos_token_ids), config.block_size
         )
         self._leases: dict[
             str, Lease | None
@@ -105,32 +115,6 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._step_seconds = 0.0
         self._step_seconds_total = 0.0
-        self._temporary: TemporaryDirectory[str] | None = None
-
-    @classmethod
-    def from_folder(
-        cls,
-        base: Path | str,
-        store: Path | str | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        config: EngineConfig | None = None,
-    ) -> Engine:
-        """Load a base folder and the scale sets of `store` (None: a temporary one, gone with `close`)."""
-        from peqa_runtime.model.loader import load  # imports transformers, which takes seconds
-
-        config = config or EngineConfig()
-        model = load(base, device=device, dtype=dtype)
-        temporary = None
-        if store is None:
-            temporary = TemporaryDirectory(prefix="peqa-store-")
-            store = temporary.name
-        registry = TaskRegistry(rows=config.task_rows, group_rows=config.group_rows)
-        scale_store = ScaleStore(Path(store), model.manifest)
-        engine = cls(model, TaskLibrary(scale_store, registry, host_bytes=config.host_cache_bytes), config)
-        engine._temporary = temporary
-        return engine
 
     @property
     def has_work(self) -> bool:
@@ -202,7 +186,7 @@ class Engine:
         planned: Collection[Sequence] | None = None
         crash: Exception | None = None
         try:
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule().by_group_row()
             if not batch.scheduled:
                 return []
             planned = [item.sequence for item in batch.scheduled]
@@ -247,22 +231,38 @@ class Engine:
         self,
         prompts: Items[str] | Items[Items[int]],
         params: SamplingParams | Items[SamplingParams] | None = None,
-        task: str | Items[str] = BASE_TASK,
+        task: Choice | Items[Choice] = BASE_TASK,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
         """Complete each prompt (texts or lists of token ids) and return the results in the same order.
 
-        `params` and `task` are one for all, or one per prompt. Raises `InvalidRequest`, `UnknownTask`.
+            Engine("bases/smollm2").generate(["2 + 2 ="], SamplingParams(max_tokens=4, temperature=0.0))
+            Engine(base, store).generate(prompts, task=["sql", "base", Path("mine.safetensors"), {"a": 0.5, "b": 0.5}])
+
+        `params` and `task` are one for all, or one per prompt. A task is a name in the store, the path of a scale set
+        file, or the weights of a blend, which sum to 1. `progress` shows a bar. Log-probabilities come with
+        `SamplingParams(logprobs=…, prompt_logprobs=…)`. A request that fails has `finish_reason` "error" and says why
+        in `error`; the others are not affected.
+
+        Raises `InvalidRequest`, `UnknownTask`, `TaskUnusable`, `TaskQuarantined`, `InvalidScaleSet`, `EngineDead`.
         """
         from peqa_runtime.engine.offline import generate
 
-        return generate(self, prompts, params or SamplingParams(), task)
+        return generate(self, prompts, params or SamplingParams(), task, progress=progress)
 
     def close(self) -> None:
-        """End all requests and free what is not memory."""
+        """End all requests and free what is not memory. Safe to call twice."""
         self.abort_all()
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _new_scheduler(self) -> Scheduler:
         """A scheduler with nothing in it, all blocks free and nothing cached."""
