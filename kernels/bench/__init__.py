@@ -4,5 +4,6 @@
 
 row: one measured figure and its bar. report: table and JSON. timing: medians of interleaved repetitions (CPU) or of
 replayed CUDA graphs (GPU). machine: rates of this machine. weights: random weights, rotated past the caches, and the
-forms that other kernels want them in. cpu, gpu: what is measured. lora: adapters the way multi-LoRA servers run them.
+forms that other kernels want them in. cpu, gpu, attention: what is measured. lora: adapters the way multi-LoRA servers
+run them.
 """

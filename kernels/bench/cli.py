@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from peqa_kernels.bench import cpu, gpu
+from peqa_kernels.bench import attention, cpu, gpu
 from peqa_kernels.bench.case import Case
-from peqa_kernels.bench.machine import Machine, device_name, linear_rate, memory_rates
+from peqa_kernels.bench.machine import measure_machine
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Clock, GraphReplay, Timer
-
-PROBE = {"cpu": (256 << 20, (4096, 4096), 512, 4), "cuda": (1 << 30, (8192, 8192), 8192, 2)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,15 +60,12 @@ def _measure(
         timer = GraphReplay(show=progress.detail)
     else:
         timer = Clock(seconds, show=progress.detail)
-    size, shape, count, weights = PROBE[device.type]
-    read, copy = memory_rates(device, timer, size)
-    flops = linear_rate(device, timer, shape, count, weights)
-    machine = Machine(device, device_name(device), copy if device.type == "cuda" else max(read, copy), flops)
+    machine = measure_machine(device, timer)
     facts = {"device": machine.name}
     rows += [
-        Row(f"{device.type}/machine/read-rate", read / 1e9, "GB/s", ">=", None, facts),
-        Row(f"{device.type}/machine/copy-rate", copy / 1e9, "GB/s", ">=", None, facts),
-        Row(f"{device.type}/machine/linear-bf16-rate", flops / 1e9, "GFLOP/s", ">=", None, facts),
+        Row(f"{device.type}/machine/read-rate", machine.read_rate / 1e9, "GB/s", ">=", None, facts),
+        Row(f"{device.type}/machine/copy-rate", machine.copy_rate / 1e9, "GB/s", ">=", None, facts),
+        Row(f"{device.type}/machine/linear-bf16-rate", machine.bf16_rate / 1e9, "GFLOP/s", ">=", None, facts),
     ]
     for case in cases:
         progress.case(case.name)
@@ -84,7 +79,7 @@ def _measure(
 def _cases(device: str) -> list[Case]:
     if device == "cpu":
         return cpu.cases(cpu.PLAN)
-    return gpu.cases(gpu.PLAN)
+    return gpu.cases(gpu.PLAN) + attention.cases(attention.SHAPES)
 
 
 def _parser() -> argparse.ArgumentParser:

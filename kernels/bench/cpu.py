@@ -26,11 +26,12 @@ from peqa_kernels.bench.weights import (
     dense,
     dense_rotation,
     ours,
+    prepared,
     random_weight,
     rotation,
     task_rows,
 )
-from peqa_kernels.quant_matmul import PreparedWeight, prepare, quant_matmul
+from peqa_kernels.quant_matmul import PreparedWeight, quant_matmul
 
 SPEEDUP = {1: 2.5, 8: 2.5, 32: 2.0}  # rows -> at least so many times as fast as F.linear in bf16
 OF_LINEAR_RATE = 0.9  # … or, at 32 rows, this share of F.linear's own rate at PREFILL_ROWS
@@ -229,7 +230,7 @@ class _ModelStep:
         turns = -(-span // sum(shape.weight_bytes for shape in parts))  # steps until a weight comes again
         codes = {shape: random_weight(shape, CPU) for shape in {*parts}}
         self._weights = [
-            [prepare(codes[shape], segments=shape.segments) for shape in parts] for _ in range(turns)
+            [prepared(codes[shape], shape.segments, 1)[0] for shape in parts] for _ in range(turns)
         ]
         self._banks = [channel_bank(shape, MIXED_TASKS, CPU) for shape in parts[:-1]]
         self._bf16 = [torch.randn(s.out_features, s.in_features).bfloat16() for s in parts]

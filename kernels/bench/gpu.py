@@ -48,6 +48,7 @@ class GpuPlan:
     shapes: tuple[Shape, ...]
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     prefill: tuple[int, ...] = (2048, 4096, 8192)
+    invariant_rows: tuple[int, ...] = (1, 32, 2048)
     tasks: int = 64  # as many rows
     group_tasks: int = 32
     lora_tasks: int = 32
@@ -75,6 +76,7 @@ def cases(plan: GpuPlan) -> list[Case]:
             Case(f"gpu {shape.name} tasks", partial(_tasks, plan, shape)),
             Case(f"gpu {shape.name} group sets", partial(_group_sets, plan, grouped)),
             Case(f"gpu {shape.name} prefill", partial(_prefill, plan, shape)),
+            Case(f"gpu {shape.name} equal bits", partial(_equal_bits, plan, shape)),
         ]
     return made
 
@@ -161,6 +163,29 @@ def _prefill(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> lis
         facts = _facts(shape, count, 1, times["ours"], machine)
         name = f"gpu/prefill/{shape.name}/{shape.format}/{count}-rows/vs-linear-bf16"
         rows.append(_against(name, times["ours"], times["linear"], PREFILL_SHARE, facts))
+    return rows
+
+
+def _equal_bits(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[Row]:
+    """What the mode costs in which a row's bits do not depend on the batch."""
+    device, span = machine.device, _span(plan, machine)
+    plain, invariant = rotation(shape, device, span), rotation(shape, device, span)
+    for weight in invariant:
+        weight.set_row_invariant(True)
+    banks = [channel_bank(shape, 1, device) for _ in plain]
+    rows = []
+    for count in plan.invariant_rows:
+        x, row = _inputs(count, shape, device), task_rows(count, 1, device)
+        ways = (
+            Way("plain", ours(x, plain, banks, row=row)),
+            Way("invariant", ours(x, invariant, banks, row=row)),
+        )
+        times = timer.compare(f"{count} rows, equal bits", *ways)
+        facts = _facts(shape, count, 1, times["invariant"], machine)
+        facts["peer_us"] = times["plain"].median * 1e6
+        cost = times["invariant"].median / times["plain"].median
+        name = f"gpu/equal-bits/{shape.name}/{shape.format}/{count}-rows/cost"
+        rows.append(Row(name, cost, "x", "<=", None, facts))
     return rows
 
 

@@ -18,13 +18,35 @@ LEAST_ROTATION = {"cpu": 96 << 20, "cuda": 192 << 20}  # bytes; 192 MiB is three
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What a device's rates are measured on."""
+
+    size: int  # bytes that are read and copied
+    shape: tuple[int, int]  # of bf16 weights [N, K]
+    rows: int
+    weights: int
+
+
+PROBES = {
+    "cpu": Probe(256 << 20, (4096, 4096), 512, 4),
+    "cuda": Probe(1 << 30, (8192, 8192), 8192, 2),
+}
+
+
+@dataclass(frozen=True)
 class Machine:
     """One device with its measured rates."""
 
     device: torch.device
     name: str
-    memory_rate: float  # bytes/s that a kernel's reads are held against
+    read_rate: float  # bytes/s of a sum
+    copy_rate: float  # bytes/s of a copy, read and written
     bf16_rate: float  # flop/s of torch's own bf16 matmul
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes/s that a kernel's reads are held against: on a GPU the copy's, on a CPU the better of the two."""
+        return self.copy_rate if self.device.type == "cuda" else max(self.read_rate, self.copy_rate)
 
     def facts(self, seconds: float, moved_bytes: float, flops: float) -> dict[str, Any]:
         """What a row says of a call of `seconds`: its time, both floors, and the share of the floor it reaches."""
@@ -41,6 +63,14 @@ class Machine:
             "gflops": flops / seconds / 1e9,
             "ceiling_gflops": self.bf16_rate / 1e9,
         }
+
+
+def measure_machine(device: torch.device, timer: Timer) -> Machine:
+    """Measure the rates of a device."""
+    probe = PROBES[device.type]
+    read, copy = memory_rates(device, timer, probe.size)
+    rate = linear_rate(device, timer, probe.shape, probe.rows, probe.weights)
+    return Machine(device, device_name(device), read, copy, rate)
 
 
 def device_name(device: torch.device) -> str:

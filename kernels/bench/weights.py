@@ -77,8 +77,19 @@ def random_weight(shape: Shape, device: torch.device) -> QuantizedWeight:
 
 def rotation(shape: Shape, device: torch.device, span: int) -> list[PreparedWeight]:
     """Weights that take `span` bytes together, two at least. Their codes are the same, their memory is not."""
-    weight = random_weight(shape, device)
-    return [prepare(weight, segments=shape.segments) for _ in range(copies(shape.weight_bytes, span))]
+    return prepared(random_weight(shape, device), shape.segments, copies(shape.weight_bytes, span))
+
+
+def prepared(weight: QuantizedWeight, segments: tuple[int, ...], count: int) -> list[PreparedWeight]:
+    """Lay a weight out `count` times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # many small operations: on busy cores each barrier between two threads costs more
+    try:
+        return [prepare(weight, segments=segments) for _ in range(count)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dense_rotation(shape: Shape, device: torch.device, span: int) -> list[Tensor]:

@@ -4,6 +4,6 @@
 
 Like all of this package it imports nothing of the server: it starts commands, speaks HTTP and reads /proc.
 figure: a measured figure and its bar. process: a server that is started, watched and ended. offline: the other half,
-a command too. session: loads on one server. throughput, updates, disconnects, endurance, shutdown, many_tasks: what is
-shown.
+a command too. session: loads on one server. throughput, updates, disconnects, endurance, shutdown, many_tasks,
+gpu_load: what is shown.
 """

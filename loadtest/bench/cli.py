@@ -18,6 +18,7 @@ from rich.console import Console
 from peqa_loadtest.bench.disconnects import disconnects
 from peqa_loadtest.bench.endurance import endurance
 from peqa_loadtest.bench.figure import Figure, print_figures, write_figures
+from peqa_loadtest.bench.gpu_load import gpu_is_there, mixed_load
 from peqa_loadtest.bench.many_tasks import many_tasks
 from peqa_loadtest.bench.offline import OfflineBench
 from peqa_loadtest.bench.process import ServerProcess
@@ -27,9 +28,9 @@ from peqa_loadtest.bench.throughput import throughput
 from peqa_loadtest.bench.updates import updates
 from peqa_loadtest.client import LoadTestError
 
-SERVED = ("throughput", "updates", "disconnects", "endurance", "sigterm", "many-tasks")
+SERVED = ("throughput", "updates", "disconnects", "endurance", "sigterm", "many-tasks", "gpu-load")
 PARTS = ("offline", *SERVED)
-OFFLINE_PARTS = ("mixed", "profile", "equality")
+OFFLINE_PARTS = ("mixed", "profile", "equality", "gpu")
 ON_ONE_SERVER = SERVED[:4]
 WIDTH = 130  # columns of the table where there is no terminal to ask
 
@@ -54,15 +55,15 @@ class Options:
     probes: int = 100
     offline: tuple[str, ...] = ()  # passed on to the offline half
 
-    def server(self, store: str) -> ServerProcess:
-        """A server of the base on a store of this run; not started."""
+    def server(self, store: str, device: str | None = None) -> ServerProcess:
+        """A server of the base on a store of this run; not started. `device` None: the run's."""
         base = [] if self.base is None else [str(self.base)]
         arguments = [
             *base,
             "--store",
             str(self.work / store),
             "--device",
-            self.device,
+            device or self.device,
             "--log-level",
             "warning",
         ]
@@ -144,6 +145,11 @@ async def measure(options: Options) -> AsyncIterator[tuple[str, list[Figure]]]:
             options.output_tokens,
         )
         yield "many tasks: done", found
+    if "gpu-load" in options.parts and gpu_is_there():
+        yield "a mixed load on a GPU", []
+        with options.server("gpu", "cuda") as server:
+            sizes = (options.prompt_tokens, options.output_tokens)
+            yield "a mixed load on a GPU: done", await mixed_load(server, tasks, files, *sizes)
 
 
 async def _on_one_server(
@@ -199,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as one JSON array")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="of all rows but the GPU's own")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="where temporary files go; 10 000 tasks take 4 GB"
     )

@@ -5,46 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
-from peqa_kernels.bench.timing import Clock
-from peqa_runtime.bench.equality import (
-    SMALL_BLOCKS,
-    answers_alone,
-    little_memory,
-    load_cases,
-    random_batches,
-    random_cases,
-    run_together,
-)
-from peqa_runtime.bench.machine import speed_of_the_day
-from peqa_runtime.bench.profile import SEQUENCES, step_profile
-from peqa_runtime.bench.throughput import STREAMS, many_streams, mixed_against_base
-from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, random_set
-from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.bench.run import PARTS, Options, measure
+from peqa_runtime.bench.workload import Load, random_set
 from peqa_runtime.errors import PeqaError
 from peqa_runtime.model.base_checkpoint import read_manifest
-
-PARTS = ("machine", "mixed", "profile", "streams", "equality")
-LITTLE_MEMORY_REQUESTS = 24
-LITTLE_MEMORY_BLOCKS = 96  # eight of the twelve-block requests at once
-
-
-@dataclass(frozen=True)
-class Options:
-    """One run."""
-
-    base: Path
-    parts: tuple[str, ...]
-    device: str
-    seconds: float
-    batches: int
-    seed: int
-    load: Load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,50 +53,6 @@ def _measured(given: argparse.Namespace, base: Path, parts: tuple[str, ...]) -> 
     return 0
 
 
-def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
-    """Rows of each part, as they come."""
-    load, seed = options.load, options.seed
-    timer = Clock(options.seconds, least_rounds=5, show=progress.detail)
-    if "machine" in options.parts:
-        progress.case("machine")
-        yield [speed_of_the_day(Clock(min(2.0, options.seconds), show=progress.detail))]
-    if {"mixed", "profile", "streams"} & set(options.parts):
-        config = EngineConfig(max_sequences=STREAMS)
-        with engine_with_tasks(options.base, load.task_names, config, options.device) as engine:
-            prompts = Prompts(engine.model.vocab_size, seed)
-            if "mixed" in options.parts:
-                progress.case("mixed tasks against the base")
-                yield mixed_against_base(engine, load, prompts, timer)
-            if "profile" in options.parts:
-                progress.case(f"profile of a step of {SEQUENCES} sequences")
-                yield step_profile(engine, load, prompts, timer)
-            if "streams" in options.parts:
-                progress.case(f"{STREAMS} streams offline")
-                yield [many_streams(engine, load, prompts)]
-    if "equality" in options.parts:
-        progress.case("the same answer, whatever the neighbours")
-        yield from _equality(options, progress.detail)
-
-
-def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:
-    """References from an engine with ample memory and no prefix cache, then both loads in small ones."""
-    load, seed = options.load, options.seed
-    ample = EngineConfig(prefix_cache=False)
-    with engine_with_tasks(options.base, load.task_names, ample, options.device) as engine:
-        cases = random_cases(load, engine.model.vocab_size, seed)
-        show("each request alone")
-        alone = answers_alone(engine, cases)
-        heavy = load_cases(load, engine.model.vocab_size, seed, LITTLE_MEMORY_REQUESTS)
-        want = run_together(engine, [(case, 0) for case in heavy])
-    small = EngineConfig(num_blocks=SMALL_BLOCKS)
-    with engine_with_tasks(options.base, load.task_names, small, options.device) as engine:
-        yield random_batches(engine, cases, alone, options.batches, seed, show)
-    few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS)
-    with engine_with_tasks(options.base, load.task_names, few, options.device) as engine:
-        show("a load that needs more KV memory than there is")
-        yield little_memory(engine, want, heavy)
-
-
 def _write_sets(base: Path, folder: Path, count: int) -> None:
     """Write `count` random scale set files for the base: what the served half uploads."""
     manifest = read_manifest(base)
@@ -154,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as one JSON array")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="of all rows but the GPU's own")
     parser.add_argument("--seconds", type=float, default=20.0, help="spent on each comparison (default 20)")
     parser.add_argument("--batches", type=int, default=200, help="random mixed batches (default 200)")
     parser.add_argument("--tasks", type=int, default=16, help="default 16")

@@ -69,9 +69,11 @@ def random_set(manifest: BaseManifest, seed: int) -> bytes:
 
 
 @contextmanager
-def engine_with_tasks(base: Path, tasks: list[str], config: EngineConfig, device: str) -> Iterator[Engine]:
+def engine_with_tasks(
+    base: Path, tasks: list[str], config: EngineConfig, device: str, dtype: str = "auto"
+) -> Iterator[Engine]:
     """An engine whose `tasks` have random sets, in a store that is gone afterwards."""
-    engine = Engine.from_folder(base, device=device, config=config)
+    engine = Engine(base, device=device, dtype=dtype, config=config)
     try:
         for seed, name in enumerate(tasks):
             engine.tasks.upload(name, random_set(engine.model.manifest, seed))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from peqa_kernels.bench import cli, cpu, gpu
+from peqa_kernels.bench import attention, cli, cpu, gpu, machine
 from peqa_kernels.bench.case import Case
 from peqa_kernels.bench.lora import LoraSets
 from peqa_kernels.bench.machine import Machine
@@ -27,7 +27,7 @@ from peqa_kernels.bench.timing import Clock, GraphReplay, Timing, Way
 from peqa_kernels.bench.weights import Shape, channel_bank, random_weight, task_rows
 
 CPU = torch.device("cpu")
-MACHINE = Machine(CPU, "test", memory_rate=1e9, bf16_rate=1e12)
+MACHINE = Machine(CPU, "test", read_rate=1e9, copy_rate=0.5e9, bf16_rate=1e12)
 TINY = cpu.Model(
     "tiny",
     (
@@ -39,7 +39,7 @@ TINY = cpu.Model(
 )
 CPU_PLAN = cpu.CpuPlan((Shape((64,), 256),), (Shape((64,), 256, group_size=64),), TINY, span=1)
 GPU_PLAN = gpu.GpuPlan(
-    (Shape((64, 32), 256),), rows=(1, 64), prefill=(80,), tasks=64, group_tasks=32, lora_tasks=32, span=1
+    (Shape((64, 32), 256),), rows=(1, 64), prefill=(80,), invariant_rows=(8,), group_tasks=32, span=1
 )
 
 
@@ -162,7 +162,7 @@ def test_floor_counts_the_bytes_and_flops_of_a_call() -> None:
 
 def test_gpu_rows_have_their_names_and_bars() -> None:
     timer = FakeTimer(ours=1e-3, linear_bf16=2e-3, int4pack=0.5e-3, linear=0.9e-3, one=1e-3, mixed=1.1e-3)
-    timer.seconds |= {"lora_gathered": 1.6e-3}
+    timer.seconds |= {"lora_gathered": 1.6e-3, "plain": 1e-3, "invariant": 1.2e-3}
     rows = run(gpu.cases(GPU_PLAN), timer)
     assert list(rows) == [
         "gpu/decode/96x256/int4-channel/1-rows/of-floor",
@@ -174,8 +174,10 @@ def test_gpu_rows_have_their_names_and_bars() -> None:
         "gpu/tasks/96x256/int4-channel/32-tasks/vs-lora-r16",
         "gpu/tasks/96x256/int4-g128/32-group-sets/vs-bytes",
         "gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16",
+        "gpu/equal-bits/96x256/int4-channel/8-rows/cost",
     ]
-    assert all(row.bar is not None for row in rows.values())
+    assert [name for name, row in rows.items() if row.bar is None] == [*rows][-1:]
+    assert rows["gpu/equal-bits/96x256/int4-channel/8-rows/cost"].value == pytest.approx(1.2)
     assert rows["gpu/decode/96x256/int4-channel/1-rows/of-floor"].bar == 0.8
     assert rows["gpu/decode/96x256/int4-channel/1-rows/vs-int4pack"].ok is False
     tasks = rows["gpu/tasks/96x256/int4-channel/64-tasks/vs-1-task"]
@@ -188,6 +190,16 @@ def test_gpu_rows_have_their_names_and_bars() -> None:
     moved = 96 * 128 + 96 * 2 * 4 + 32 * 96 * 2 * 4 + 32 * (96 + 256) * 2
     assert group.value == pytest.approx(1e-3 / (moved / 1e9))
     assert rows["gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16"].bar == 0.85
+
+
+def test_attention_is_held_against_its_keys_and_values() -> None:
+    shape = attention.AttentionShape(2, 40, heads=4, kv_heads=2, d=16)
+    rows = run(attention.cases((shape,)), FakeTimer(plain=1e-3, invariant=1.5e-3))
+    floor, cost = rows.values()
+    assert floor.name == "gpu/attention/decode/2-sequences-40-keys/of-floor"
+    assert floor.facts["bytes_floor_us"] == pytest.approx(2 * 2 * 80 * 2 * 16 / 1e9 * 1e6)
+    assert cost.name == "gpu/attention/decode/2-sequences-40-keys/cost-of-equal-bits"
+    assert cost.value == pytest.approx(1.5)
 
 
 def test_the_large_shapes_have_the_higher_bar() -> None:
@@ -350,7 +362,7 @@ def test_every_task_of_a_mixed_batch_has_a_row() -> None:
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "PROBE", {"cpu": (1 << 16, (32, 32), 8, 2)})
+    monkeypatch.setattr(machine, "PROBES", {"cpu": machine.Probe(1 << 16, (32, 32), 8, 2)})
     monkeypatch.setattr(cpu, "PLAN", CPU_PLAN)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -372,7 +384,7 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     def good(machine: Machine, timer: Any) -> list[Row]:
         return [Row("cpu/good", 1.0, "x", ">=", 1.0, {"device": machine.name})]
 
-    monkeypatch.setattr(cli, "PROBE", {"cpu": (1 << 16, (32, 32), 8, 2)})
+    monkeypatch.setattr(machine, "PROBES", {"cpu": machine.Probe(1 << 16, (32, 32), 8, 2)})
     monkeypatch.setattr(cpu, "cases", lambda plan: [Case("bad", broken), Case("good", good)])
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -407,7 +419,7 @@ def test_progress_is_one_line_on_a_terminal() -> None:
 @pytest.mark.gpu
 def test_gpu_cases_run_on_a_gpu() -> None:
     device = torch.device("cuda")
-    machine = Machine(device, torch.cuda.get_device_name(), 4e12, 7e14)
+    found = Machine(device, torch.cuda.get_device_name(), 4e12, 4e12, 7e14)
     plan = gpu.GpuPlan((Shape((256, 256), 512),), rows=(1, 8, 64), prefill=(512,), span=1)
-    rows = run(gpu.cases(plan), GraphReplay(rounds=3), machine)
+    rows = run(gpu.cases(plan), GraphReplay(rounds=3), found)
     assert all(math.isfinite(row.value) and row.value > 0 for row in rows.values())

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from peqa_kernels.bench.machine import Machine
 from peqa_kernels.bench.timing import Timing, Way
 from peqa_runtime.bench import cli
 from peqa_runtime.bench.equality import (
@@ -17,13 +19,16 @@ from peqa_runtime.bench.equality import (
     random_cases,
     run_together,
 )
+from peqa_runtime.bench.gpu import answers_of_both, steps_against_floor
 from peqa_runtime.bench.profile import step_profile
+from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.throughput import mixed_against_base
 from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed, random_set
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
 
+MODEL_PARTS = ["matmul", "attention", "elementwise", "head", "call"]
 LOAD = Load(prompt_tokens=20, output_tokens=6, tasks=3)
 
 
@@ -69,18 +74,15 @@ def test_mixed_tasks_are_held_against_the_base(tiny_base: Path) -> None:
 
 
 def test_the_profile_adds_up(tiny_base: Path) -> None:
-    config = EngineConfig(num_blocks=64, task_rows=20)
     load = Load(prompt_tokens=20, output_tokens=8, tasks=16)
-    with engine_with_tasks(tiny_base, load.task_names, config, "cpu") as engine:
-        rows = step_profile(
-            engine, load, Prompts(engine.model.vocab_size, 0), FakeTimer(matmul=1e-9, attention=2e-9)
-        )
-        assert not vars(engine.scheduler).get("schedule"), "the timing is taken off again"
-    shares = {row.name.removeprefix("engine/step-profile/"): row for row in rows}
-    assert list(shares) == ["matmul", "attention", "rest-of-model", "bookkeeping"]
-    assert sum(row.value for row in rows) == pytest.approx(1.0, abs=1e-3)
-    assert shares["bookkeeping"].bar == 0.15
-    assert shares["bookkeeping"].facts["samples"] >= 3
+    with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=96), "cpu") as engine:
+        *parts, overhead = step_profile(engine, load)
+    names = [row.name.removeprefix("engine/step-profile/") for row in parts]
+    assert names == [*MODEL_PARTS, "scheduling", "inputs", "sampling", "rest"]
+    assert all(row.bar is None for row in parts)
+    assert sum(row.value for row in parts) == pytest.approx(1.0, abs=0.2)
+    assert (overhead.name, overhead.bar) == ("engine/step-profile/overhead", 0.15)
+    assert overhead.value == pytest.approx(sum(row.value for row in parts[len(MODEL_PARTS) :]))
 
 
 def test_batches_equal_each_request_alone_and_a_difference_shows(tiny_base: Path) -> None:
@@ -114,6 +116,32 @@ def test_little_memory_gives_the_same_answers(tiny_base: Path) -> None:
         rows = little_memory(engine, want, cases)
     assert [row.name.rpartition("/")[2] for row in rows] == ["equal-to-ample", "errors", "preemptions"]
     assert all(row.ok for row in rows), [(row.name, row.value) for row in rows]
+
+
+def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
+    shape = LlamaShape(hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, vocab=300)
+    write_random_base(tmp_path / "base", shape, tiny_base)
+    machine = Machine(torch.device("cpu"), "test", 1e9, 1e9, 1e12)
+    load = Load(prompt_tokens=6, output_tokens=5, tasks=2)
+    config = EngineConfig(num_blocks=128, max_sequences=64)
+    with engine_with_tasks(tmp_path / "base", load.task_names, config, "cpu") as engine:
+        rows = steps_against_floor(engine, machine, load, Prompts(300, 0))
+    assert [row.name for row in rows] == [
+        *(f"engine/gpu/random-7b/{n}-sequences/of-floor" for n in (1, 8, 32, 64)),
+        "engine/gpu/random-7b/memory-with-1000-tasks",
+    ]
+    assert [row.bar for row in rows] == [0.6, None, 0.7, None, None]
+    weights = sum(n * k for n, k in shape.linears.values()) * 2
+    outputs = sum(n for n, _ in shape.linears.values()) * 2
+    moved = weights // 2 + 4 * outputs + 300 * 32 * 4  # codes, scales, the head in fp32
+    moved += 4 * outputs + 2 * 2 * 8 * 2 * 4 * (6 + 5 // 2)  # one task, keys and values of 8 tokens
+    assert rows[0].facts["bytes_floor_us"] == pytest.approx(moved / 1e9 * 1e6)
+    assert rows[0].facts["flops_floor_us"] == pytest.approx(2 * (weights + 300 * 32) / 1e12 * 1e6)
+
+
+def test_answers_of_two_devices_are_compared(tiny_base: Path) -> None:
+    row = answers_of_both(tiny_base, "cpu", LOAD, 0)
+    assert (row.name, row.value, row.ok) == ("engine/gpu/answers-of-the-cpu", 1.0, True)
 
 
 def test_the_command_writes_rows_and_sets(tiny_base: Path, tmp_path: Path) -> None:

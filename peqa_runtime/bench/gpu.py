@@ -1,0 +1,101 @@
+"""The engine on a GPU: decode steps of a 7B-shaped base against their floor, and the CPU's answers on the demo's base.
+
+Runs on any device, so that it can be proven with a small base where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from peqa_kernels.bench.machine import Machine
+from peqa_kernels.bench.row import Row
+from peqa_runtime.bench.decode_steps import decode_steps
+from peqa_runtime.bench.random_base import LlamaShape, write_random_base
+from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.engine import Engine
+
+SEQUENCES = (1, 8, 32, 64)
+SHARES = {1: 0.6, 32: 0.7}  # of the floor, at least
+RESIDENT = 1000
+COMPARED = 16  # prompts whose answers the CPU and the GPU both give
+EQUAL_SHARE = 1.0
+
+
+def random_base_steps(
+    tokenizer_of: Path, shape: LlamaShape, machine: Machine, load: Load, seed: int
+) -> list[Row]:
+    """Decode steps of a random base with room for RESIDENT tasks, `load.tasks` of them in use."""
+    with TemporaryDirectory(prefix="peqa-random-base-") as folder:
+        base = Path(folder) / "base"
+        write_random_base(base, shape, tokenizer_of, seed)
+        config = EngineConfig(task_rows=RESIDENT + 1, max_sequences=max(SEQUENCES))
+        with engine_with_tasks(base, load.task_names, config, machine.device.type) as engine:
+            return steps_against_floor(engine, machine, load, Prompts(shape.vocab, seed))
+
+
+def steps_against_floor(engine: Engine, machine: Machine, load: Load, prompts: Prompts) -> list[Row]:
+    """Floor over time of decode steps: bytes at the measured copy rate, or flops at the measured bf16 rate."""
+    rows = []
+    for count in SEQUENCES:
+        steps = decode_steps(engine, load, prompts, count)
+        seconds = statistics.median(steps)
+        moved = _bytes(engine, count, min(count, load.tasks), load.prompt_tokens + load.output_tokens // 2)
+        facts = machine.facts(seconds, moved, _flops(engine, count))
+        facts |= {"sequences": count, "tasks": min(count, load.tasks), "tokens_per_s": count / seconds}
+        name = f"engine/gpu/random-7b/{count}-sequences/of-floor"
+        rows.append(Row(name, facts["of_floor"], "x", ">=", SHARES.get(count), facts))
+    memory = {"bank_gb": _bank_bytes(engine) / 1e9, "tasks": RESIDENT, "device": machine.name}
+    used = torch.cuda.memory_allocated() if machine.device.type == "cuda" else _bank_bytes(engine)
+    rows.append(Row("engine/gpu/random-7b/memory-with-1000-tasks", used / 1e9, "GB", "<=", None, memory))
+    return rows
+
+
+def answers_of_both(base: Path, device: str, load: Load, seed: int) -> Row:
+    """How many greedy answers, in float32 on both sides, are the CPU's."""
+    answers = []
+    for where in ("cpu", device):
+        with engine_with_tasks(base, load.task_names, EngineConfig(), where, dtype="float32") as engine:
+            prompts = Prompts(engine.model.vocab_size, seed)
+            work = [prompts.write(load.prompt_tokens) for _ in range(COMPARED)]
+            done = engine.generate(work, load.params, task=mixed(load.task_names, COMPARED))
+            answers.append([one.token_ids for one in done])
+    equal = sum(one == other for one, other in zip(*answers, strict=True)) / COMPARED
+    facts = {"prompts": COMPARED, "tokens": load.output_tokens}
+    return Row("engine/gpu/answers-of-the-cpu", equal, "share", ">=", EQUAL_SHARE, facts)
+
+
+def _linear_bytes(engine: Engine) -> int:
+    """Codes, scales and zero points of one step, and the head."""
+    total = 0
+    for linear in engine.model.linears:
+        weight = linear.module.weight_codes()
+        total += weight.qweight.nbytes + weight.scales.nbytes
+    return total + sum(tensor.nbytes for tensor in engine.model.model.get_output_embeddings().parameters())
+
+
+def _bytes(engine: Engine, sequences: int, tasks: int, context: int) -> float:
+    """Bytes that a decode step must read: weights, the tasks' output scales, keys and values."""
+    outputs = sum(linear.out_features for linear in engine.model.linears)
+    itemsize = engine.model.dtype.itemsize
+    kv = sum(spec.kv_heads * (spec.d_k + spec.d_v) for spec in engine.model.kv_spec) * itemsize
+    return _linear_bytes(engine) + 4 * outputs * tasks + kv * context * sequences
+
+
+def _flops(engine: Engine, sequences: int) -> float:
+    """2 M N K of every linear and the head."""
+    weights = sum(linear.out_features * linear.in_features for linear in engine.model.linears)
+    return 2.0 * sequences * (weights + engine.model.vocab_size * _hidden(engine))
+
+
+def _hidden(engine: Engine) -> int:
+    return int(engine.model.model.config.get_text_config().hidden_size)
+
+
+def _bank_bytes(engine: Engine) -> int:
+    tensors = [t for bank in engine.bank.banks for t in (bank.out_scale, bank.in_scale, bank.group_scale)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,0 +1,99 @@
+"""A run of the offline half: which parts there are, and what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from peqa_kernels.bench.machine import measure_machine
+from peqa_kernels.bench.report import Progress
+from peqa_kernels.bench.row import Row
+from peqa_kernels.bench.timing import Clock, GraphReplay
+from peqa_runtime.bench.equality import (
+    SMALL_BLOCKS,
+    answers_alone,
+    little_memory,
+    load_cases,
+    random_batches,
+    random_cases,
+    run_together,
+)
+from peqa_runtime.bench.gpu import answers_of_both, random_base_steps
+from peqa_runtime.bench.machine import speed_of_the_day
+from peqa_runtime.bench.profile import SEQUENCES, step_profile
+from peqa_runtime.bench.random_base import LlamaShape
+from peqa_runtime.bench.throughput import STREAMS, many_streams, mixed_against_base
+from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks
+from peqa_runtime.engine.config import EngineConfig
+
+PARTS = ("machine", "mixed", "profile", "streams", "equality", "gpu")
+LITTLE_MEMORY_REQUESTS = 24
+LITTLE_MEMORY_BLOCKS = 96  # eight of the twelve-block requests at once
+GPU_TASKS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run."""
+
+    base: Path
+    parts: tuple[str, ...]
+    device: str
+    seconds: float
+    batches: int
+    seed: int
+    load: Load
+
+
+def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
+    """Rows of each part, as they come."""
+    load, seed = options.load, options.seed
+    timer = Clock(options.seconds, least_rounds=5, show=progress.detail)
+    if "machine" in options.parts:
+        progress.case("machine")
+        yield [speed_of_the_day(Clock(min(2.0, options.seconds), show=progress.detail))]
+    if {"mixed", "profile", "streams"} & set(options.parts):
+        config = EngineConfig(max_sequences=STREAMS)
+        with engine_with_tasks(options.base, load.task_names, config, options.device) as engine:
+            prompts = Prompts(engine.model.vocab_size, seed)
+            if "mixed" in options.parts:
+                progress.case("mixed tasks against the base")
+                yield mixed_against_base(engine, load, prompts, timer)
+            if "profile" in options.parts:
+                progress.case(f"profile of a step of {SEQUENCES} sequences")
+                yield step_profile(engine, load)
+            if "streams" in options.parts:
+                progress.case(f"{STREAMS} streams offline")
+                yield [many_streams(engine, load, prompts)]
+    if "equality" in options.parts:
+        progress.case("the same answer, whatever the neighbours")
+        yield from _equality(options, progress.detail)
+    if "gpu" in options.parts and torch.cuda.is_available():
+        progress.case("a GPU")
+        machine = measure_machine(torch.device("cuda"), GraphReplay(show=progress.detail))
+        progress.detail("decode steps of a random 7B base")
+        yield random_base_steps(options.base, LlamaShape(), machine, replace(load, tasks=GPU_TASKS), seed)
+        progress.detail("the answers of CPU and GPU")
+        yield [answers_of_both(options.base, "cuda", load, seed)]
+
+
+def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:
+    """References from an engine with ample memory and no prefix cache, then both loads in small ones."""
+    load, seed = options.load, options.seed
+    ample = EngineConfig(prefix_cache=False)
+    with engine_with_tasks(options.base, load.task_names, ample, options.device) as engine:
+        cases = random_cases(load, engine.model.vocab_size, seed)
+        show("each request alone")
+        alone = answers_alone(engine, cases)
+        heavy = load_cases(load, engine.model.vocab_size, seed, LITTLE_MEMORY_REQUESTS)
+        want = run_together(engine, [(case, 0) for case in heavy])
+    small = EngineConfig(num_blocks=SMALL_BLOCKS)
+    with engine_with_tasks(options.base, load.task_names, small, options.device) as engine:
+        yield random_batches(engine, cases, alone, options.batches, seed, show)
+    few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS)
+    with engine_with_tasks(options.base, load.task_names, few, options.device) as engine:
+        show("a load that needs more KV memory than there is")
+        yield little_memory(engine, want, heavy)
