@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
+from itertools import count
 
 from peqa_runtime.core import Sequence
 
@@ -39,9 +40,9 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         """Every waiting sequence, in no promised order."""
         for level in self._levels.values():
-            yield from level.resumed
             for share in level.shares.values():
-                yield from share.waiting.values()
+                yield from share.begun
+                yield from share.new.values()
 
     def add(self, sequence: Sequence) -> None:
         """A new request waits."""
@@ -55,11 +56,8 @@ class FairQueue:
         self._count -= 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """It was preempted: it waits again, before all of its priority that have not begun."""
-        level = self._levels[sequence.priority]
-        level.share(sequence).running -= 1
-        level.running -= 1
-        insort(level.resumed, sequence, key=_arrival)
+        """It was preempted: it waits again, before those of its task and priority that have not begun."""
+        self._levels[sequence.priority].put_back(sequence)
         self._count += 1
 
     def drop(self, sequence: Sequence, *, running: bool) -> None:
@@ -67,11 +65,11 @@ class FairQueue:
         level = self._levels[sequence.priority]
         if running:
             level.share(sequence).running -= 1
-            level.running -= 1
+            level.num_running -= 1
         else:
             level.remove(sequence)
             self._count -= 1
-        if not level.running and not level.num_waiting:
+        if not level.num_running and not level.num_waiting:
             del self._levels[sequence.priority]  # nobody is left to be compared with
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
@@ -82,6 +80,10 @@ class FairQueue:
         """The counter of the sequence's task, comparable within one priority."""
         return self._levels[sequence.priority].share(sequence).served
 
+    def running(self, sequence: Sequence) -> int:
+        """How many sequences of the same task and priority run."""
+        return self._levels[sequence.priority].share(sequence).running
+
     def candidates(self, among: Collection[str] | None = None) -> Generator[Sequence, None, None]:
         """Sequences in the order in which they should start, `among` these tasks only (None: all).
 
@@ -89,44 +91,49 @@ class FairQueue:
         """
         for priority in sorted(self._levels):
             level = self._levels[priority]
-            yield from [s for s in level.resumed if among is None or s.request.task in among]
             yield from level.in_order() if among is None else level.in_order_among(among)
 
 
 @dataclass(eq=False)
 class _Share:
-    """One task's part of a priority. `served`: its counter; `waiting`: by arrival, oldest first."""
+    """One task's part of a priority. `served`: its counter; `begun` and `new`: what waits, oldest first.
+
+    A task's sequences begin in the order of their arrival, so all that were preempted are older than all new ones.
+    `entry`: which entry of the heap stands for it; any others are left over.
+    """
 
     served: int = 0
     running: int = 0
-    waiting: OrderedDict[int, Sequence] = field(default_factory=OrderedDict)
-    in_heap: bool = False
+    begun: list[Sequence] = field(default_factory=list)
+    new: OrderedDict[int, Sequence] = field(default_factory=OrderedDict)
+    entry: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.begun or self.new)
 
     @property
     def head(self) -> Sequence:
-        return next(iter(self.waiting.values()))
+        return self.begun[0] if self.begun else next(iter(self.new.values()))
 
     @property
     def place(self) -> tuple[int, int]:
-        """Its place in the order of tasks; it only ever moves back."""
-        return self.served, next(iter(self.waiting))
+        """Its place in the order of tasks."""
+        return self.served, self.head.arrival
 
 
 class _Level:
-    """One priority. The heap holds each waiting task once, at a place that it had: when it comes up it is looked at."""
+    """One priority. The heap holds each waiting task at a place that it had: when it comes up it is looked at. A place
+    moves back as tokens are counted; when it moves forward, by a preemption, a new entry says so."""
 
     def __init__(self) -> None:
-        self.resumed: list[Sequence] = []
         self.shares: dict[str, _Share] = {}
-        self.running = 0
-        self._num_new = 0
-        self._heap: list[tuple[int, int, _Share]] = []
+        self.num_running = 0
+        self.num_waiting = 0
+        self._heap: list[tuple[int, int, int, _Share]] = []
+        self._entries = count()
         self._last = _Share()  # the task that was the last to leave the queue
         self._tidy_at = _MIN_NAMES
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.resumed) + self._num_new
 
     def share(self, sequence: Sequence) -> _Share:
         return self.shares[sequence.request.task]
@@ -134,28 +141,34 @@ class _Level:
     def add(self, sequence: Sequence) -> None:
         self._tidy()
         share = self.shares.setdefault(sequence.request.task, _Share())
-        if not share.waiting:
-            first = self._first()
-            share.served = max(share.served, self._last.served if first is None else first.served)
-        share.waiting[sequence.arrival] = sequence
-        self._num_new += 1
-        if not share.in_heap:
-            share.in_heap = True
-            heappush(self._heap, (*share.place, share))
+        self._catch_up(share)
+        share.new[sequence.arrival] = sequence
+        self.num_waiting += 1
+        if share.entry is None:
+            self._push(share)
 
     def start(self, sequence: Sequence) -> None:
         self.remove(sequence)
         share = self.share(sequence)
         share.running += 1
-        self.running += 1
-        if not share.waiting:
+        self.num_running += 1
+        if not share.waits:
             self._last = share
 
+    def put_back(self, sequence: Sequence) -> None:
+        share = self.share(sequence)
+        share.running -= 1
+        self.num_running -= 1
+        self._catch_up(share)
+        insort(share.begun, sequence, key=_arrival)
+        self.num_waiting += 1
+        self._push(share)
+
     def remove(self, sequence: Sequence) -> None:
-        if self.share(sequence).waiting.pop(sequence.arrival, None) is None:
-            self.resumed.remove(sequence)
-        else:
-            self._num_new -= 1
+        share = self.share(sequence)
+        if share.new.pop(sequence.arrival, None) is None:
+            share.begun.remove(sequence)
+        self.num_waiting -= 1
 
     def in_order(self) -> Generator[Sequence, None, None]:
         """The oldest of the first task, and on; O(log tasks) each."""
@@ -164,32 +177,44 @@ class _Level:
             while (share := self._first()) is not None:
                 head = share.head
                 yield head
-                if head.arrival in share.waiting:
+                if share.waits and share.head is head:
                     heappop(self._heap)
                     passed.append(share)
         finally:
             for share in passed:
-                heappush(self._heap, (*share.place, share))
+                self._push(share)
 
     def in_order_among(self, tasks: Collection[str]) -> Iterator[Sequence]:
         """The same for a few tasks; O(tasks) each."""
         shares = [self.shares[task] for task in tasks if task in self.shares]
-        while shares := [share for share in shares if share.waiting]:
+        while shares := [share for share in shares if share.waits]:
             share = min(shares, key=lambda share: share.place)
             head = share.head
             yield head
-            if head.arrival in share.waiting:
+            if share.waits and share.head is head:
                 shares.remove(share)
+
+    def _catch_up(self, share: _Share) -> None:
+        """A task begins to wait: not behind those that wait already, or else the last that did."""
+        if not share.waits:
+            first = self._first()
+            share.served = max(share.served, self._last.served if first is None else first.served)
+
+    def _push(self, share: _Share) -> None:
+        share.entry = next(self._entries)
+        heappush(self._heap, (*share.place, share.entry, share))
 
     def _first(self) -> _Share | None:
         """The waiting task whose turn it is, at the top of the heap."""
         while self._heap:
-            served, arrival, share = self._heap[0]
-            if not share.waiting:
+            served, arrival, entry, share = self._heap[0]
+            if entry != share.entry:
                 heappop(self._heap)
-                share.in_heap = False
+            elif not share.waits:
+                heappop(self._heap)
+                share.entry = None
             elif share.place != (served, arrival):
-                heapreplace(self._heap, (*share.place, share))
+                heapreplace(self._heap, (*share.place, entry, share))
             else:
                 return share
         return None
@@ -203,7 +228,7 @@ class _Level:
         self.shares = {
             task: share
             for task, share in self.shares.items()
-            if share.waiting or share.running or share.served > least
+            if share.waits or share.running or share.served > least
         }
         self._tidy_at = max(_MIN_NAMES, 2 * len(self.shares))
 

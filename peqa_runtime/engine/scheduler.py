@@ -49,9 +49,9 @@ class Scheduler:
 
     Who starts next is the `FairQueue`'s order: priority, then tasks by tokens served, then age. Running sequences are
     ordered by priority and age; the last is preempted first, so the first always ends. A waiting one takes the place
-    or blocks of a running one only when its priority is strictly better. Within a priority everything ends: the first
-    is never preempted, preempted ones go before new ones, a task that was served less goes before one served more,
-    and who lacks a bank row is overtaken a bounded number of times.
+    or blocks of running ones when its priority is strictly better, and a place of a task that holds several when its
+    own holds none. Within a priority everything ends: a task that was served less goes before one served more, a
+    task's preempted sequences go before its new ones, and who lacks a bank row is overtaken a bounded number of times.
     """
 
     def __init__(
@@ -244,8 +244,10 @@ class Scheduler:
         return "started"
 
     def _victims_for(self, sequence: Sequence, found: Items[int]) -> list[Sequence] | None:
-        """Running sequences of worse priority to preempt so that this one has a place and blocks, often none; None
-        when even that is not enough."""
+        """Running sequences to preempt so that this one has a place and blocks, often none; None when it must wait.
+
+        Those of worse priority as far as need be, or else one of a task that holds several places.
+        """
         cost, free, places = self.blocks.cost(sequence, found), self.blocks.num_free, self._max_sequences
         victims: list[Sequence] = []
         for number in range(len(self.running), -1, -1):
@@ -253,9 +255,26 @@ class Scheduler:
             if number < places and cost + number <= free:
                 return victims
             if number == 0 or self.running[number - 1].priority <= sequence.priority:
-                return None
+                break
             victims.append(self.running[number - 1])
             free += self.blocks.freed_by(victims[-1], found)
+        return self._from_a_crowd(sequence, found)
+
+    def _from_a_crowd(self, sequence: Sequence, found: Items[int]) -> list[Sequence] | None:
+        """When every place is taken and the sequence's task has none: the latest of a task that has several and was
+        served no less. Only with a prefix cache, in which that one finds again what it has computed; without, a few
+        short requests could keep others computing the same again and again."""
+        places = len(self.running)
+        if self.blocks.cache is None or places < self._max_sequences or self.waiting.running(sequence) > 0:
+            return None
+        for other in reversed(self.running):
+            if (
+                other.priority == sequence.priority
+                and self.waiting.running(other) > 1
+                and self.waiting.served(other) >= self.waiting.served(sequence)
+            ):
+                free = self.blocks.num_free + self.blocks.freed_by(other, found)
+                return [other] if self.blocks.cost(sequence, found) + places - 1 <= free else None
         return None
 
     def _grow_or_preempt(self, sequence: Sequence) -> bool:

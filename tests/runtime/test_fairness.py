@@ -13,6 +13,7 @@ from peqa_runtime.core import Request, SamplingParams, Sequence, StepResult
 from peqa_runtime.engine import fair_queue
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.fair_queue import FairQueue
+from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
 
 PLACES = 4
@@ -106,6 +107,64 @@ def test_a_thousand_requests_of_one_task_do_not_starve_one_of_another() -> None:
         step(s)
     started = before - len(s.waiting)
     assert started <= 2 + PLACES, "it was its turn as soon as a place was free"
+
+
+def crowded(cache: bool, crowd: list[str]) -> Scheduler:
+    """Every place is taken, for long; prompts are all different."""
+    s = Scheduler(
+        BlockManager(400, 2, PrefixCache("ab" * 32, 2) if cache else None),
+        None,  # type: ignore[arg-type]
+        max_batch_tokens=64,
+        max_sequences=PLACES,
+    )
+    for i, task in enumerate(crowd):
+        s.add(different(f"{task}{i}", task, 10 + i, output=100))
+    for _ in range(20):
+        step(s)
+    assert len(s.running) == PLACES
+    return s
+
+
+def different(name: str, task: str, first: int, output: int) -> Sequence:
+    tokens = tuple(range(first * 100, first * 100 + 9))
+    return Sequence(Request(name, tokens, SamplingParams(max_tokens=output), task), list(tokens))
+
+
+def test_a_task_without_a_place_gets_one_of_a_task_with_several() -> None:
+    s = crowded(True, ["a", "a", "a", "a", "a"])
+    s.add(different("b", "b", 50, output=2))
+    assert step(s) == {"a": 3, "b": 9}
+    assert s.num_preemptions == 1
+    s.add(different("b2", "b", 51, output=2))
+    assert step(s) == {"a": 3, "b": 1}, "it has its place"
+    assert s.num_preemptions == 1
+    assert step(s) == {"a": 4}, "the preempted one comes back, and finds all that it had computed"
+    steps = 0
+    while "b" not in step(s):
+        steps += 1
+    assert steps <= 9, "at the latest when as many tokens were computed for a as for b"
+    while s.has_work:
+        step(s)
+
+
+def test_nobody_is_preempted_where_that_would_be_wrong_or_dear() -> None:
+    for cache, crowd in ((True, ["a", "b", "c", "d"]), (False, ["a", "a", "a", "a"])):
+        s = crowded(cache, crowd)
+        s.add(different("new", "new", 50, output=2))
+        assert "new" not in step(s), "each has one place, or would compute everything again"
+        assert s.num_preemptions == 0
+    s = crowded(True, ["a", "a", "a", "b"])
+    s.add(different("b2", "b", 50, output=2))
+    assert step(s) == {"a": 3, "b": 1}, "b has a place"
+    s = crowded(True, ["greedy", "a", "a", "a"])
+    s.add(different("crowd", "a", 50, output=2))
+    (level,) = s.waiting._levels.values()
+    level.shares["greedy"].served += 1000
+    s.abort("greedy0")
+    step(s)
+    s.add(different("greedy again", "greedy", 51, output=2))
+    assert step(s) == {"a": 4}, "who was served more does not push others out"
+    assert s.num_preemptions == 0
 
 
 def test_nobody_waits_while_there_is_room() -> None:

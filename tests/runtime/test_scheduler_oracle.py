@@ -31,7 +31,6 @@ class Job:
     computed: int = 0
     ever_computed: int = 0
     blocks: int = 0
-    preempted: bool = False
 
     @property
     def left(self) -> int:
@@ -52,16 +51,17 @@ class Oracle:
         self.preemptions = 0
         self.plan: dict[str, int] = {}
 
-    def new_ones(self, priority: int, task: str | None = None) -> list[Job]:
-        return [
-            j for j in self.waiting if j.priority == priority and not j.preempted and task in (None, j.task)
-        ]
+    def of_task(self, priority: int, task: str | None = None) -> list[Job]:
+        return [j for j in self.waiting if j.priority == priority and task in (None, j.task)]
 
     def add(self, job: Job) -> None:
         job.tokens = job.prompt
+        self.begins_to_wait(job)
+
+    def begins_to_wait(self, job: Job) -> None:
         key = (job.priority, job.task)
-        if not self.new_ones(*key):
-            others = [self.served[j.priority, j.task] for j in self.new_ones(job.priority)]
+        if not self.of_task(*key):
+            others = [self.served[j.priority, j.task] for j in self.of_task(job.priority)]
             last = self.last_to_leave.get(job.priority)
             floor = min(others) if others else self.served[last] if last else 0
             self.served[key] = max(self.served[key], floor)
@@ -71,11 +71,11 @@ class Oracle:
         return -(-job.tokens // self.size)
 
     def next_one(self) -> Job | None:
-        def turn(job: Job) -> tuple[int, int, int, int]:
-            served = 0 if job.preempted else self.served[job.priority, job.task]
-            return job.priority, not job.preempted, served, job.arrival
+        def turn(job: Job) -> tuple[int, int, int]:
+            oldest = min(j.arrival for j in self.waiting if (j.priority, j.task) == (job.priority, job.task))
+            return job.priority, self.served[job.priority, job.task], oldest
 
-        return min(self.waiting, key=turn) if self.waiting else None
+        return min(self.waiting, key=lambda job: (turn(job), job.arrival)) if self.waiting else None
 
     def give(self, job: Job) -> None:
         share = min(job.left, self.budget_left)
@@ -89,10 +89,9 @@ class Oracle:
 
     def preempt(self, job: Job) -> None:
         self.running.remove(job)
-        self.waiting.append(job)
+        self.begins_to_wait(job)
         self.free += job.blocks
         job.blocks = job.computed = 0
-        job.preempted = True
         self.preemptions += 1
         self.budget_left += self.plan.pop(job.name, 0)
 
@@ -121,7 +120,7 @@ class Oracle:
                 break
             self.waiting.remove(head)
             self.running.append(head)
-            if not head.preempted and not self.new_ones(head.priority, head.task):
+            if not self.of_task(head.priority, head.task):
                 self.last_to_leave[head.priority] = (head.priority, head.task)
             head.blocks = self.blocks_of(head)
             self.free -= head.blocks
