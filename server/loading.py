@@ -80,7 +80,7 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
 
     manifest = read_manifest(base)
     store = options.store or options.home / "stores" / manifest.base_digest[:16]
-    engine = Engine.from_folder(
+    engine = Engine(
         base, store, device=options.device, dtype=options.dtype, config=EngineConfig(**options.engine)
     )
     if sets:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from peqa_runtime.core import FinishReason, Lease, Request, SamplingParams, TokenLogprobs, TokenOutput
+from tqdm import tqdm
+
+from peqa_runtime.core import Blend, FinishReason, Lease, Request, SamplingParams, TokenLogprobs, TokenOutput
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import IncrementalDecoder, encode
 
 if TYPE_CHECKING:
     from peqa_runtime.engine.engine import Engine
+    from peqa_runtime.scales.scale_set import ScaleSet
 
 _T = TypeVar("_T")
+
+Choice = str | Path | Mapping[str, float]
+"""What a prompt is completed with: a task of the store, a scale set file, or the weights of a blend of tasks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ def generate(
     engine: Engine,
     prompts: Items[str] | Items[Items[int]],
     params: SamplingParams | Items[SamplingParams],
-    task: str | Items[str],
+    task: Choice | Items[Choice],
+    *,
+    progress: bool = False,
 ) -> list[Completion]:
     """See `Engine.generate`. The engine must be idle and stepped by nobody else."""
     if isinstance(prompts, str):
@@ -48,23 +58,36 @@ def generate(
     all_params = _one_each(
         "params", [params] if isinstance(params, SamplingParams) else list(params), len(prompts)
     )
-    all_tasks = _one_each("task", [task] if isinstance(task, str) else list(task), len(prompts))
+    one = isinstance(task, str | Path | Mapping)
+    all_tasks: list[Choice] = _one_each("task", [task] if one else list(task), len(prompts))  # type: ignore[list-item]
     ids = [tuple(encode(engine.model.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
     requests: list[Request] = []
     outputs: dict[str, list[TokenOutput]] = {}
+    files: dict[Path, ScaleSet] = {}
     try:
-        for i, name in enumerate(all_tasks):
-            lease: Lease = engine.tasks.acquire(name)
+        for i, choice in enumerate(all_tasks):
+            lease = _lease(engine, choice, files)
             request = Request(f"offline-{i}", ids[i], all_params[i], lease.task, lease.revision, lease.kind)
             engine.add_request(request, lease)
             requests.append(request)
             outputs[request.request_id] = []
-        while engine.has_work:
-            for output in engine.step():
-                outputs[output.request_id].append(output)
+        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+            while engine.has_work:
+                for output in engine.step():
+                    outputs[output.request_id].append(output)
+                    bar.update(output.finished)
     finally:
         engine.abort_all()
     return [_completion(engine, request, outputs[request.request_id]) for request in requests]
+
+
+def _lease(engine: Engine, choice: Choice, files: dict[Path, ScaleSet]) -> Lease:
+    """A lease on what one prompt asks for; a file is read once (`files`)."""
+    if isinstance(choice, Path):
+        if choice not in files:
+            files[choice] = engine.tasks.read_file(choice)
+        return engine.tasks.hold(str(choice), files[choice])
+    return engine.tasks.acquire(Blend.of(choice) if isinstance(choice, Mapping) else choice)
 
 
 def _one_each(name: str, values: list[_T], count: int) -> list[_T]:

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     asked = parser.parse_args(arguments)
-    engine = Engine.from_folder(asked.base, device=asked.device)
+    engine = Engine(asked.base, device=asked.device)
     for sequences in asked.sequences:
         profile = profile_step(engine, sequences=sequences, context=asked.context, steps=asked.steps)
         sys.stdout.write(f"{profile}\n")

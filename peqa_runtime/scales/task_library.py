@@ -79,14 +79,8 @@ class TaskLibrary:
         `RevisionConflict` (the current revision is not `if_match`), `StoreError`; the old state is then intact.
         """
         self._check_name(task)
-        if isinstance(data, Path):
-            try:
-                data, _ = read_set_file(data, self.store.manifest)
-            except OSError as error:
-                raise InvalidScaleSet(f"the file cannot be read: {error.strerror or error}") from None
-        manifest, layouts = self.store.manifest, self.store.layouts
-        scale_set = ScaleSet.parse(data, manifest, max_ratio=self._max_ratio, layouts=layouts)
-        self._check_kind(scale_set.kind)
+        data = self._bytes_of(data)
+        scale_set = self._parsed(data)
         if self.check is not None:
             self.check(scale_set)
         with self._change_lock:
@@ -209,6 +203,16 @@ class TaskLibrary:
         self._host.load(lease.revision, read).add_done_callback(loaded)
         return result
 
+    def read_file(self, path: Path) -> ScaleSet:
+        """A scale set file that is not to become a task. Raises `InvalidScaleSet`, `WrongBase`."""
+        return self._parsed(self._bytes_of(path))
+
+    def hold(self, name: str, scale_set: ScaleSet) -> Lease:
+        """Pin a set that is no task's, under a name of the caller's, as `acquire` pins a task's."""
+        lease = self.registry.hold(Lease(name, scale_set.revision, scale_set.kind))
+        self._host.put(self._arranged(scale_set))
+        return lease
+
     def release(self, lease: Lease) -> None:
         """Give a lease back, exactly once."""
         self.registry.release(lease)
@@ -259,6 +263,20 @@ class TaskLibrary:
         formats = {member.prompt_format for member in tuned} or {""}
         prompt_format = formats.pop() if len(formats) == 1 else None
         return self.registry.hold(Lease(choice.name, revision, "channel", prompt_format, choice)), members
+
+    def _bytes_of(self, data: bytes | Path) -> bytes:
+        if not isinstance(data, Path):
+            return data
+        try:
+            return read_set_file(data, self.store.manifest)[0]
+        except OSError as error:
+            raise InvalidScaleSet(f"{data} cannot be read: {error.strerror or error}") from None
+
+    def _parsed(self, data: bytes) -> ScaleSet:
+        manifest, layouts = self.store.manifest, self.store.layouts
+        scale_set = ScaleSet.parse(data, manifest, max_ratio=self._max_ratio, layouts=layouts)
+        self._check_kind(scale_set.kind)
+        return scale_set
 
     def _acquire_named(self, task: str) -> Lease:
         try:

@@ -38,7 +38,7 @@ LIMIT = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}  # the tiny models'
 
 def answers(base: Path, device: str, dtype: str) -> list[Completion]:
     """Four requests, each of another task."""
-    engine = Engine.from_folder(base, device=device, dtype=dtype, config=CONFIG)
+    engine = Engine(base, device=device, dtype=dtype, config=CONFIG)
     for i, kind in enumerate(SCALE_KINDS):
         engine.tasks.upload(f"task{i}", cases.random_set(engine, kind, i, 0.2))
     params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, prompt_logprobs=0, ignore_eos=True)

@@ -31,7 +31,7 @@ def random_set(engine: Engine, kind: str, seed: int, width: float) -> bytes:
 
 
 def engine_with_tasks(base: Path, config: EngineConfig = CONFIG, width: float = 0.2) -> Engine:
-    engine = Engine.from_folder(base, device="cpu", config=config)
+    engine = Engine(base, device="cpu", config=config)
     for i, kind in enumerate(SCALE_KINDS):
         engine.tasks.upload(f"task{i}", random_set(engine, kind, i, width))
     return engine

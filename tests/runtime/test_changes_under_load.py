@@ -36,7 +36,7 @@ def test_every_answer_is_its_own_revisions(tiny_base: Path) -> None:
     config = EngineConfig(
         num_blocks=40, block_size=8, max_batch_tokens=40, task_rows=3, group_rows=2, max_sequences=12
     )
-    engine = Engine.from_folder(tiny_base, device="cpu", config=config)
+    engine = Engine(tiny_base, device="cpu", config=config)
     sets = [cases.random_set(engine, kind, i, 0.3) for i, kind in enumerate(SCALE_KINDS * 3)]
     expected: dict[str, tuple[int, ...]] = {}
     for data in sets:

@@ -17,7 +17,7 @@ LEAN = {"matmul", "attention", "elementwise", "head", "call"}
 
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "modules"])
 def test_parts_of_a_step(tiny_base: Path, lean: bool) -> None:
-    engine = Engine.from_folder(tiny_base, device="cpu", config=EngineConfig(num_blocks=96))
+    engine = Engine(tiny_base, device="cpu", config=EngineConfig(num_blocks=96))
     if not lean:
         engine.model.lean = None
     for params in (None, SamplingParams(temperature=0.7, top_p=0.9, logprobs=2)):

@@ -105,7 +105,7 @@ def test_first_tokens_of_cold_tasks_beside_resident_traffic(
     manifest = read_manifest(tiny_base)
     size = next(synthetic_sets(manifest, 1))[1].num_bytes
     config = EngineConfig(num_blocks=256, max_sequences=16, task_rows=5, host_cache_bytes=32 * size)
-    engine = Engine.from_folder(tiny_base, puts[0], device="cpu", config=config)
+    engine = Engine(tiny_base, puts[0], device="cpu", config=config)
     served, rng = AsyncEngine(engine), random.Random(0)
     cold_tasks = [f"synthetic-{n:05d}" for n in rng.sample(range(100, COUNT), COLD)]
     warm_tasks = [f"synthetic-{n:05d}" for n in range(2)]

@@ -59,7 +59,7 @@ def inject(model: Any) -> None:
 def load(base: str, store: str) -> Services:
     """A small engine whose model has the faults, and what a server needs besides."""
     config = EngineConfig(num_blocks=200, task_rows=4, max_sequences=8)
-    engine = Engine.from_folder(base, store, device="cpu", config=config)
+    engine = Engine(base, store, device="cpu", config=config)
     inject(engine.model)
     model = ServedModel(
         engine.model.manifest, engine.model.tokenizer, engine.max_model_len, engine.model.vocab_size
