@@ -41,20 +41,18 @@ from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import SetLayouts
 from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_runtime.scales.task_history import HistoryEntry, TaskHistory, check_match
-from peqa_runtime.scales.task_index import TaskIndex, TaskRecord, read_index
+from peqa_runtime.scales.task_index import TaskRecord
+from peqa_runtime.scales.task_shelf import TaskShelf
 
 logger = logging.getLogger(__name__)
-
-_INDEX_WORTH = 64  # histories read anew at a start; more, and the index is written again
-_ABANDONED = 3600.0  # seconds; an upload that still comes has been written to since
 
 
 class ScaleStore:
     """The tasks of one base on disk. Thread-safe; several processes may share the folder.
 
     `keep`: entries kept per task. Not `durable`: nothing is synced, so a power cut may take what was written last (a
-    killed process does not); to fill a store at once. Nothing of a set but its file's size is looked at before it is loaded; `load` checks
-    its digest. Raises `StoreError` when the folder cannot be used.
+    killed process does not); to fill a store at once. Of a set nothing but its file's size is looked at before it is
+    loaded; `load` checks its digest. Raises `StoreError` when the folder cannot be used.
     """
 
     def __init__(
@@ -71,49 +69,51 @@ class ScaleStore:
         self.incoming = self.directory / "incoming"
         self.manifest = manifest
         self._keep = keep
-        self._unfinished = self.directory / "unfinished"
-        tasks, quarantine = self.directory / "tasks", self.directory / "quarantine"
+        tasks, quarantine, unfinished = (self.directory / n for n in ("tasks", "quarantine", "unfinished"))
         self.layouts = SetLayouts(manifest)
         self._folders = TaskFolders(
             tasks,
             self.layouts,
-            unfinished=self._unfinished,
+            unfinished=unfinished,
             quarantine=quarantine,
             manifest=manifest,
             durable=durable,
         )
-        self._index = TaskIndex()
-        self._index_file = self.directory / "index.json"
-        self._index_stale = False
-        self._unusable: dict[str, str] = {}
-        self._changed: set[str] = set()  # by other processes, not yet told by `refresh`
-        self._log = ChangeLog(self.directory / "changes", unfinished=self._unfinished)
+        self._log = ChangeLog(self.directory / "changes", unfinished=unfinished)
+        self._shelf = TaskShelf(
+            self._folders,
+            self._log,
+            manifest,
+            unfinished=unfinished,
+            index_file=self.directory / "index.json",
+        )
         self._write_lock = threading.Lock()
         self._file_lock = filelock.FileLock(self.directory / "lock", timeout=lock_timeout, thread_local=False)
         with self._storing("opened"):
-            for folder in (tasks, quarantine, self._unfinished, self.incoming):
+            for folder in (tasks, quarantine, unfinished, self.incoming):
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.directory)
         with self._locked("opened"):
-            self._open()
+            adopt(self.directory, self._folders)
+            self._shelf.open(self.incoming)
 
     def close(self) -> None:
         """Write the index, if it is behind. The store may be used on."""
-        if not self._index_stale:
+        if not self._shelf.index_stale:
             return
         with suppress(StoreError), self._locked("written"):
-            self._save_index()
+            self._shelf.save_index()
 
     def __len__(self) -> int:
         """Tasks found here, those that cannot be used included."""
-        return len(self._index)
+        return len(self._shelf.index)
 
     def tasks(self, after: str = "", limit: int | None = None) -> list[str]:
         """Names of the tasks that can be used, in order: those greater than `after`, at most `limit`."""
         found: list[str] = []
         while limit is None or len(found) < limit:
-            names = self._index.names(after, limit)
-            found += [name for name in names if name not in self._unusable]
+            names = self._shelf.index.names(after, limit)
+            found += [name for name in names if name not in self._shelf.unusable]
             if limit is None or len(names) < limit:
                 break
             after = names[-1]
@@ -121,15 +121,15 @@ class ScaleStore:
 
     def unusable(self) -> dict[str, str]:
         """Tasks found here that cannot be used on this base, each with the reason."""
-        return dict(self._unusable)
+        return dict(self._shelf.unusable)
 
     def record(self, task: str) -> TaskRecord | None:
         """What is known of a task that can be used, from memory; None when there is no such task."""
-        return None if task in self._unusable else self._index.get(task)
+        return None if task in self._shelf.unusable else self._shelf.index.get(task)
 
     def info(self, task: str) -> TaskInfo:
         """Return what is known of the current revision. Raises `UnknownTask`, `TaskUnusable`, `StoreError`."""
-        reason = self._unusable.get(task)
+        reason = self._shelf.unusable.get(task)
         if reason is not None:
             raise unusable(task, reason)
         return self._history(task).info()
@@ -164,14 +164,14 @@ class ScaleStore:
             before = self._reread(task)
             check_match(task, before, if_match)
             after = _with_upload(task, before, entry, self._keep)
-            if after is before and self._fault(task, after.current) is None:
-                self._unusable.pop(task, None)
+            if after is before and self._shelf.fault(task, after.current) is None:
+                self._shelf.unusable.pop(task, None)
                 return after.info()
-            with self._changing(task):
+            with self._shelf.changing(task):
                 digest = self._folders.write(task, entry.revision, data)
                 after = after.with_current(replace(after.current, file_digest=digest))
                 self._folders.commit(task, after)
-                self._take(task, after)
+                self._shelf.take(task, after)
             return after.info()
 
     def rollback(self, task: str, revision: str | None = None, *, if_match: str | None = None) -> TaskInfo:
@@ -185,29 +185,29 @@ class ScaleStore:
                 raise self._unknown(task)
             check_match(task, before, if_match)
             after = before.rolled_back(revision)
-            reason = self._fault(task, after.current)
+            reason = self._shelf.fault(task, after.current)
             if reason is not None:
                 raise NoSuchRevision(
                     f"revision {after.current.revision[:12]} of task {task!r} cannot be used: {reason}"
                 )
             if after != before:
-                with self._changing(task):
+                with self._shelf.changing(task):
                     self._folders.commit(task, after)
-                    self._take(task, after)
-            self._unusable.pop(task, None)
+                    self._shelf.take(task, after)
+            self._shelf.unusable.pop(task, None)
             return after.info()
 
     def delete(self, task: str, *, if_match: str | None = None) -> None:
         """Remove the task and its history, durably. Raises `UnknownTask`, `RevisionConflict`, `StoreError`."""
         with self._writing("written"):
-            known = task in self._unusable
+            known = task in self._shelf.unusable
             before = self._reread(task)
             if before is None and not known:
                 raise self._unknown(task)
             check_match(task, before, if_match)
-            with self._changing(task):
+            with self._shelf.changing(task):
                 self._folders.commit(task, None)
-                self._take(task, None)
+                self._shelf.take(task, None)
 
     def rollback_target(self, task: str, revision: str | None = None) -> HistoryEntry:
         """Return the entry that `rollback` would make current. Raises `UnknownTask`, `NoSuchRevision`."""
@@ -255,114 +255,21 @@ class ScaleStore:
         Raises `StoreError`.
         """
         with self._storing("read"):
-            if not self._changed and not self._log.moved():
+            if not self._shelf.changed and not self._log.moved():
                 return set()
         with self._writing("read"):
-            changed, self._changed = self._changed, set()
+            changed, self._shelf.changed = self._shelf.changed, set()
             return changed
-
-    def _open(self) -> None:
-        """Bring the folder in order and read it."""
-        adopt(self.directory, self._folders)
-        self._log.news()
-        known = read_index(self._index_file)
-        records: dict[str, TaskRecord] = {}
-        for task, stamp in self._folders.tasks():
-            if stamp is None:
-                self._folders.tidy(task, ())
-                continue
-            record = known.get(task)
-            if record is None or record.stamp != stamp:
-                record = self._read_record(task)
-            if record is None:
-                continue
-            records[task] = record
-            reason = self._fault(task, record.entry, read=False)
-            if reason is not None:
-                self._set_unusable(task, reason)
-        self._index.fill(records)
-        for leftover in self._unfinished.iterdir():
-            task = leftover.name.removeprefix("change-")
-            if task in records:
-                history = self._folders.history(task)
-                self._folders.tidy(task, history.revisions if history else ())
-            leftover.unlink()
-        for upload in self.incoming.iterdir():
-            if time.time() - upload.stat().st_mtime > _ABANDONED:
-                upload.unlink(missing_ok=True)
-        if sum(known.get(task) is not record for task, record in records.items()) > _INDEX_WORTH:
-            self._save_index()
-
-    def _read_record(self, task: str) -> TaskRecord | None:
-        """The task's record, from its history; None, and the task unusable, when that is damaged."""
-        stamp = self._folders.stamp(task)
-        try:
-            history = self._folders.history(task)
-        except ValueError as error:
-            self._set_unusable(task, f"its record is damaged ({error}); upload it again or delete it")
-            return None
-        return None if history is None or stamp is None else TaskRecord.of(history, stamp)
-
-    def _catch_up(self) -> None:
-        """Read anew what other processes changed since the last look."""
-        names = self._log.news()
-        if names is None:
-            stamps = dict(self._folders.tasks())
-            names = set(self._index.names()) | set(self._unusable) | stamps.keys()
-            names = {task for task in names if self._is_behind(task, stamps.get(task))}
-        for task in names:
-            self._look_again(task)
-        self._changed |= names
-
-    def _is_behind(self, task: str, stamp: tuple[int, int, int] | None) -> bool:
-        record = self._index.get(task)
-        return record is None or record.stamp != stamp
-
-    def _look_again(self, task: str) -> None:
-        """Take the task as it is on disk now."""
-        self._unusable.pop(task, None)
-        record = self._read_record(task)
-        self._index.set(task, record)
-        self._index_stale = True
-        reason = None if record is None else self._fault(task, record.entry, read=False)
-        if reason is not None:
-            self._set_unusable(task, reason)
-
-    def _take(self, task: str, history: TaskHistory | None) -> None:
-        """Make memory agree with a history that was written a moment ago."""
-        stamp = self._folders.stamp(task)
-        self._index.set(task, None if history is None or stamp is None else TaskRecord.of(history, stamp))
-        self._index_stale = True
-        self._unusable.pop(task, None)
-
-    def _fault(self, task: str, entry: HistoryEntry, *, read: bool = True) -> str | None:
-        """Why the entry cannot be used (None: it can). A damaged file is moved aside. Not `read`: size only."""
-        if entry.base_digest != self.manifest.base_digest:
-            return (
-                f"it belongs to base {entry.base_digest[:12]}…, this base is {self.manifest.base_digest[:12]}… "
-                f"({self.manifest.model_id})"
-            )
-        try:
-            if read or not self._folders.has_size(task, entry.revision, entry.num_bytes):
-                self._folders.load(task, entry)
-        except FileNotFoundError:
-            return "its file is missing; upload it again or roll back"
-        except WrongBase as error:
-            return str(error)
-        except InvalidScaleSet as error:
-            self._folders.set_aside(task, entry.revision)
-            return f"its file is damaged and was moved to quarantine ({error}); upload it again or roll back"
-        return None
 
     def _examine(self, task: str, entry: HistoryEntry) -> None:
         """After a failed read, look again while nobody writes. Still damaged or missing: `StoreError`."""
         with self._writing("read"):
-            reason = self._fault(task, entry)
+            reason = self._shelf.fault(task, entry)
             if reason is None:
                 return
-            record = self._index.get(task)
+            record = self._shelf.index.get(task)
             if record is not None and record.revision == entry.revision:
-                self._set_unusable(task, reason)
+                self._shelf.set_unusable(task, reason)
         raise StoreError(f"revision {entry.revision[:12]} of task {task!r} cannot be read: {reason}")
 
     def _reread(self, task: str) -> TaskHistory | None:
@@ -373,33 +280,9 @@ class ScaleStore:
             self._folders.set_aside(task, None)
             return None
 
-    @contextmanager
-    def _changing(self, task: str) -> Iterator[None]:
-        """Tell the others, and the next start, that the task changes; remove afterwards what it does not need."""
-        mark = self._unfinished / f"change-{task}"
-        mark.touch()
-        try:
-            self._log.note(task)
-            yield
-        finally:
-            try:
-                history = self._folders.history(task)
-                self._folders.tidy(task, history.revisions if history else ())
-                mark.unlink()
-            except (OSError, ValueError) as error:  # the mark stays, so the next start does it
-                logger.warning("unused files of task %r stay until the next start: %s", task, error)
-
-    def _set_unusable(self, task: str, reason: str) -> None:
-        logger.warning("task %r in the scale store cannot be used: %s", task, reason)
-        self._unusable[task] = reason
-
-    def _save_index(self) -> None:
-        self._index.save(self._index_file, unfinished=self._unfinished)
-        self._index_stale = False
-
     def _history(self, task: str) -> TaskHistory:
         """The history from disk. Raises `UnknownTask`, `StoreError`."""
-        if task not in self._index:
+        if task not in self._shelf.index:
             raise self._unknown(task)
         with self._storing("read"):
             try:
@@ -415,7 +298,7 @@ class ScaleStore:
         return history.current if revision is None else history.rolled_back(revision).current
 
     def _unknown(self, task: str) -> UnknownTask:
-        known, more = self._index.names(limit=5), len(self._index) - 5
+        known, more = self._shelf.index.names(limit=5), len(self._shelf.index) - 5
         listed = ", ".join(known) + (f" and {more} more" if more > 0 else "")
         return UnknownTask(f"there is no task {str(task)[:80]!r} in the store; known: {listed or 'none'}")
 
@@ -423,7 +306,7 @@ class ScaleStore:
     def _writing(self, done: str) -> Iterator[None]:
         """Nobody else writes, and what others wrote is known."""
         with self._locked(done):
-            self._catch_up()
+            self._shelf.catch_up()
             yield
 
     @contextmanager

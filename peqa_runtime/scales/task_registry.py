@@ -267,6 +267,6 @@ class TaskRegistry:
 
 def _why(lease: Lease) -> str:
     return (
-        f"task {lease.task!r} is in quarantine: {STRIKES} requests on its revision {lease.revision[:12]} ended with NaN "
-        "or infinity. Roll the task back or upload a sound scale set; uploading the same one again also ends this"
+        f"task {lease.task!r} is in quarantine: {STRIKES} requests on its revision {lease.revision[:12]} ended with "
+        "NaN or infinity. Roll the task back or upload a sound scale set; uploading the same one again also ends this"
     )
