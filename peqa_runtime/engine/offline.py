@@ -58,8 +58,8 @@ def generate(
     all_params = _one_each(
         "params", [params] if isinstance(params, SamplingParams) else list(params), len(prompts)
     )
-    one = isinstance(task, str | Path | Mapping)
-    all_tasks: list[Choice] = _one_each("task", [task] if one else list(task), len(prompts))  # type: ignore[list-item]
+    choices: Items[Choice] = [task] if isinstance(task, str | Path | Mapping) else task
+    all_tasks = _one_each("task", list(choices), len(prompts))
     ids = [tuple(encode(engine.model.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
     requests: list[Request] = []
     outputs: dict[str, list[TokenOutput]] = {}
