@@ -1,4 +1,5 @@
-"""Decode attention over long sequences: against the bytes of its keys and values, and the cost of equal bits.
+"""Paged attention: decode and prefill against their floors and against torch's attention over keys that lie side by
+side, and what the mode with equal bits in both costs.
 
 Runs on any device; the mode that it prices exists on a GPU only.
 """
@@ -9,22 +10,26 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from peqa_kernels.bench.case import Case
-from peqa_kernels.bench.machine import Machine
+from peqa_kernels.bench.machine import Machine, rotation_bytes
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Call, Timer, Way
 from peqa_kernels.paged_attention import AttentionPlan, paged_attention
 
-BLOCK = 16
+BLOCK_SIZE = 16
+BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sequences that decode one token each over `context` keys, and the layer's heads."""
+    """`sequences` of `keys` keys each, of which `new` are this step's tokens, and the layer's heads."""
 
     sequences: int
-    context: int
+    new: int
+    keys: int
     heads: int = 32
     kv_heads: int = 8
     d: int = 128
@@ -32,46 +37,84 @@ class AttentionShape:
     @property
     def name(self) -> str:
         """For row names."""
-        return f"{self.sequences}-sequences-{self.context}-keys"
+        kind = "decode" if self.new == 1 else f"prefill-{self.new}-tokens"
+        return f"{kind}/{self.heads}-{self.kv_heads}-heads/{self.sequences}-sequences-{self.keys}-keys"
+
+    def moved_bytes(self) -> float:
+        """Keys and values once, queries and outputs once."""
+        cached = 2 * self.sequences * self.keys * self.kv_heads * self.d
+        return BF16 * (cached + 2 * self.sequences * self.new * self.heads * self.d)
+
+    def flops(self) -> float:
+        """Two products over the keys that each new token sees."""
+        seen = self.new * self.keys - self.new * (self.new - 1) / 2
+        return 4.0 * self.sequences * seen * self.heads * self.d
 
 
-SHAPES = (AttentionShape(1, 8192), AttentionShape(32, 2048))
+SHAPES = (
+    AttentionShape(1, 1, 8192),
+    AttentionShape(32, 1, 2048),
+    AttentionShape(32, 1, 2048, kv_heads=32),
+    AttentionShape(1, 2048, 2048),
+    AttentionShape(8, 256, 4096),
+)
 
 
-def cases(shapes: tuple[AttentionShape, ...]) -> list[Case]:
-    """A case per shape."""
-    return [Case(f"gpu attention {shape.name}", partial(_decode, shape)) for shape in shapes]
+def cases(shapes: tuple[AttentionShape, ...], span: int = 0) -> list[Case]:
+    """A case per shape; `span` bytes of keys and values in turn, 0: what this machine's caches ask for."""
+    return [Case(f"gpu attention {shape.name}", partial(_measure, shape, span)) for shape in shapes]
 
 
-def _decode(shape: AttentionShape, machine: Machine, timer: Timer) -> list[Row]:
-    ways = [
-        Way(name, [_call(shape, machine.device, invariant=name == "invariant")])
-        for name in ("plain", "invariant")
-    ]
+def _measure(shape: AttentionShape, span: int, machine: Machine, timer: Timer) -> list[Row]:
+    """Rows without bars."""
+    plain, invariant, side_by_side = calls(shape, machine.device, span or rotation_bytes(machine.device))
+    ways = [Way("plain", plain), Way("invariant", invariant)]
+    comparable = shape.new in (1, shape.keys)  # with cached keys torch's causal mask begins elsewhere
+    if comparable:
+        ways.append(Way("torch", side_by_side))
     times = timer.compare(f"attention {shape.name}", *ways)
-    keys = shape.sequences * shape.context
-    moved = 2 * 2 * keys * shape.kv_heads * shape.d  # keys and values, bf16
-    flops = 4.0 * keys * shape.heads * shape.d
-    facts = {"rows": shape.sequences, **machine.facts(times["plain"].median, moved, flops)}
-    cost = times["invariant"].median / times["plain"].median
-    name = f"gpu/attention/decode/{shape.name}"
-    return [
+    own = times["plain"].median
+    facts = {"rows": shape.sequences * shape.new, **machine.facts(own, shape.moved_bytes(), shape.flops())}
+    name = f"gpu/attention/{shape.name}"
+    rows = [
         Row(f"{name}/of-floor", facts["of_floor"], "x", ">=", None, facts),
-        Row(f"{name}/cost-of-equal-bits", cost, "x", "<=", None, facts),
+        Row(f"{name}/cost-of-equal-bits", times["invariant"].median / own, "x", "<=", None, facts),
     ]
+    if comparable:
+        peer = times["torch"].median
+        facts = {**facts, "peer_us": peer * 1e6}
+        rows.append(Row(f"{name}/vs-torch-side-by-side", peer / own, "x", ">=", None, facts))
+    return rows
 
 
-def _call(shape: AttentionShape, device: torch.device, *, invariant: bool) -> Call:
-    """Attention over blocks of its own: a whole cache of them outlasts the L2 for all but small shapes."""
-    width = -(-shape.context // BLOCK)
-    size = (shape.sequences * width, BLOCK, shape.kv_heads, shape.d)
-    keys, values = (torch.randn(size, device=device).bfloat16() for _ in range(2))
-    q = torch.randn(shape.sequences, shape.heads, shape.d, device=device).bfloat16()
-    if device.type == "cpu":
-        q, keys, values = q.float(), keys.float(), values.float()
-    ints = partial(torch.arange, dtype=torch.int32, device=device)
-    tables = ints(shape.sequences * width).view(shape.sequences, width)
-    starts = ints(shape.sequences + 1)
-    lengths = torch.full((shape.sequences,), shape.context, dtype=torch.int32, device=device)
-    plan = AttentionPlan(max_new=1, max_len=shape.context, invariant=invariant)
-    return lambda: paged_attention(q, keys, values, tables, starts, lengths, scaling=shape.d**-0.5, plan=plan)
+def calls(
+    shape: AttentionShape, device: torch.device, span: int
+) -> tuple[list[Call], list[Call], list[Call]]:
+    """The default mode, the invariant one, and torch over keys side by side: a call each per cache of the rotation."""
+    blocks = -(-shape.keys // BLOCK_SIZE)
+    size = (shape.sequences * blocks, BLOCK_SIZE, shape.kv_heads, shape.d)
+    q = torch.randn(shape.sequences * shape.new, shape.heads, shape.d, device=device).bfloat16()
+    starts = torch.arange(shape.sequences + 1, dtype=torch.int32, device=device) * shape.new
+    lens = torch.full((shape.sequences,), shape.keys, dtype=torch.int32, device=device)
+    plain = AttentionPlan(shape.new, shape.keys)
+    invariant = AttentionPlan(shape.new, shape.keys, invariant=True)
+    made: tuple[list[Call], list[Call], list[Call]] = ([], [], [])
+    for _ in range(max(1, -(-span // (2 * BF16 * torch.Size(size).numel())))):
+        caches = [torch.randn(size, device=device).bfloat16() for _ in range(2)]
+        table = torch.randperm(size[0], device=device).int().view(shape.sequences, blocks)
+        paged = partial(paged_attention, q, *caches, table, starts, lens, scaling=shape.d**-0.5)
+        made[0].append(partial(paged, plan=plain))
+        made[1].append(partial(paged, plan=invariant))
+        rows = [
+            cache.view(shape.sequences, -1, *size[2:])[:, : shape.keys].transpose(1, 2) for cache in caches
+        ]
+        queries = q.view(shape.sequences, shape.new, shape.heads, shape.d).transpose(1, 2)
+        made[2].append(partial(_side_by_side, queries, *rows))
+    return made
+
+
+def _side_by_side(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's attention: causal where all keys are new, over all of them where one token is."""
+    return F.scaled_dot_product_attention(
+        q, key, value, is_causal=q.shape[2] == key.shape[2], enable_gqa=True
+    )

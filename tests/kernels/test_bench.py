@@ -192,14 +192,47 @@ def test_gpu_rows_have_their_names_and_bars() -> None:
     assert rows["gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16"].bar == 0.85
 
 
-def test_attention_is_held_against_its_keys_and_values() -> None:
-    shape = attention.AttentionShape(2, 40, heads=4, kv_heads=2, d=16)
-    rows = run(attention.cases((shape,)), FakeTimer(plain=1e-3, invariant=1.5e-3))
-    floor, cost = rows.values()
-    assert floor.name == "gpu/attention/decode/2-sequences-40-keys/of-floor"
-    assert floor.facts["bytes_floor_us"] == pytest.approx(2 * 2 * 80 * 2 * 16 / 1e9 * 1e6)
-    assert cost.name == "gpu/attention/decode/2-sequences-40-keys/cost-of-equal-bits"
-    assert cost.value == pytest.approx(1.5)
+ATTENTION = [
+    attention.AttentionShape(*counts, heads=4, kv_heads=2, d=16)
+    for counts in ((2, 1, 40), (1, 24, 24), (2, 3, 33))
+]
+
+
+def test_attention_is_held_against_its_floor_and_torch() -> None:
+    timer = FakeTimer(plain=2e-3, invariant=3e-3, torch=5e-3)
+    rows = run(attention.cases(tuple(ATTENTION), span=30_000), timer)
+    assert [name.removeprefix("gpu/attention/") for name in rows] == [
+        "decode/4-2-heads/2-sequences-40-keys/of-floor",
+        "decode/4-2-heads/2-sequences-40-keys/cost-of-equal-bits",
+        "decode/4-2-heads/2-sequences-40-keys/vs-torch-side-by-side",
+        "prefill-24-tokens/4-2-heads/1-sequences-24-keys/of-floor",
+        "prefill-24-tokens/4-2-heads/1-sequences-24-keys/cost-of-equal-bits",
+        "prefill-24-tokens/4-2-heads/1-sequences-24-keys/vs-torch-side-by-side",
+        "prefill-3-tokens/4-2-heads/2-sequences-33-keys/of-floor",
+        "prefill-3-tokens/4-2-heads/2-sequences-33-keys/cost-of-equal-bits",
+    ]
+    floor, cost, peer = list(rows.values())[:3]
+    moved = 2 * (2 * 2 * 40 * 2 * 16 + 2 * 2 * 4 * 16)
+    assert floor.facts["bytes_floor_us"] == pytest.approx(moved / 1e9 * 1e6)
+    assert (cost.value, peer.value) == (pytest.approx(1.5), pytest.approx(2.5))
+    assert ATTENTION[1].flops() == 4 * 4 * 16 * 24 * 25 / 2
+
+
+@pytest.mark.parametrize("counts", [(2, 1, 48), (1, 32, 32)])
+def test_torch_computes_the_same_attention(counts: tuple[int, int, int]) -> None:
+    """With the blocks in order, so that the cache itself is what lies side by side."""
+    shape = attention.AttentionShape(*counts, heads=4, kv_heads=2, d=16)
+    plain, invariant, torch_calls = attention.calls(shape, CPU, 30_000)
+    assert (
+        len(plain)
+        == len(invariant)
+        == len(torch_calls)
+        == -(-30_000 // (2 * 2 * shape.sequences * shape.keys * 32))
+    )
+    q, keys, values, table, *rest = plain[0].args
+    in_order = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+    got = plain[0].func(q, keys, values, in_order, *rest, **plain[0].keywords)
+    torch.testing.assert_close(got, torch_calls[0]().transpose(1, 2).reshape(got.shape), rtol=0.05, atol=0.02)
 
 
 def test_the_large_shapes_have_the_higher_bar() -> None:
