@@ -14,7 +14,8 @@ class EngineConfig:
     may ask of one step: 256 rows of a 50 000-token vocabulary are 50 MB, and log-softmax holds them twice.
     `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, may wait; then new
     ones are refused. `host_cache_bytes`: scale sets kept in host memory beyond those in use. `prefix_cache`: requests
-    share what is computed of equal beginnings.
+    share what is computed of equal beginnings. `row_invariant`: on a GPU, too, a request's bits do not depend on what
+    else runs; on the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer.
     """
 
     block_size: int = 16
@@ -31,6 +32,7 @@ class EngineConfig:
     max_crashes: int = 3
     crash_window: float = 60.0
     prefix_cache: bool = True
+    row_invariant: bool = False
 
     def __post_init__(self) -> None:
         """Every number is a count of at least one; rows include row 0, the base."""

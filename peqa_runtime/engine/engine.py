@@ -25,6 +25,7 @@ from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
+from peqa_runtime.engine.readiness import make_ready
 from peqa_runtime.engine.request_check import check_request
 from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
 from peqa_runtime.engine.sampler import Sampler
@@ -105,8 +106,14 @@ class Engine:
             linear.module.attach(bank, model.step_rows)
         self.scheduler = self._new_scheduler()
         self.runner = ModelRunner(
-            model, self.bank, self.tasks.scale_set, Sampler(model.eos_token_ids), config.block_size
+            model,
+            self.bank,
+            self.tasks.scale_set,
+            Sampler(model.eos_token_ids),
+            config.block_size,
+            row_invariant=config.row_invariant,
         )
+        make_ready(model, config)
         self._leases: dict[
             str, Lease | None
         ] = {}  # of every request in work; None: the base, without a lease

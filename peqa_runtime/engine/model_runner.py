@@ -72,8 +72,11 @@ class ModelRunner:
         scale_set: Callable[[str], ScaleSet],
         sampler: Sampler,
         block_size: int,
+        *,
+        row_invariant: bool = False,
     ) -> None:
         self._model = model
+        self._row_invariant = row_invariant
         self._bank = bank
         self._scale_set = scale_set
         self.sampler = sampler
@@ -130,7 +133,9 @@ class ModelRunner:
                 query_starts=self._ints(query_starts),
                 seq_lens=self._ints(lengths),
                 slot_mapping=self._longs(slots),
-                plan=AttentionPlan(max(item.num_tokens for item in batch.scheduled), max(lengths)),
+                plan=AttentionPlan(
+                    max(item.num_tokens for item in batch.scheduled), max(lengths), self._row_invariant
+                ),
             ),
             ids=self._longs(ids),
             positions=self._longs(positions),

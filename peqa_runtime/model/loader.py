@@ -145,9 +145,10 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
 
 def _prepare(model: PreTrainedModel, linears: list[LinearSpec], *, serving: bool) -> None:
     """Lay all codes out for the device: fused launches, and heads that are codes."""
-    for linear in linears:
-        linear.module.prepare()
-    for module in model.modules():
+    for module in (
+        *(linear.module for linear in linears),
+        *model.modules(),
+    ):  # fused ones are not in the tree
         if isinstance(module, QuantizedLinear):
             module.serve() if serving else module.prepare()
         elif isinstance(module, TiedHead):

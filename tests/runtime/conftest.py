@@ -156,7 +156,7 @@ class FakeModel:
     before_forward: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype, self.model = torch.device("cpu"), torch.float32, torch.nn.Module()
         self.manifest = BaseManifest("fake", "ab" * 32, {"l": LinearShape(2, 2, 1)})
         self.tokenizer = FakeTokenizer()
         self.linear = FakeLinear()

@@ -1,0 +1,38 @@
+"""What a GPU does before the first request: choose the mode of its kernels, compile them and try each for exactness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from peqa_kernels.quant_matmul import PreparedWeight
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.model.loader import LoadedModel
+from peqa_runtime.model.quantized_linear import QuantizedLinear, TiedHead
+
+
+def make_ready(model: LoadedModel, config: EngineConfig) -> None:
+    """Set every weight to `config.row_invariant`; on a GPU also compile what batches up to the configured sizes run.
+
+    Compiling takes minutes the first time and seconds afterwards, from Triton's cache on disk. Kinds of scale sets
+    other than `channel` compile when the first of their sets is used. RuntimeError where a GPU computes wrongly.
+    """
+    weights = list(_weights(model))
+    for prepared, _ in weights:
+        prepared.set_row_invariant(config.row_invariant)
+    if model.device.type != "cuda":
+        return
+    from peqa_kernels.quant_matmul.gpu_tune import warm_up
+    from peqa_kernels.quant_matmul.tuning import BUCKETS, bucket
+
+    largest = bucket(config.max_batch_tokens)
+    warm_up(weights, [size for size in BUCKETS if size <= largest], model.dtype)
+
+
+def _weights(model: LoadedModel) -> Iterator[tuple[PreparedWeight, Tensor | None]]:
+    for module in (*(linear.module for linear in model.linears), *model.model.modules()):
+        if isinstance(module, QuantizedLinear):
+            yield module.prepare(), module.bias
+        elif isinstance(module, TiedHead):
+            yield module.embedding.prepare(), None
