@@ -231,7 +231,8 @@ def test_every_step_is_the_oracles(workload: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@pytest.mark.timeout(1200)
+@settings(max_examples=2000, deadline=None)
 @given(workloads())
 def test_every_step_is_the_oracles_at_length(workload: dict[str, object]) -> None:
     compare(**workload)  # type: ignore[arg-type]

@@ -269,7 +269,8 @@ def test_any_world(world: World) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
+@pytest.mark.timeout(1200)
+@settings(max_examples=2000, deadline=None)
 @given(worlds())
 def test_many_worlds(world: World) -> None:
     live(world)
