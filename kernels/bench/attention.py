@@ -100,16 +100,17 @@ def calls(
     invariant = AttentionPlan(shape.new, shape.keys, invariant=True)
     made: tuple[list[Call], list[Call], list[Call]] = ([], [], [])
     for _ in range(max(1, -(-span // (2 * BF16 * torch.Size(size).numel())))):
-        caches = [torch.randn(size, device=device).bfloat16() for _ in range(2)]
+        keys, values = (torch.randn(size, device=device).bfloat16() for _ in range(2))
         table = torch.randperm(size[0], device=device).int().view(shape.sequences, blocks)
-        paged = partial(paged_attention, q, *caches, table, starts, lens, scaling=shape.d**-0.5)
+        paged = partial(paged_attention, q, keys, values, table, starts, lens, scaling=shape.d**-0.5)
         made[0].append(partial(paged, plan=plain))
         made[1].append(partial(paged, plan=invariant))
-        rows = [
-            cache.view(shape.sequences, -1, *size[2:])[:, : shape.keys].transpose(1, 2) for cache in caches
-        ]
+        key, value = (
+            cache.view(shape.sequences, -1, *size[2:])[:, : shape.keys].transpose(1, 2)
+            for cache in (keys, values)
+        )
         queries = q.view(shape.sequences, shape.new, shape.heads, shape.d).transpose(1, 2)
-        made[2].append(partial(_side_by_side, queries, *rows))
+        made[2].append(partial(_side_by_side, queries, key, value))
     return made
 
 
