@@ -158,6 +158,9 @@ def test_a_damaged_set_fails_its_task_by_name_and_no_other(
     assert error["code"] == "task_unusable"
     assert "'broken' cannot be used: its file is damaged" in error["message"]
     assert values_of(other, "sound") == values_of(client, "sound")
+    metrics = dict(row.rsplit(" ", 1) for row in other.get("/metrics").text.splitlines() if row[0] != "#")
+    assert float(metrics["peqa_engine_set_load_failures_total"]) >= 1
+    assert float(metrics["peqa_host_limit_bytes"]) == 1 << 30
     assert [row["task"] for row in other.get("/v1/tasks").json()["unusable"]] == ["broken"]
     client.put("/v1/tasks/broken", content=file_of(manifest, tensors(manifest, 8)))
     until(lambda: other.get("/v1/tasks/broken").status_code == 200)
