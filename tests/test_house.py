@@ -41,10 +41,10 @@ WITHOUT_TORCH = [
 ]
 # room of peqa_runtime -> rooms that it must not import
 ROOMS_APART = {
-    "model": {"engine", "training", "cli"},
-    "scales": {"engine", "model", "training", "cli"},
-    "engine": {"training", "cli"},
-    "training": {"cli"},
+    "model": {"engine", "training", "cli", "bench"},
+    "scales": {"engine", "model", "training", "cli", "bench"},
+    "engine": {"training", "cli", "bench"},
+    "training": {"cli", "bench"},
 }
 
 
