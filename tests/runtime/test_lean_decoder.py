@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peqa_kernels import native
+from peqa_kernels.native.isa import usable
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.model import ForwardContext, LoadedModel, load
 from peqa_runtime.model.lean_decoder import lean_decoder
@@ -109,25 +111,61 @@ def test_it_computes_what_the_modules_compute(name: str, architecture_base: Arch
     assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["out_scale", "in_scale", "group_scale"])
-def test_rows_of_the_bank(kind: str, tiny_base: Path) -> None:
-    """Also scales that are allocated after the first step, as a bank does for the first set that has them."""
+@pytest.mark.parametrize("build", [build.name for build in usable()])
+@pytest.mark.parametrize(
+    "name", ["biases", "tied codes", "3-bit embedding", "odd widths", "mistral", "qwen3"]
+)
+def test_every_build_of_the_library(
+    build: str, name: str, architecture_base: ArchitectureBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = native.load(build)
+    assert ops is not None, "the C library is not built: python -m peqa_kernels.native.compile"
+    monkeypatch.setattr(native, "load", lambda: ops)
+    architecture, changes = KNOWN[name]
+    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 2e-5
+
+
+def test_neither_threads_nor_chunks_change_a_bit(tiny_base: Path) -> None:
+    """300 tokens at once are enough for threads to share every stage."""
     loaded = load(tiny_base, device="cpu")
+    bind(loaded, 40)
+    ids = torch.randint(0, 300, (300,), generator=torch.Generator().manual_seed(0))
+    tables = torch.arange(39, -1, -1, dtype=torch.int32)[None]
+
+    def logits(start: int, stop: int) -> Tensor:
+        positions = torch.arange(start, stop)
+        context = ForwardContext(
+            block_tables=tables,
+            query_starts=torch.tensor([0, stop - start], dtype=torch.int32),
+            seq_lens=torch.tensor([stop], dtype=torch.int32),
+            slot_mapping=tables[0, positions // BLOCK].long() * BLOCK + positions % BLOCK,
+        )
+        return loaded.forward(context, ids[start:stop], positions, torch.arange(stop - start))
+
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            found += [
+                logits(0, 300),
+                torch.cat([logits(0, 290), *(logits(i, i + 1) for i in range(290, 300))]),
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def attach_banks(loaded: LoadedModel) -> list[LinearBank]:
+    """A bank of three rows, all ones, for every linear."""
     banks = [LinearBank(linear.sizes, torch.ones(3, linear.out_features)) for linear in loaded.linears]
     for linear, bank in zip(loaded.linears, banks, strict=True):
         linear.module.attach(bank, loaded.step_rows)
+    return banks
 
-    def with_rows(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(context: ForwardContext, ids: Tensor, *rest: Tensor) -> Tensor:
-            rows = torch.arange(len(ids), dtype=torch.int32) % 3
-            loaded.step_rows.row = rows
-            loaded.step_rows.group_row = rows if kind == "group_scale" else None
-            return forward(context, ids, *rest)
 
-        return run
-
-    bind(loaded, 7)
-    before = steps(with_rows(loaded.forward))
+def fill(loaded: LoadedModel, banks: list[LinearBank], kind: str) -> None:
+    """Random scales of one kind in every row."""
     generator = torch.Generator().manual_seed(0)
     for linear, bank in zip(loaded.linears, banks, strict=True):
         shapes = {
@@ -136,29 +174,56 @@ def test_rows_of_the_bank(kind: str, tiny_base: Path) -> None:
             "group_scale": (3, linear.groups, linear.out_features),
         }
         setattr(bank, kind, torch.rand(shapes[kind], generator=generator) + 0.5)
-    found = steps(with_rows(loaded.forward))
-    expected = steps(with_rows(loaded.forward_through_modules))
+
+
+def with_rows(loaded: LoadedModel, forward: Callable[..., Tensor], group: bool) -> Callable[..., Tensor]:
+    """The forward with tokens on rows 0, 1, 2, 0, 1, 2 ..."""
+
+    def run(context: ForwardContext, ids: Tensor, *rest: Tensor) -> Tensor:
+        loaded.step_rows.row = torch.arange(len(ids), dtype=torch.int32) % 3
+        loaded.step_rows.group_row = loaded.step_rows.row if group else None
+        return forward(context, ids, *rest)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["out_scale", "in_scale", "group_scale"])
+def test_rows_of_the_bank(kind: str, tiny_base: Path) -> None:
+    """Also scales that are allocated after the first step, as a bank does for the first set that has them."""
+    loaded = load(tiny_base, device="cpu")
+    banks = attach_banks(loaded)
+    lean = with_rows(loaded, loaded.forward, kind == "group_scale")
+    bind(loaded, 7)
+    before = steps(lean)
+    fill(loaded, banks, kind)
+    found = steps(lean)
+    expected = steps(with_rows(loaded, loaded.forward_through_modules, kind == "group_scale"))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - before).abs().max() > 0.1
 
 
-def test_only_the_wanted_rows_and_none_at_all(tiny_base: Path) -> None:
+@pytest.mark.parametrize("kind", ["base", "out_scale", "group_scale"])
+def test_only_the_wanted_rows_and_none_at_all(kind: str, tiny_base: Path) -> None:
     loaded = load(tiny_base, device="cpu")
-    every, some, second = [], [], []
+    forward = loaded.forward
+    if kind != "base":
+        fill(loaded, attach_banks(loaded), kind)
+        forward = with_rows(loaded, forward, kind == "group_scale")
+    same, second = [], []
 
     def twice(context: ForwardContext, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
-        every.append(loaded.forward(context, ids, positions, at))
+        every = forward(context, ids, positions, at)
         wanted = at.flip(0)[: max(1, len(at) // 2)]
-        some.append(torch.equal(loaded.forward(context, ids, positions, wanted), every[-1][wanted]))
-        assert loaded.forward(context, ids, positions, at[:0]).shape == (0, 300)
-        return every[-1]
+        same.append(torch.equal(forward(context, ids, positions, wanted), every[wanted]))
+        assert forward(context, ids, positions, at[:0]).shape == (0, 300)
+        return every
 
     bind(loaded, 7)
     all_wanted = steps(twice)
-    assert some == [True] * 4
+    assert same == [True] * 4
 
     def none_before_the_last(context: ForwardContext, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
-        second.append(loaded.forward(context, ids, positions, at[:0] if len(second) < 3 else at))
+        second.append(forward(context, ids, positions, at[:0] if len(second) < 3 else at))
         return second[-1]
 
     bind(loaded, 7)
