@@ -249,6 +249,20 @@ static int64_t scratch_of_ops(const peqa_decoder *m, int64_t threads, int64_t to
     return head > most ? head : most;
 }
 
+/* The first token whose id, position or slot lies outside of the tensors, or the first wanted token that is none; -1. */
+EXPORT int64_t peqa_decode_misfit(const peqa_decoder *m, const decoder_step *s)
+{
+    const int64_t slots = m->blocks * m->block_size;
+    for (int64_t i = 0; i < s->tokens; i++)
+        if (s->ids[i] < 0 || s->ids[i] >= m->vocab || s->positions[i] < 0 || s->positions[i] >= m->positions ||
+            s->slots[i] < -1 || s->slots[i] >= slots)
+            return i;
+    for (int64_t i = 0; i < s->output_count; i++)
+        if (s->outputs[i] < 0 || s->outputs[i] >= s->tokens)
+            return s->outputs[i];
+    return -1;
+}
+
 /* The counter that a step's ticks are counted in. */
 EXPORT int64_t peqa_ticks(void) { return ticks(); }
 
@@ -260,7 +274,7 @@ EXPORT int64_t peqa_decode_scratch(const peqa_decoder *m, int64_t threads, int64
            scratch_of_ops(m, threads, tokens, output_count);
 }
 
-/* scratch: see above. */
+/* scratch: see above. Nothing is checked here: peqa_decode_misfit and peqa_attention_misfit do. */
 EXPORT void peqa_decode(const peqa_decoder *m, peqa_pool *pool, int64_t threads, float *scratch, const decoder_step *s)
 {
     const size_t hidden = whole_lines((size_t)(s->tokens * m->hidden));

@@ -32,6 +32,7 @@ typedef struct {
     decoder_linear head;          /* weight NULL: the step's result is the normed hidden rows */
     const float *cosines, *sines; /* [positions, d / 2] */
     int64_t layer_count, hidden, intermediate, heads, kv_heads, d, block_size;
+    int64_t vocab, positions, blocks; /* rows of the embedding, of the angles, blocks of the caches */
     float eps, scaling;
 } peqa_decoder;
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peqa_kernels.native.ops import NativeOps
 from peqa_kernels.native.packed import PackedWeight
+from peqa_kernels.paged_attention.checks import AttentionInputError
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 KINDS = ("matmul", "attention", "elementwise", "head")
@@ -58,6 +59,7 @@ class _Decoder(ctypes.Structure):
         ("sines", c_void_p),
         *((name, c_int64) for name in ("layer_count", "hidden", "intermediate")),
         *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size")),
+        *((name, c_int64) for name in ("vocab", "positions", "blocks")),
         ("eps", c_float),
         ("scaling", c_float),
     )
@@ -130,6 +132,10 @@ class NativeDecoder:
         self._ops = ops
         self._spec = spec
         self._decode = ops.function("peqa_decode", None, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
+        self._misfit = ops.function("peqa_decode_misfit", c_int64, c_void_p, c_void_p)
+        self._misplaced = ops.function(
+            "peqa_attention_misfit", c_int64, c_void_p, c_int64, c_void_p, c_void_p, *(c_int64,) * 6
+        )
         self._scratch_floats = ops.function(
             "peqa_decode_scratch", c_int64, c_void_p, c_int64, c_int64, c_int64
         )
@@ -151,9 +157,15 @@ class NativeDecoder:
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             d=spec.d,
+            vocab=_rows(spec.embedding),
+            positions=len(spec.cosines),
             eps=spec.eps,
             scaling=spec.scaling,
         )
+        windows = [layer.window or 0 for layer in spec.layers]
+        self._window = (
+            max(windows) if all(windows) else 0
+        )  # how far back some layer reads; 0: to the beginning
         self._address = ctypes.addressof(self._decoder)
         self._result_width = spec.head.packed.out_features if spec.head else len(spec.norm)
         self._ticks = (c_int64 * len(KINDS))()
@@ -169,7 +181,7 @@ class NativeDecoder:
             assert cache.shape[2:] == (self._spec.kv_heads, self._spec.d), cache.shape
         self._layers[layer].keys = key_cache.data_ptr()
         self._layers[layer].values = value_cache.data_ptr()
-        self._decoder.block_size = key_cache.shape[1]
+        self._decoder.blocks, self._decoder.block_size = key_cache.shape[:2]
 
     def bind_bank(self, layer: int, linear: int, bank: LinearBank) -> None:
         """Use these scales for linear number `linear` of the layer where a step has rows; they stay the caller's."""
@@ -204,7 +216,8 @@ class NativeDecoder:
     ) -> Tensor:
         """Compute a step of packed tokens: float32 [R, vocab], or the normed hidden states [R, hidden] without a head.
 
-        A row's bits depend on its sequence, its position and its scales, on nothing else in the step.
+        A row's bits depend on its sequence, its position and its scales, on nothing else in the step. Raises
+        AttentionInputError when tables, lengths or query starts point outside of the caches, before anything is done.
         """
         tokens, count = len(ids), len(outputs)
         assert count <= tokens, (count, tokens)
@@ -226,10 +239,30 @@ class NativeDecoder:
         step.tokens = tokens
         step.sequences = len(seq_lens)
         step.output_count = count
+        self._check(step, block_tables.shape[1])
         floats = self._scratch_floats(self._address, threads, tokens, count)
         pool, scratch = self._ops.working_memory(threads, floats)
         self._decode(self._address, pool, threads, scratch, self._step_address)
         return result
+
+    def _check(self, step: _Step, table_width: int) -> None:
+        """Nothing points outside of its tensor: a microsecond, where a slip would be a write into foreign memory."""
+        token = self._misfit(self._address, self._step_address)
+        assert token == -1, f"token {token} of {step.tokens} has an id, position, slot or number out of range"
+        decoder = self._decoder
+        sequence = self._misplaced(
+            *(step.block_tables, step.table_stride, step.query_starts, step.seq_lens, step.sequences),
+            *(table_width, decoder.block_size, decoder.blocks, step.tokens, self._window),
+        )
+        if sequence >= 0:
+            raise AttentionInputError(
+                f"sequence {sequence} does not fit: query starts must rise to the {step.tokens} tokens, and each block "
+                f"of its keys must be one of the cache's {decoder.blocks} and stand in its table of {table_width}"
+            )
+
+
+def _rows(embedding: Tensor | QuantizedWeight) -> int:
+    return len(embedding) if isinstance(embedding, Tensor) else embedding.out_features
 
 
 def _linear_struct(linear: DecoderLinear) -> _Linear:

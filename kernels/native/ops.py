@@ -19,7 +19,10 @@ from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 ABI = 4  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
-EXPORTS = ("peqa_ticks", "peqa_row_best")  # of functions that are bound elsewhere (decoder.py, sampling.py)
+EXPORTS = (
+    "peqa_decode_misfit",
+    "peqa_row_best",
+)  # of functions that are bound elsewhere (decoder.py, sampling.py)
 
 
 class StaleLibrary(Exception):

@@ -23,14 +23,12 @@ class LeanDecoder:
         linears: list[list[QuantizedLinear]],
         layers: list[PagedLayer],
         head: nn.Module | None,
-        positions: int,
     ) -> None:
         """`linears`: of each layer, qkv, out, gate_up and down. `head`: applied to what the native decoder gives."""
         self.native = native_decoder
         self._linears = [(i, j, module) for i, row in enumerate(linears) for j, module in enumerate(row)]
         self._layers = layers
         self._head = head
-        self._positions = positions
         self._seen_banks: list[tuple[Tensor | None, ...]] = [() for _ in self._linears]
         self._seen_caches: list[tuple[Tensor | None, ...]] = [() for _ in layers]
 
@@ -38,9 +36,6 @@ class LeanDecoder:
         self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor, rows: StepRows
     ) -> Tensor:
         """As `LoadedModel.forward`; `logits_at` may be empty."""
-        assert int(positions.max()) < self._positions, (
-            "the engine admits no sequence longer than the model's limit"
-        )
         self._follow_caches()
         if rows.row is not None or rows.group_row is not None:
             self._follow_banks()
@@ -99,4 +94,4 @@ def lean_decoder(model: PreTrainedModel, layers: list[PagedLayer], max_positions
     found = recognise(model, layers, max_positions)
     if found is None:
         return None
-    return LeanDecoder(NativeDecoder(ops, found.spec), found.linears, layers, found.head, max_positions)
+    return LeanDecoder(NativeDecoder(ops, found.spec), found.linears, layers, found.head)

@@ -23,9 +23,10 @@ _Forward = Callable[[ForwardContext, Tensor, Tensor, Tensor], Tensor]
 _BLOCK_SIZE = 8
 _LENGTHS = (13, 6)  # two sequences, packed; the longer one crosses a block
 _CUT = 7  # ... and comes in two chunks
-# Relative RMS difference that is rounding. Measured: 1e-8 to 4e-7 in fp32 over 23 architectures; models that are
-# wrong start at 0.02. 16-bit activations round at 4e-3 (bf16), over many layers.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Relative RMS difference that is rounding. Measured in fp32 over 23 architectures: 1e-8 to 4e-7, and 1e-4 where the
+# products round activations to 16-bit integers and two ways to compute them round differently; models that are wrong
+# start at 0.02. 16-bit activations round at 4e-3 (bf16), over many layers.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def self_check(loaded: LoadedModel) -> float:

@@ -1,4 +1,4 @@
-"""The CPU's own decoder: what it recognises, and that it computes what transformers' modules compute."""
+"""The CPU's own decoder computes what transformers' modules compute."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.native.isa import usable
+from peqa_kernels.paged_attention.checks import AttentionInputError
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.model import ForwardContext, LoadedModel, load
-from peqa_runtime.model.lean_decoder import lean_decoder
 
 ArchitectureBase = Callable[..., Path]  # the fixture of that name
 BLOCK = 8
@@ -108,7 +108,7 @@ def difference(loaded: LoadedModel) -> float:
 @pytest.mark.parametrize("name", KNOWN)
 def test_it_computes_what_the_modules_compute(name: str, architecture_base: ArchitectureBase) -> None:
     architecture, changes = KNOWN[name]
-    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 2e-5
+    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 3e-4
 
 
 @pytest.mark.parametrize("build", [build.name for build in usable()])
@@ -122,7 +122,7 @@ def test_every_build_of_the_library(
     assert ops is not None, "the C library is not built: python -m peqa_kernels.native.compile"
     monkeypatch.setattr(native, "load", lambda: ops)
     architecture, changes = KNOWN[name]
-    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 2e-5
+    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 3e-4
 
 
 def test_neither_threads_nor_chunks_change_a_bit(tiny_base: Path) -> None:
@@ -248,80 +248,31 @@ def test_slots_of_minus_one_are_not_written(tiny_base: Path) -> None:
             assert written.nonzero().flatten().tolist() == [8, 10]
 
 
-def unknown(name: str, loaded: LoadedModel) -> None:
-    """Change one thing about a model that was recognised."""
-    layer = loaded.model.model.layers[1]
-    if name == "hook":
-        layer.mlp.register_forward_hook(lambda *_: None)
-    elif name == "pre-hook":
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: None)
-    elif name == "own forward":
-        layer.mlp.forward = layer.mlp.forward
-    elif name == "activation":
-        layer.mlp.act_fn = nn.GELU()
-    elif name == "scaling":
-        layer.self_attn.scaling = 0.5
-    elif name == "eps":
-        layer.input_layernorm.variance_epsilon = 0.1
-    elif name == "class of a norm":
-        layer.input_layernorm = nn.RMSNorm(64)
-    elif name == "one more part":
-        layer.extra = nn.Identity()
-    elif name == "a head with more":
-        loaded.model.lm_head = nn.Sequential(loaded.model.lm_head)
-    else:
-        loaded.layers.reverse()
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        "hook",
-        "pre-hook",
-        "own forward",
-        "activation",
-        "scaling",
-        "eps",
-        "class of a norm",
-        "one more part",
-        "a head with more",
-        "order",
-    ],
+    "wrong", ["id", "negative id", "position", "slot", "output", "block", "length", "queries"]
 )
-def test_a_model_that_differs_in_one_thing_is_not_recognised(name: str, tiny_base: Path) -> None:
+def test_nothing_outside_of_a_tensor_is_touched(wrong: str, tiny_base: Path) -> None:
     loaded = load(tiny_base, device="cpu")
-    assert lean_decoder(loaded.model, loaded.layers, loaded.max_model_len) is not None
-    unknown(name, loaded)
-    assert lean_decoder(loaded.model, loaded.layers, loaded.max_model_len) is None
+    bind(loaded, 2)
+    ids, positions, outputs = torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([1])
+    slots, tables = torch.tensor([8, 9]), torch.tensor([[1]], dtype=torch.int32)
+    starts, lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    changes = {
+        "id": (ids, 300),
+        "negative id": (ids, -1),
+        "position": (positions, 512),
+        "slot": (slots, 16),
+        "output": (outputs, 2),
+        "block": (tables, 2),
+        "length": (lengths, 9),
+        "queries": (starts, 3),
+    }
 
+    def run() -> None:
+        loaded.forward(ForwardContext(tables, starts, lengths, slots), ids, positions, outputs)
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("llama", {"hidden_act": "gelu"}),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "dynamic",
-                    "rope_theta": 1e4,
-                    "factor": 2.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-        ),
-        ("granite", {}),
-        ("smollm3", {}),
-        ("olmo2", {}),
-    ],
-    ids=["gelu", "dynamic rope", "granite", "smollm3", "olmo2"],
-)
-def test_other_architectures_run_through_their_modules(
-    name: str, changes: dict[str, object], architecture_base: ArchitectureBase
-) -> None:
-    assert load(architecture_base(name, **changes), device="cpu").lean is None
-
-
-def test_other_precisions_and_siblings_apart_run_through_their_modules(tiny_base: Path) -> None:
-    assert load(tiny_base, device="cpu", dtype="bfloat16").lean is None
-    assert load(tiny_base, device="cpu", fuse=False).lean is None
+    run()
+    tensor, value = changes[wrong]
+    tensor.view(-1)[-1] = value
+    with pytest.raises((AssertionError, AttentionInputError), match=r"out of range|does not fit"):
+        run()
