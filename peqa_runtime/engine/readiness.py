@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peqa_kernels.quant_matmul import PreparedWeight
 from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.model.attention import warm_up_attention
 from peqa_runtime.model.loader import LoadedModel
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TiedHead
 
@@ -28,6 +29,7 @@ def make_ready(model: LoadedModel, config: EngineConfig) -> None:
 
     largest = bucket(config.max_batch_tokens)
     warm_up(weights, [size for size in BUCKETS if size <= largest], model.dtype)
+    warm_up_attention(model.layers, model.dtype, row_invariant=config.row_invariant)
 
 
 def _weights(model: LoadedModel) -> Iterator[tuple[PreparedWeight, Tensor | None]]:

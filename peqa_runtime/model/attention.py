@@ -6,6 +6,7 @@ each token belongs stands in the step's `ForwardContext`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,16 @@ class KVSpec:
     sliding_window: int | None = None
 
 
+@dataclass(frozen=True)
+class AttentionUse:
+    """How one layer calls the op, beside what it caches."""
+
+    heads: int
+    scaling: float
+    softcap: float | None
+    has_sinks: bool
+
+
 @dataclass
 class StepContext:
     """The context of the forward in progress; one per loaded model, shared by its layers."""
@@ -46,6 +57,7 @@ class PagedLayer:
         self.step = step
         self.calls = 0
         self.spec: KVSpec | None = None
+        self.use: AttentionUse | None = None
         self.key_cache: Tensor | None = None  # [blocks, block_size, kv_heads, d_k]
         self.value_cache: Tensor | None = None  # [blocks, block_size, kv_heads, d_v]
 
@@ -69,8 +81,11 @@ def paged_attention_forward(
     """Write the new tokens' K and V, attend over each sequence's whole past; ([1, tokens, heads, d_v], None)."""
     layer: PagedLayer = getattr(module, _HANDLE)
     layer.calls += 1
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     if layer.key_cache is None or layer.value_cache is None:  # the probe of `place_layers`: shapes only
         layer.spec = KVSpec(key.shape[1], key.shape[3], value.shape[3], sliding_window)
+        layer.use = AttentionUse(query.shape[1], scaling, softcap, s_aux is not None)
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     context = layer.step.current
     assert context is not None, "LoadedModel.forward sets the step's context"
@@ -88,7 +103,7 @@ def paged_attention_forward(
         context.block_tables,
         context.query_starts,
         context.seq_lens,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
@@ -137,3 +152,28 @@ def place_layers(model: PreTrainedModel, step: StepContext) -> list[PagedLayer]:
             "once each"
         )
     return called
+
+
+def warm_up_attention(layers: Sequence[PagedLayer], dtype: torch.dtype, *, row_invariant: bool) -> None:
+    """On a GPU: compile the attention kernels of bound layers, once for each kind of layer; `dtype` of activations."""
+    from peqa_kernels.paged_attention.gpu import warm_up
+
+    kinds = {(layer.spec, layer.use): layer for layer in layers}
+    for (spec, use), layer in kinds.items():
+        assert spec is not None, "place_layers saw every layer"
+        assert use is not None
+        assert layer.key_cache is not None, "bound before"
+        assert layer.value_cache is not None
+        warm_up(
+            layer.key_cache,
+            layer.value_cache,
+            heads=use.heads,
+            dtype=dtype,
+            scaling=use.scaling,
+            sliding_window=spec.sliding_window,
+            softcap=use.softcap,
+            sinks=torch.zeros(use.heads, dtype=dtype, device=layer.key_cache.device)
+            if use.has_sinks
+            else None,
+            invariant=row_invariant,
+        )

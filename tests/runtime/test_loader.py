@@ -381,3 +381,29 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel, match="device"):
         pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_attention_is_warmed_up_once_for_each_kind_of_layer(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the layers will be called: their heads, scaling, window, softcap and sinks."""
+    pytest.importorskip("triton")
+    from peqa_kernels.paged_attention import gpu
+
+    calls: list[dict] = []
+    monkeypatch.setattr(gpu, "warm_up", lambda key, value, **how: calls.append({"d": key.shape[3], **how}))
+    config = loaded.model.config
+    layers = loaded.layers
+    assert len(layers) > 1
+    d = config.hidden_size // config.num_attention_heads
+    for layer in layers:
+        monkeypatch.setattr(layer, "key_cache", torch.zeros(1, BLOCK, config.num_key_value_heads, d))
+        monkeypatch.setattr(layer, "value_cache", torch.zeros(1, BLOCK, config.num_key_value_heads, d))
+    attention_module.warm_up_attention(layers, torch.float16, row_invariant=True)
+    expected = {
+        "heads": config.num_attention_heads,
+        "scaling": d**-0.5,
+        "sliding_window": None,
+        "softcap": None,
+    }
+    assert calls == [{"d": d, "dtype": torch.float16, "sinks": None, "invariant": True, **expected}]
