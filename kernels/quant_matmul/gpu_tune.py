@@ -89,7 +89,7 @@ def tune(
 ) -> dict[str, Any]:
     """Measure the tiles that may suit a batch of `rows`, and give the fastest exact one as a line of a TileTable.
 
-    For a CUDA device; ValueError elsewhere. To keep it: `TileTable([*table.lines, line]).save(name of the GPU)`.
+    For a CUDA device; ValueError elsewhere. To keep it: `TileTable.with_line`, `save`; the `cli` module does both.
     """
     weight = prepared.impl
     if not isinstance(weight, TritonGpu) or not weight.words.is_cuda:

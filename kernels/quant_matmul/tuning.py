@@ -59,6 +59,10 @@ class TileTable:
         """Give the tile measured to be fastest, None where none was."""
         return self._tiles.get(_key(layout, rows, dtype, scales))
 
+    def with_line(self, line: dict[str, Any]) -> TileTable:
+        """The same table with one more line, in place of an older one for the same launch."""
+        return TileTable([*(old for old in self.lines if _key_of(old) != _key_of(line)), line])
+
     @staticmethod
     def load(gpu_name: str, folder: Path = TABLES) -> TileTable:
         """Read the table of a GPU; empty where there is none. ValueError for a file that is no table."""

@@ -1,6 +1,6 @@
-"""Checks of the Triton kernel against the reference: python quant_matmul_triton_checks.py cpu|cuda.
+"""Checks of the Triton kernel against the reference: python quant_matmul_triton_checks.py cpu|cuda [BITS ...].
 
-On "cpu" TRITON_INTERPRET=1 must be set. Exits non-zero at the first difference.
+All widths, unless some are named. On "cpu" TRITON_INTERPRET=1 must be set. Exits non-zero at the first difference.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ SHAPES = [
     ((128,), 256, 4),
     ((40, 24), 512, 2),
 ]
+WIDTHS = tuple(int(bits) for bits in sys.argv[2:]) or (2, 3, 4, 8)
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
@@ -78,7 +79,7 @@ def check_kinds(
 ) -> int:
     """Every bit width × shape × kind, 5 or 21 rows of five tasks."""
     count = 0
-    for bits, (segments, k, groups), kind in itertools.product((2, 3, 4, 8), SHAPES, kinds):
+    for bits, (segments, k, groups), kind in itertools.product(WIDTHS, SHAPES, kinds):
         rows = 21 if count % 3 == 1 else 5
         problem = Problem(
             device, bits, segments, k, groups, kind, rows, dtype, integers=integers, bias=count % 2 == 1
@@ -103,7 +104,8 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
-        [(4, 1), (4, 8), (3, 2)], zip(tiles, ["channel", "mixed", "group", "mixed", "group"], strict=True)
+        [(4, 1), (4, 8), *([(3, 2)] if 3 in WIDTHS else [])],
+        zip(tiles, ["channel", "mixed", "group", "mixed", "group"], strict=True),
     ):
         problem = Problem(device, bits, (128, 120), 256, groups, kind, 37, dtype, integers=True)
         for _ in range(2):  # twice: the counters of a split must be as before

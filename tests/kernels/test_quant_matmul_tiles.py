@@ -93,6 +93,45 @@ def test_a_measured_tile_comes_before_the_rule(tmp_path: Path) -> None:
     assert TileTable.load("another GPU", tmp_path).lines == []
 
 
+def test_a_new_measurement_replaces_the_old_one() -> None:
+    cut = layout(12288, 4096)
+    lines = [
+        line_of(cut, 16, torch.bfloat16, "channel", Tile(16, 128, 4, stages, 3), 9.0) for stages in (3, 4)
+    ]
+    other = line_of(cut, 64, torch.bfloat16, "channel", Tile(64, 128, 4, 3), 9.0)
+    table = TileTable([lines[0], other]).with_line(lines[1])
+    assert len(table.lines) == 2
+    found = table.find(cut, 16, torch.bfloat16, "channel")
+    assert found is not None
+    assert found.stages == 4
+
+
+def test_tuning_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peqa_kernels.quant_matmul import prepare
+    from peqa_kernels.quant_matmul.cli import main, random_weight
+    from peqa_kernels.quant_matmul.gpu_tune import candidates, tune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--shapes", "64x64"]) == 2
+    assert "torch sees none" in capsys.readouterr().err
+    prepared = prepare(random_weight(256, 512, 4, 128, "cpu"), backend="gpu")
+    with pytest.raises(ValueError, match="CUDA device"):
+        tune(prepared, 16)
+    weight = prepared.impl
+    tried = list(candidates(weight, weight.tile(16, torch.bfloat16, "channel"), 16))  # type: ignore[attr-defined,arg-type]
+    assert len(tried) > 20
+    assert all((tile.splits - 1) * -(-4 // tile.splits) < 4 for tile in tried), "every part of K has a step"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tuning_on_the_gpu(tmp_path: Path) -> None:
+    from peqa_kernels.quant_matmul.cli import main
+
+    assert main(["--shapes", "1024x512", "--rows", "16", "--folder", str(tmp_path)]) == 0
+    assert TileTable.load(torch.cuda.get_device_name(), tmp_path).lines[0]["us"] > 0
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"tiles": [{"bits": 4}]}', '{"tiles": 3}'])
 def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     table_path("x", tmp_path).write_text(text)

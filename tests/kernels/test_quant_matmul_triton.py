@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("quant_matmul_triton_checks.py")
 
 
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("widths", [["4"], pytest.param(["2", "3", "8"], marks=pytest.mark.slow)], ids=str)
+def test_under_the_interpreter(widths: list[str]) -> None:
     # Triton reads the switch when it is imported: a process of its own.
     done = subprocess.run(
-        [sys.executable, str(CHECKS), "cpu"],
+        [sys.executable, str(CHECKS), "cpu", *widths],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
