@@ -1,7 +1,7 @@
 """Launches of the attention kernels: which tiles, how many programs. Nothing here waits for the device.
 
-torch.nn.attention.varlen is no way around these kernels: up to torch 2.13 its `block_table` works through FlashAttention
-3 on Hopper (4 on Blackwell) only, packages that torch does not bring, and it knows neither softcap nor sinks.
+torch.nn.attention.varlen is no way around these kernels: up to torch 2.13 its `block_table` works only through
+FlashAttention 3 on Hopper (4 on Blackwell), packages that torch does not bring, and it has neither softcap nor sinks.
 """
 
 from __future__ import annotations
