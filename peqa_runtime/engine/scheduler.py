@@ -188,9 +188,10 @@ class Scheduler:
         retry = stuck is not None
         with closing(candidates):
             for sequence in candidates:
-                for other in [s for s in begun if s.status == "running" and self._goes_on(s, sequence)]:
-                    begun.remove(other)
-                    self._give(plan, other)
+                for other in begun.copy():  # one by one: what one gets counts for the next
+                    if other.status == "running" and self._goes_on(other, sequence):
+                        begun.remove(other)
+                        self._give(plan, other)
                 if stuck is not None and stuck.num_overtaken >= _PATIENCE:
                     break
                 outcome = self._start(sequence, plan, computing)

@@ -243,3 +243,15 @@ def test_hundreds_of_task_names_that_come_and_go() -> None:
     jobs = [(Job(f"j{i}", f"t{i * 7 % 300}", 0, 1 + i * 5 % 23, 1 + i * 3 % 9), i // 3) for i in range(600)]
     oracle = compare(jobs, blocks=24, size=2, budget=16, places=6, aborts={5: "j3", 60: "j171", 90: "j250"})
     assert oracle.preemptions > 0, "or this shows nothing of preemption"
+
+
+def test_what_a_begun_prompt_gets_counts_for_the_next() -> None:
+    """Two begun prompts and a short one that may pass the second until the first has its share."""
+    long = [Job("j2", "t0", -1, 9, 3), Job("j8", "t0", -1, 1, 3), Job("j9", "t0", -1, 29, 2)]
+    short = [Job(f"j{i}", "t0", 0, 1, 1) for i in (0, 4, 6)] + [Job("j7", "t1", 0, 1, 1)]
+    late = [Job("j1", "t0", 0, 1, 1), Job("j3", "t0", 0, 1, 1)]
+    rest = [Job("j10", "t0", 0, 6, 1), Job("j11", "t0", 0, 1, 1), Job("j12", "t1", 0, 19, 1)]
+    more = [Job(f"j{i}", "t0", 0, 1, 1) for i in range(13, 19)]
+    jobs = [(job, 0) for job in (short[0], *long[:1], *short[1:], *long[1:], *rest, *more)]
+    jobs += [(job, 1) for job in late] + [(Job("j5", "t0", -1, 1, 1), 12)]
+    compare(jobs, blocks=13, size=4, budget=6, places=4, aborts={})
