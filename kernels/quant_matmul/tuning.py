@@ -171,19 +171,19 @@ def _splits(layout: Layout, tile: Tile, rows: int, gpu: Gpu) -> int:
     """The number of parts of K that should finish first.
 
     Counted in steps of the loop: waves of programs times the steps of each, some to begin and end one, and the sums to
-    write and add up. Three programs share a processor where registers allow, two with many sums.
+    write and add up. Three programs share a processor where registers allow, two with many sums, or one of eight warps.
     """
     row_tiles = -(-rows // tile.rows)
     if row_tiles > MOST_SPLIT_ROW_TILES:
         return 1
     programs = row_tiles * (layout.padded // tile.outputs)
-    slots = gpu.processors * (3 if tile.rows <= 16 else 2)
+    slots = gpu.processors * (3 if tile.rows <= 16 else 2 if tile.warps <= 4 else 1)
     best, least = 1, float("inf")
     for wanted in range(1, 17):
         per = -(-layout.tiles // wanted)
         splits = -(-layout.tiles // per)  # the last part has a step, too
         waves = -(-programs * splits // slots)
-        steps = waves * (per + 3) + (0 if splits == 1 else 1 + splits * tile.rows / 16)
+        steps = waves * (per + 3) + (0 if splits == 1 else 1 + splits * (0.25 + tile.rows / 96))
         if steps < least:
             best, least = splits, steps
     return best
