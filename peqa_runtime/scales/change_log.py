@@ -51,6 +51,10 @@ class ChangeLog:
         self._seen = self._look()
         return None if fresh else set(names.decode("ascii", "replace").split())
 
+    def forget(self) -> None:
+        """Have the next `news` say "unknown"."""
+        self._generation, self._position, self._seen = b"", 0, None
+
     def note(self, task: str) -> None:
         """Tell the others that this task is about to change; `news` was called under the same lock."""
         if self._position > MAX_BYTES:

@@ -94,9 +94,13 @@ class TaskShelf:
             stamps = dict(self._folders.tasks())
             names = set(self.index.names()) | set(self.unusable) | stamps.keys()
             names = {task for task in names if self._is_behind(task, stamps.get(task))}
-        for task in names:
-            self._look_again(task)
         self.changed |= names
+        try:
+            for task in names:
+                self._look_again(task)
+        except OSError:
+            self._log.forget()  # else nobody would look at the rest of them again
+            raise
 
     def _is_behind(self, task: str, stamp: Stamp | None) -> bool:
         record = self.index.get(task)

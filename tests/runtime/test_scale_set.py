@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from peqa_runtime.core import SCALE_KINDS, BaseManifest, LinearShape
 from peqa_runtime.errors import InvalidScaleSet, WrongBase
 from peqa_runtime.scales.scale_set import ScaleSet, max_file_bytes
-from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.set_file import header_limit
+from peqa_runtime.scales.set_layout import expected_shapes
 
 MANIFEST = BaseManifest(
     "tiny",

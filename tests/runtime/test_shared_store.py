@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from peqa_runtime.core import BaseManifest, LinearShape
-from peqa_runtime.errors import UnknownTask
+from peqa_runtime.errors import StoreError, UnknownTask
 from peqa_runtime.scales import change_log
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.set_layout import expected_shapes
+from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
 
@@ -129,6 +130,25 @@ def test_a_new_generation_of_the_log_loses_nothing(folder: Path, monkeypatch: py
         library.refresh()
     assert current(one) == current(two) == current(late) == current(new_library(folder))
     assert (folder / "changes").stat().st_size < 100
+
+
+def test_news_that_could_not_be_read_are_read_the_next_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = new_library(folder), new_library(folder)
+    for task in ("sql", "slots", "qa"):
+        one.upload(task, A.to_bytes())
+    read, history = [], TaskFolders.history
+
+    def fails_in_between(self: TaskFolders, task: str) -> object:
+        read.append(task)
+        return _no_space() if len(read) == 2 else history(self, task)
+
+    monkeypatch.setattr(TaskFolders, "history", fails_in_between)
+    with pytest.raises(StoreError, match="No space"):
+        two.refresh()
+    two.refresh()
+    assert current(two) == current(one)
 
 
 def test_the_watch_sees_another_process_within_its_period(folder: Path) -> None:
