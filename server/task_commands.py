@@ -53,6 +53,9 @@ def list_(server: Server = LOCAL, api_key: ApiKey = None, as_json: AsJson = Fals
         size = f"{row['bytes'] / 1000:.0f} kB"
         table.add_row(row["task"], row["revision"][:12], row["kind"], size, str(row["num_revisions"]), since)
     Console().print(table)
+    for row in listed["data"]:
+        if row["status"] != "ready":
+            typer.echo(f"{row['status']}: {row['status_reason']}", err=True)
     for row in listed["unusable"]:
         typer.echo(f"unusable: {row['task']}: {row['reason']}", err=True)
 

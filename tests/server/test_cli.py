@@ -79,6 +79,9 @@ def test_tasks_push_ls_pull_rollback_rm(server: Live, tmp_path: Path) -> None:
     listed = peqa("tasks", "ls", *at)
     assert revision_of(b"SET mine 2")[:12] in listed.output
     assert "unusable: foreign" in listed.stderr
+    server.tasks.set_aside["mine"] = "task 'mine' is in quarantine"
+    assert "quarantined: task 'mine' is in quarantine" in peqa("tasks", "ls", *at).stderr
+    server.tasks.set_aside.clear()
     assert {t["task"] for t in json.loads(peqa("tasks", "ls", "--json", *at).stdout)["data"]} == {
         "sql",
         "qa",

@@ -91,8 +91,8 @@ def request_of(rng: random.Random) -> bytes:
         "echo": rng.random() < 0.2,
     }
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-    return head.encode() + content
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 async def ask_and_leave(url: str, rng: random.Random) -> None:
