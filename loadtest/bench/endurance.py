@@ -16,8 +16,10 @@ from peqa_loadtest.swap import prepare_swap
 STREAMS = 8
 UPDATE_EVERY = 1.0
 SAMPLE_EVERY = 2.0
-WARM_UP = 0.3  # of the time: allocators, caches and the prefix index fill up
+WARM_UP = 0.3  # of the time: what the load and the updates keep has come to its size
 MOST_GROWTH = 1.0  # MB/min
+BLOCK_TOKENS = 16  # tokens of a KV block
+FILLED = 1.2  # times the cache's tokens: blocks are handed out again before the last is first used
 
 
 class Sample(NamedTuple):
@@ -33,7 +35,7 @@ async def endurance(session: Session, tasks: list[str], files: list[Path], minut
     pool = session.prompts(STREAMS)
     check = await prepare_swap(session.client, tasks[0], files[:2], pool, session.output_tokens)
     stop = asyncio.Event()
-    await session.load(tasks, STREAMS, 2 * STREAMS)
+    await _fill_cache(session, tasks)
     samples: list[Sample] = []
     begin = time.monotonic()
     changes = asyncio.create_task(check.keep_swapping(session.client, UPDATE_EVERY, stop))
@@ -69,6 +71,18 @@ async def endurance(session: Session, tasks: list[str], files: list[Path], minut
             **facts,
         ),
     ]
+
+
+async def _fill_cache(session: Session, tasks: list[str]) -> None:
+    """Load until every block of the KV cache was in use: its memory is taken when it is first written."""
+    server = session.server
+    room = server.metric("peqa_kv_blocks") * BLOCK_TOKENS
+
+    def seen() -> float:
+        return sum(server.metric(f"peqa_engine_{kind}_tokens_total") for kind in ("prompt", "generation"))
+
+    while seen() < FILLED * room:
+        await session.load(tasks, STREAMS, 2 * STREAMS)
 
 
 async def _watch(session: Session, samples: list[Sample], begin: float, stop: asyncio.Event) -> None:

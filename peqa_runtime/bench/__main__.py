@@ -1,5 +1,10 @@
 """`python -m peqa_runtime.bench`."""
 
+import signal
+import sys
+
 from peqa_runtime.bench.cli import main
 
+# A run that is told to end still prints and writes what it has measured.
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 raise SystemExit(main())
