@@ -26,11 +26,16 @@ class Isa:
 
 _X86 = (  # best first
     Isa(
+        "avx512vnni",
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma"}),
+    ),
+    Isa(
         "avx512",
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}),
     ),
-    Isa("avx2", ("-mavx2", "-mfma"), frozenset({"avx2", "fma"})),
+    Isa("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
     Isa("generic", (), frozenset()),
 )
 _ARM = (Isa("arm64", (), frozenset()),)

@@ -17,7 +17,7 @@ from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 4  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 5  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -78,6 +78,9 @@ class NativeOps:
             *(c_void_p,) * 6,
         )
         self._matmul.restype = None
+        halves = self._library.peqa_halves
+        halves.restype = c_int64
+        self._halves = bool(halves())
         self._attention_scratch = self._library.peqa_attention_scratch
         self._attention_scratch.argtypes = (c_int64,) * 5
         self._attention_scratch.restype = c_int64
@@ -102,7 +105,7 @@ class NativeOps:
 
     def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
         """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
-        return PackedWeight(weight, segments)
+        return PackedWeight(weight, segments, halves=self._halves)
 
     def function(self, name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
         """One more function of the library, with the ctypes of its result and its arguments."""

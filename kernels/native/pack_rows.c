@@ -1,53 +1,114 @@
-/* Activations in the order in which the tiles read them, input scales applied, with the sum of each piece. */
+/* Activations as 16-bit integers in the order in which the tiles read them, input scales applied.
+ *
+ * The inputs of a block share a power of two, the least that keeps them below 2^15: rounding errs by at most 2^-16 of
+ * the block's largest magnitude (bf16 errs by 2^-9 of it there), and small integers come through exactly.
+ */
 #include "quant_matmul.h"
 
-/* One row's piece: `real` values and zeros up to `length`, to[k * n]; returns their sum. The order of additions depends
- * on `real` alone. */
-static float pack_piece(const float *from, const float *scale, size_t real, size_t length, float *to, size_t n)
+#define INFINITE 0x7f800000
+
+INLINE float float_of(int32_t bits)
 {
-    vf sum = vset(0.0f);
-    size_t k = 0;
-    for (; k < real; k += VL) {
-        vf value = vpart(from + k, real - k);
-        if (scale)
-            value *= vpart(scale + k, real - k);
-        sum += value;
-        const size_t count = smin(VL, length - k);
-        if (n == 1 && count == VL) {
-            vstore(to + k, value);
-        } else {
-            float lane[VL];
-            vstore(lane, value);
-            for (size_t i = 0; i < count; i++)
-                to[(k + i) * n] = lane[i];
-        }
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE int32_t bits_of(float value)
+{
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* One row's chain of `real` values, copied with zeros up to `length` and scaled; returns its largest magnitude's bits. */
+INLINE int32_t load_chain(const float *from, const float *scale, size_t real, size_t length, float *to)
+{
+    vi top = iset(0);
+    for (size_t k = 0; k < length; k += VL) {
+        vf x = k < real ? vpart(from + k, real - k) : vset(0.0f);
+        if (scale && k < real)
+            x *= vpart(scale + k, real - k);
+        vstore(to + k, x);
+        top = imax(top, (vi)x & iset(0x7fffffff));
     }
-    for (; k < length; k++)
-        to[k * n] = 0.0f;
-    return hsum(sum);
+    return ihmax(top);
+}
+
+/* Rounds a chain to units `stride` words apart; returns the sum of the integers. */
+INLINE int32_t round_chain(const float *from, float by, size_t length, int32_t *to, size_t stride)
+{
+    const vi most = iset(32767), ones = iset(0x10001);
+    vi total = iset(0);
+    for (size_t k = 0; k < length; k += UNIT, to += stride)
+        for (size_t i = 0; i < PAIRS; i += VL) {
+            const vi low = imin(vround(vload(from + k + i) * vset(by)), most);
+            const vi high = imin(vround(vload(from + k + PAIRS + i) * vset(by)), most);
+            const vi pair = (low & iset(0xffff)) | ileft(high, 16);
+            istore(to + i, pair);
+            total = idot(total, pair, ones);
+        }
+    return ihsum(total);
+}
+
+typedef struct {
+    const float *from, *scale; /* the row's inputs, and its input scales or NULL */
+    int32_t *x, *counts;       /* the row's own first word of each array, a stripe's rows apart from the next */
+    float *steps;
+    size_t rows; /* of the stripe */
+} row_target;
+
+static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t, size_t block)
+{
+    float value[CHAIN] __attribute__((aligned(64)));
+    const size_t first = block * c->block_chains, last = smin(first + c->block_chains, c->chains);
+    const size_t size = (size_t)w->group_size, start = chain_start(c, first);
+    int32_t top = 0;
+    for (size_t chain = first; chain < last; chain++) {
+        const size_t within = chain % c->group_chains * CHAIN, k = chain / c->group_chains * size + within;
+        const size_t length = chain_length(c, chain);
+        const int32_t found = load_chain(t->from + k, t->scale ? t->scale + k : 0, smin(length, size - within), length,
+                                         value + (chain_start(c, chain) - start));
+        top = found > top ? found : top;
+    }
+    /* Largest magnitude < 2^(exponent - 126): that over 2^15 is the step. Far below any activation it stays normal. A row
+     * with an infinity or a NaN has no finite result. */
+    const int finite = (top & INFINITE) != INFINITE;
+    int32_t exponent = top & INFINITE;
+    exponent = exponent < 15 << 23 ? 15 << 23 : exponent;
+    const float step = float_of(finite ? exponent - (14 << 23) : INFINITE | 1 << 22);
+    const float by = finite ? float_of((268 << 23) - exponent) : 0.0f;
+    t->steps[block * t->rows] = step;
+    for (size_t chain = first; chain < last; chain++) {
+        const size_t at = chain_start(c, chain);
+        const int32_t count = round_chain(value + (at - start), by, chain_length(c, chain), t->x + at / 2 * t->rows,
+                                          t->rows * PAIRS);
+        /* Codes are stored unsigned; with offsets the zero points are all in those. */
+        t->counts[chain * t->rows] = w->offsets ? bits_of(-(float)count) : -count * (1 << (w->bits - 1));
+    }
 }
 
 void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const float *in_scale,
-                    const int32_t *row, size_t rows, size_t block)
+                    const int32_t *row, size_t rows, size_t stripe)
 {
     const cuts c = cut(w);
-    const size_t first = block_start(block, rows), n = block_start(block + 1, rows) - first;
-    const size_t features = (size_t)w->in_features, size = (size_t)w->group_size;
+    const size_t first = stripe_start(stripe, rows), n = stripe_start(stripe + 1, rows) - first;
 
-    for (size_t segment = 0; segment < out.segments; segment++) {
-        float *block_x = out.x + (segment * rows + first) * c.kp;
-        float *block_sums = out.sums + (segment * rows + first) * c.pieces;
+    for (size_t segment = 0; segment < out.segments; segment++)
         for (size_t r = 0; r < n; r++) {
-            const float *from = x + (first + r) * ldx, *scale = 0;
+            const size_t at = segment * rows + first;
+            const float *scale = 0;
             if (in_scale)
-                scale = in_scale + ((size_t)row[first + r] * (size_t)w->segments + segment) * features;
-            for (size_t piece = 0; piece < c.pieces; piece++) {
-                const size_t group = piece / c.per_group, within = piece % c.per_group * PIECE;
-                const size_t k = group * size + within, length = piece_length(&c, piece);
-                block_sums[piece * n + r] =
-                    pack_piece(from + k, scale ? scale + k : 0, smin(length, size - within), length,
-                               block_x + piece_start(&c, piece) * n + r, n);
-            }
+                scale = in_scale + ((size_t)row[first + r] * (size_t)w->segments + segment) * (size_t)w->in_features;
+            const row_target target = {
+                .from = x + (first + r) * ldx,
+                .scale = scale,
+                .x = out.x + at * (c.kp / 2) + r * PAIRS,
+                .counts = out.counts + at * c.chains + r,
+                .steps = out.steps + at * c.blocks + r,
+                .rows = n,
+            };
+            for (size_t block = 0; block < c.blocks; block++)
+                pack_block(w, &c, &target, block);
         }
-    }
 }

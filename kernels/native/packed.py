@@ -11,6 +11,7 @@ from peqa_kernels.packing import unpack_codes
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 PANEL = 32  # outputs of one panel; the last panel of each segment may be filled up
+UNIT = 32  # inputs whose codes lie together; groups are filled up to a multiple
 
 
 class WeightStruct(ctypes.Structure):
@@ -19,12 +20,13 @@ class WeightStruct(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("panel", ctypes.c_void_p),
         ("panels", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
-        ("width", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("half", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("segments", ctypes.c_int64),
@@ -34,8 +36,13 @@ class WeightStruct(ctypes.Structure):
 class PackedWeight:
     """One weight in the run-time layout, with the C struct that points into it. Frozen once made."""
 
-    def __init__(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> None:
-        """Lay `weight` out; `segments` are the output sizes of fused siblings (default: one)."""
+    def __init__(
+        self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None, *, halves: bool = False
+    ) -> None:
+        """Lay `weight` out; `segments` are the output sizes of fused siblings (default: one).
+
+        With `halves`, scales and offsets (scale times zero point) are kept as fp16 where that is as good as exact.
+        """
         segments = (weight.out_features,) if segments is None else segments
         assert sum(segments) == weight.out_features, (segments, weight.out_features)
         assert weight.qweight.device.type == "cpu", weight.qweight.device
@@ -43,23 +50,24 @@ class PackedWeight:
         self.in_features = weight.in_features
         self.segments = segments
         index, self._panel = _panels(segments)
-        width = (
-            4 if weight.bits == 3 else weight.bits
-        )  # 3 bit: shifts of 4 decode faster, and no code spans words
         centre = 1 << (weight.bits - 1)
-        self._codes = _codes(weight, index, width, centre)
-        self._scales = _lanes(weight.scales.float(), index)
-        zeros = weight.zeros.float() - centre
-        self._zeros = _lanes(zeros, index) if bool(zeros.any()) else None
+        self._codes = _codes(weight, index)
+        centred = bool((weight.zeros == centre).all())
+        tables = [weight.scales] if centred else [weight.scales, weight.scales * weight.zeros]
+        half = halves and all(_fits_half(table) for table in tables)
+        lanes = [_lanes(table.half() if half else table.float(), index) for table in tables]
+        self._scales = lanes[0]
+        self._offsets = None if centred else lanes[1]
         self.struct = WeightStruct(
             self._codes.data_ptr(),
             self._scales.data_ptr(),
-            None if self._zeros is None else self._zeros.data_ptr(),
+            None if self._offsets is None else self._offsets.data_ptr(),
             self._panel.data_ptr(),
             index.shape[0],
             weight.groups,
             weight.group_size,
-            width,
+            weight.bits,
+            int(half),
             weight.in_features,
             weight.out_features,
             len(segments),
@@ -69,7 +77,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the run-time layout."""
-        tensors = (self._codes, self._scales, self._zeros)
+        tensors = (self._codes, self._scales, self._offsets)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -87,26 +95,38 @@ def _panels(segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.stack(index), torch.tensor(panel, dtype=torch.int32)
 
 
+def _fits_half(table: Tensor) -> bool:
+    """Whether fp16 holds every value, up to the rounding of a fp32 product of two numbers."""
+    exact = table.double()
+    return bool(((table.half().double() - exact).abs() <= exact.abs() * 2.0**-22).all())
+
+
 def _lanes(values: Tensor, index: Tensor) -> Tensor:
     """Rearrange [N, G] to [panels, G, PANEL], zero in the filling lanes."""
     picked = values[index.clamp(min=0)].masked_fill(index.unsqueeze(-1) < 0, 0.0)  # [panels, PANEL, G]
     return picked.transpose(1, 2).contiguous()
 
 
-def _codes(weight: QuantizedWeight, index: Tensor, width: int, centre: int) -> Tensor:
-    """Centre the codes, fill each group up to whole words, and put lanes innermost."""
+def _codes(weight: QuantizedWeight, index: Tensor) -> Tensor:
+    """Fill each group up to whole units and lay pairs out as codes.h says, int32 [panels, units, bits, PANEL]."""
     codes = unpack_codes(weight.qweight, weight.bits, weight.in_features)
-    per_word = 4 if width == 8 else 32 // width
     parts = []
     for some in index.split(256):  # a head of 50 000 outputs would need several GiB at once
-        part = codes[some.clamp(min=0)].to(torch.int32) - centre  # [some, PANEL, K]
+        part = codes[some.clamp(min=0)].to(torch.int32)  # [some, PANEL, K]
         part = part.masked_fill_(some.unsqueeze(-1) < 0, 0)
         part = part.view(*part.shape[:2], weight.groups, weight.group_size)
-        part = torch.nn.functional.pad(part, (0, -weight.group_size % per_word)).flatten(2).transpose(1, 2)
-        if width == 8:
-            parts.append(part.to(torch.int8).contiguous())
-            continue
-        part = part.unflatten(1, (-1, per_word)) & ((1 << width) - 1)  # [some, words, per_word, PANEL]
-        shift = (torch.arange(per_word, dtype=torch.int32) * width).view(-1, 1)
-        parts.append((part << shift).sum(2, dtype=torch.int32))
+        part = torch.nn.functional.pad(part, (0, -weight.group_size % UNIT)).flatten(2).transpose(1, 2)
+        part = part.reshape(len(some), -1, 2, UNIT // 2, PANEL)  # [some, units, half, pairs, PANEL]
+        parts.append(_words(part[:, :, 0] | part[:, :, 1] << 16, weight.bits))
     return torch.cat(parts)
+
+
+def _words(pairs: Tensor, bits: int) -> Tensor:
+    """Put the pairs of each unit, [some, units, 16, PANEL], into words, int32 [some, units, bits, PANEL]."""
+    per_word = 5 if bits == 3 else UNIT // 2 // bits
+    shift = (torch.arange(per_word, dtype=torch.int32) * bits).view(-1, 1)
+    split = pairs[:, :, : bits * per_word].unflatten(2, (bits, per_word))
+    words = (split << shift).sum(3, dtype=torch.int32)
+    if bits == 3:  # each word has one bit left in either half
+        words |= (pairs[:, :, 15:] >> torch.arange(3, dtype=torch.int32).view(-1, 1) & 0x10001) << 15
+    return words

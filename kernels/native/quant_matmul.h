@@ -2,76 +2,87 @@
 #ifndef PEQA_QUANT_MATMUL_H
 #define PEQA_QUANT_MATMUL_H
 
+#include "codes.h"
 #include "pool.h"
 #include "vec.h"
 
 #define PANEL 32  /* outputs of one panel: lanes of the arithmetic */
-#define PIECE 128 /* inputs summed in one chain before their scale is applied; part of the order of additions */
+#define CHAIN 128 /* inputs summed as integers at once: 128 * 255 * 32768 stays below 2^31; they share an exponent */
 
-/* Rows and vectors of a register tile: the sums, the codes as words and as floats, and an activation. */
+/* Rows and vectors of a register tile: the sums, the codes as words and as pairs, and an activation. */
 #if VL == 16
-#define ROWS_MAX 12 /* 12 x 2 + 2 + 2 + 1 of 32 registers */
+#define ROWS_MAX 6 /* 6 x 2 integer sums, as many under their scales, codes, an activation: 29 of 32 registers */
 #define TILE_V 2
 #elif defined(__aarch64__)
-#define ROWS_MAX 4 /* 4 x 4 + 4 + 4 + 1 of 32 registers */
+#define ROWS_MAX 4 /* 4 x 4 integer sums, 4 codes, an activation of 32 registers */
 #define TILE_V 4
 #else
-#define ROWS_MAX 4 /* 4 x 2 + 2 + 2 + 1 of 16 registers; 5 and 6 rows spill and are slower */
+#define ROWS_MAX 4 /* 4 x 2 integer sums, 2 codes, an activation, a product of 16 registers */
 #define TILE_V 2
 #endif
+#define MAX_V 8 /* vectors of a tile of one row */
 
-/* One frozen weight in its run-time layout. Codes are stored centred, code - 2^(bits-1), as signed fields. */
+/* One frozen weight in its run-time layout. Scales and offsets are fp16 where that holds them exactly, else fp32. */
 typedef struct {
-    const void *codes;    /* 2, 4 bit: int32 [panels][k / per word][32]; 8 bit: int8 [panels][k][32] */
-    const float *scales;  /* [panels][groups][32] */
-    const float *zeros;   /* [panels][groups][32], minus 2^(bits-1); NULL when all are 0 */
+    const int32_t *codes; /* [panels][units][bits][32], see codes.h */
+    const void *scales;   /* [panels][groups][32] */
+    const void *offsets;  /* [panels][groups][32], scale times zero point; NULL when every zero point is the centre */
     const int32_t *panel; /* [panels][3]: first output, outputs (<= 32), segment */
-    int64_t panels, groups, group_size, width /* bits of a stored field: 2, 4 or 8 */;
+    int64_t panels, groups, group_size, bits /* 2, 3, 4 or 8 */, half /* fp16 */;
     int64_t in_features, out_features, segments;
 } peqa_weight;
 
-/* How K is cut: groups of `kg` (padded to whole words), each in pieces of PIECE, the last one shorter. */
+/* How K is cut. Groups are padded to whole units; a chain is a group or at most CHAIN inputs of it. Chains that fit
+ * into CHAIN inputs together share one exponent and are a block. */
 typedef struct {
-    size_t per_word, kg, kp, per_group, pieces;
+    size_t kg, kp;         /* padded inputs of a group, of all */
+    size_t group_chains;   /* of one group */
+    size_t block_chains;   /* of one block, but for the last; 1 where a group has several */
+    size_t chains, blocks; /* of all */
 } cuts;
 
 INLINE cuts cut(const peqa_weight *w)
 {
     cuts c;
-    c.per_word = w->width == 8 ? 4 : 32 / (size_t)w->width;
-    c.kg = ((size_t)w->group_size + c.per_word - 1) / c.per_word * c.per_word;
-    c.kp = c.kg * (size_t)w->groups;
-    c.per_group = (c.kg + PIECE - 1) / PIECE;
-    c.pieces = c.per_group * (size_t)w->groups;
+    const size_t groups = (size_t)w->groups;
+    c.kg = ((size_t)w->group_size + UNIT - 1) / UNIT * UNIT;
+    c.kp = c.kg * groups;
+    c.group_chains = (c.kg + CHAIN - 1) / CHAIN;
+    c.block_chains = c.kg < CHAIN ? CHAIN / c.kg : 1;
+    c.chains = c.group_chains * groups;
+    c.blocks = (c.chains + c.block_chains - 1) / c.block_chains;
     return c;
 }
 
-INLINE size_t piece_start(const cuts *c, size_t piece)
+INLINE size_t chain_start(const cuts *c, size_t chain)
 {
-    return piece / c->per_group * c->kg + piece % c->per_group * PIECE;
+    return chain / c->group_chains * c->kg + chain % c->group_chains * CHAIN;
 }
 
-INLINE size_t piece_length(const cuts *c, size_t piece)
+INLINE size_t chain_length(const cuts *c, size_t chain)
 {
-    return smin(PIECE, c->kg - piece % c->per_group * PIECE);
+    return smin(CHAIN, c->kg - chain % c->group_chains * CHAIN);
 }
 
-/* Rows are dealt evenly to blocks of at most ROWS_MAX. */
-INLINE size_t block_count(size_t rows)
-{
-    return (rows + ROWS_MAX - 1) / ROWS_MAX;
-}
+/* Rows are dealt evenly to stripes of at most ROWS_MAX. */
+INLINE size_t stripe_count(size_t rows) { return (rows + ROWS_MAX - 1) / ROWS_MAX; }
 
-INLINE size_t block_start(size_t block, size_t rows) { return block * rows / block_count(rows); }
+INLINE size_t stripe_start(size_t stripe, size_t rows) { return stripe * rows / stripe_count(rows); }
 
-/* Activations of `rows` rows, per segment: for each block [kp][rows of the block], then the sums of each piece
- * [pieces][rows of the block]. Every value of a row depends on that row alone. */
+/* Activations as 16-bit integers times a power of two per block. Every value of a row depends on that row alone. A
+ * stripe of R rows is [units][R][PAIRS] words, a word the inputs p (low half) and p + 16 of its unit. */
 typedef struct {
-    float *x, *sums;
+    int32_t *x;      /* per segment and row: kp / 2 words */
+    float *steps;    /* the same: [blocks][R] in a stripe, the powers of two */
+    int32_t *counts; /* the same: [chains][R] in a stripe: what zero points take off the chains, the sum of the row's
+                        integers; as a negative float where the weight has offsets, else times minus the centre */
     size_t segments; /* 1 when no row has input scales, else those of the weight */
 } packed_rows;
 
+/* Words of scratch that a row of one segment takes. */
+INLINE size_t row_words(const cuts *c) { return c->kp / 2 + c->blocks + c->chains; }
+
 void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const float *in_scale,
-                    const int32_t *row, size_t rows, size_t block);
+                    const int32_t *row, size_t rows, size_t stripe);
 
 #endif

@@ -14,7 +14,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__SSE2__)
 /* immintrin.h wants stdlib.h for _mm_malloc; these are the names by which gcc and clang know that it was read. */
 #define _MM_MALLOC_H_INCLUDED
 #define __MM_MALLOC_H
@@ -23,7 +23,7 @@
 
 #if defined(__AVX512F__)
 #define VL 16
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VL 8
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -34,15 +34,35 @@
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
-typedef int8_t vb __attribute__((vector_size(VL)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 /* The same types at any address. */
 typedef float vf_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef int8_t vb_u __attribute__((vector_size(VL), aligned(1), may_alias));
 
 INLINE vf vload(const float *p) { return *(const vf_u *)p; }
+#if VL == 16 || VL == 8 || defined(__aarch64__)
+#define HALVES 1 /* fp16 can be read */
+INLINE vf hload(const uint16_t *p)
+{
+#if VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif VL == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#endif
+}
+#else
+#define HALVES 0
+INLINE vf hload(const uint16_t *p)
+{
+    (void)p;
+    return (vf){0.0f, 0.0f, 0.0f, 0.0f};
+}
+#endif
 INLINE void vstore(float *p, vf v) { *(vf_u *)p = v; }
 INLINE vi iload(const int32_t *p) { return *(const vi_u *)p; }
+INLINE void istore(int32_t *p, vi v) { *(vi_u *)p = v; }
 
 /* The first n of the floats at p, at most VL; nothing behind them is read. */
 INLINE vf vpart(const float *p, size_t n)
@@ -100,6 +120,39 @@ INLINE float sfma(float a, float b, float c)
 #endif
 }
 
+INLINE vi iset(int32_t x)
+{
+#if VL == 16
+    return (vi)_mm512_set1_epi32(x);
+#elif VL == 8
+    return (vi)_mm256_set1_epi32(x);
+#else
+    return (vi){x, x, x, x};
+#endif
+}
+
+/* Logical shifts of 32-bit lanes. */
+INLINE vi ishift(vi a, const int by) { return (vi)((vu)a >> by); }
+INLINE vi ileft(vi a, const int by) { return a << by; }
+
+INLINE vf ifloat(vi a) { return __builtin_convertvector(a, vf); }
+
+/* sum + a.low * b.low + a.high * b.high, in each lane, of signed 16-bit halves. */
+INLINE vi idot(vi sum, vi a, vi b)
+{
+#if VL == 16 && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif VL == 16
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif VL == 8
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 INLINE vf vmax(vf a, vf b)
 {
 #if VL == 16
@@ -109,6 +162,78 @@ INLINE vf vmax(vf a, vf b)
 #else
     vi greater = a > b;
     return (vf)((greater & (vi)a) | (~greater & (vi)b));
+#endif
+}
+
+INLINE vf vmin(vf a, vf b)
+{
+#if VL == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VL == 8
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    vi less = a < b;
+    return (vf)((less & (vi)a) | (~less & (vi)b));
+#endif
+}
+
+/* To the nearest integers, halves to the even one; |a| < 2^22. */
+INLINE vi vround(vf a)
+{
+#if VL == 16
+    return (vi)_mm512_cvtps_epi32((__m512)a);
+#elif VL == 8
+    return (vi)_mm256_cvtps_epi32((__m256)a);
+#else
+    return (vi)(a + vset(12582912.0f)) - iset(0x4b400000); /* 1.5 * 2^23: the sum's last bits are the integer */
+#endif
+}
+
+INLINE vi imax(vi a, vi b)
+{
+#if VL == 16
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif VL == 8
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    vi greater = a > b;
+    return (greater & a) | (~greater & b);
+#endif
+}
+
+INLINE vi imin(vi a, vi b)
+{
+#if VL == 16
+    return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif VL == 8
+    return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+    vi less = a < b;
+    return (less & a) | (~less & b);
+#endif
+}
+
+INLINE int32_t ihmax(vi v)
+{
+#if VL == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t top = v[0];
+    for (int i = 1; i < VL; i++)
+        top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+
+INLINE int32_t ihsum(vi v)
+{
+#if VL == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = v[0];
+    for (int i = 1; i < VL; i++)
+        sum += v[i];
+    return sum;
 #endif
 }
 

@@ -1,0 +1,115 @@
+/* Few rows: codes go straight into registers. */
+#ifndef PEQA_FEW_ROWS_H
+#define PEQA_FEW_ROWS_H
+
+#include "tile.h"
+
+#define SHORT_PANELS ((size_t)1 << 16) /* bytes of codes up to which several panels are fetched ahead */
+
+INLINE void multiply_codes(const int R, const int V, const int32_t *xp, const vi *q, vi (*part)[MAX_V])
+{
+    UNROLL for (int r = 0; r < R; r++)
+    {
+#if VL == 16 && defined(__AVX512VNNI__)
+        /* Spelled out, or gcc reorders and spills; every vector reads the activation anew. */
+        UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpwssd %1%{1to16%}, %2, %0"
+                                                            : "+v"(part[r][v])
+                                                            : "m"(xp[r * PAIRS]), "v"(q[v]));
+#else
+        const vi x = iset(xp[r * PAIRS]);
+        UNROLL for (int v = 0; v < V; v++) part[r][v] = idot(part[r][v], q[v], x);
+#endif
+    }
+}
+
+/* Takes the pairs of one word after the other; `odd` takes every second one's products, where R * V sums alone would
+ * leave the multipliers waiting for each other. */
+INLINE void word_sums(const int R, const int V, const int bits, const int32_t *xp, vi *word, vi (*even)[MAX_V],
+                      vi (*odd)[MAX_V])
+{
+    const int per_word = PAIRS_OF(bits);
+    UNROLL for (int p = 0; p < per_word; p++)
+    {
+        vi q[MAX_V];
+        UNROLL for (int v = 0; v < V; v++)
+        {
+            q[v] = low_pair(bits, word[v]);
+            word[v] = next_pair(bits, word[v]);
+        }
+        multiply_codes(R, V, xp + p, q, p % 2 ? odd : even);
+    }
+}
+
+/* The integer sums of one chain: `from` are its first codes, `xp` its first activations. */
+INLINE void chain_of_codes(const int R, const int V, const int bits, const int32_t **from, const int32_t *xp,
+                           size_t units, vi (*part)[MAX_V])
+{
+    vi other[ROWS_MAX][MAX_V];
+    vi(*odd)[MAX_V] = R * V <= 8 && R > 1 ? other : part;
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] = other[r][v] = iset(0);
+    for (; units > 0; units--, xp += R * PAIRS) {
+        vi spare[MAX_V];
+        UNROLL for (int v = 0; v < V; v++) spare[v] = iset(0);
+        for (int w = 0; w < bits; w++) {
+            vi word[MAX_V];
+            UNROLL for (int v = 0; v < V; v++)
+            {
+                word[v] = iload(from[v]);
+                from[v] += PANEL;
+            }
+            word_sums(R, V, bits, xp + w * PAIRS_OF(bits), word, part, odd);
+            if (bits == 3)
+                UNROLL for (int v = 0; v < V; v++) spare[v] |= spare_bit(word[v], w);
+        }
+        if (bits == 3)
+            multiply_codes(R, V, xp + PAIRS - 1, spare, odd);
+    }
+    if (odd != part)
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] += other[r][v];
+}
+
+/* R rows of one stripe times V vectors of lanes, from `lane` of `panel` on. */
+INLINE void few_tile(const int R, const int V, const int bits, const job *j, size_t panel, size_t lane, size_t stripe)
+{
+    const size_t row = stripe_start(stripe, j->rows), panels = V * VL > PANEL ? V * VL / PANEL : 1;
+    const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0;
+    const size_t first = segment * j->rows + row;
+    const int32_t *x = j->in.x + first * (j->c.kp / 2), *counts = j->in.counts + first * j->c.chains;
+    const float *steps = j->in.steps + first * j->c.blocks;
+    /* Short panels end before the hardware's own prefetch has settled (8 rows of a cold 4096 x 4096: 1.45 ms without,
+     * 1.24 with); several long ones would leave the cache again before they are read (1 row: 0.39 ms without, 0.57
+     * with). */
+    const size_t codes = panels * j->c.kp * PANEL * (size_t)bits / 8;
+    const int ahead = stripe == 0 && lane == 0 && (panels == 1 || codes <= SHORT_PANELS);
+    const int32_t *from[MAX_V];
+    vf sum[ROWS_MAX][MAX_V];
+    totals buffer, *const total = in_memory(&buffer);
+    size_t in_block = 0;
+    if (j->out_scale)
+        fetch_out_scale(R, V, j, row, panel, lane);
+    clear(R, V, total);
+    UNROLL for (int v = 0; v < V; v++) from[v] = words_at(bits, j, panel, lane + (size_t)(v * VL));
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
+    for (size_t group = 0; group < (size_t)j->w->groups; group++)
+        for (size_t at = 0; at < j->c.kg; at += CHAIN, counts += R) {
+            const size_t length = smin(CHAIN, j->c.kg - at);
+            vi part[ROWS_MAX][MAX_V];
+            if (ahead)
+                for (size_t next = panel + panels; next < panel + 2 * panels; next++)
+                    fetch_panel(j, next, group, group * j->c.kg + at, length);
+            chain_of_codes(R, V, bits, from, x, length / UNIT, part);
+            x += length / 2 * (size_t)R;
+            end_chain(R, V, j, row, panel, group, lane, counts, part, sum);
+            if (++in_block < j->c.block_chains)
+                continue;
+            end_block(R, V, steps, sum, total);
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
+            steps += R;
+            in_block = 0;
+        }
+    if (in_block)
+        end_block(R, V, steps, sum, total);
+    end_rows(R, V, j, row, panel, lane, total);
+}
+
+#endif

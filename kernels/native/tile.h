@@ -1,0 +1,165 @@
+/* What every tile does at the ends: of a chain, of a block, of its rows.
+ *
+ * R (rows), V (vectors of lanes) and bits are compile-time constants wherever these are inlined.
+ */
+#ifndef PEQA_TILE_H
+#define PEQA_TILE_H
+
+#include "quant_matmul.h"
+
+typedef struct {
+    const peqa_weight *w;
+    cuts c;
+    packed_rows in;
+    const float *x;
+    size_t ldx;
+    const float *in_scale, *bias, *out_scale, *group_scale;
+    const int32_t *row, *group_row;
+    float *y;
+    size_t rows;
+} job;
+
+/* Of a panel: its first output, how many it has, its segment. */
+INLINE const int32_t *panel_of(const job *j, size_t panel) { return j->w->panel + panel * 3; }
+
+/* The first codes of the lanes from `lane` on (lanes >= PANEL lie in the next panels). */
+INLINE const int32_t *words_at(const int bits, const job *j, size_t panel, size_t lane)
+{
+    panel += lane / PANEL;
+    return j->w->codes + panel * (j->c.kp / UNIT) * (size_t)bits * PANEL + lane % PANEL;
+}
+
+/* Base scales or offsets of a group's lanes. */
+INLINE vf base_load(const job *j, const void *values, size_t panel, size_t group, size_t lane)
+{
+    const size_t at = ((panel + lane / PANEL) * (size_t)j->w->groups + group) * PANEL + lane % PANEL;
+    return j->w->half ? hload((const uint16_t *)values + at) : vload((const float *)values + at);
+}
+
+/* Lanes of an unpadded bank row; a panel that a segment's end cuts short reads only its own outputs. */
+INLINE vf bank_load(const job *j, const float *bank_row, size_t panel, size_t lane)
+{
+    const int32_t *where = panel_of(j, panel + lane / PANEL);
+    const size_t outputs = (size_t)where[1];
+    lane %= PANEL;
+    return lane < outputs ? vpart(bank_row + where[0] + lane, outputs - lane) : vset(0.0f);
+}
+
+/* The task's own factor on a group's scales. */
+INLINE vf group_factor(const job *j, size_t row, size_t group, size_t panel, size_t lane)
+{
+    const size_t at = (size_t)j->group_row[row] * (size_t)j->w->groups + group;
+    return bank_load(j, j->group_scale + at * (size_t)j->w->out_features, panel, lane);
+}
+
+/* Adds a chain's integers to the block's sums under their group's scales; counts[r] is the row's own number of the
+ * chain, see packed_rows. A factor of one gives the bits that no factor gives. */
+INLINE void end_chain(const int R, const int V, const job *j, size_t row, size_t panel, size_t group, size_t lane,
+                      const int32_t *counts, vi (*part)[MAX_V], vf (*sum)[MAX_V])
+{
+    UNROLL for (int v = 0; v < V; v++)
+    {
+        const size_t at = lane + (size_t)(v * VL);
+        const vf scale = base_load(j, j->w->scales, panel, group, at);
+        vf term[ROWS_MAX];
+        if (j->w->offsets) {
+            const vf offset = base_load(j, j->w->offsets, panel, group, at);
+            UNROLL for (int r = 0; r < R; r++) term[r] =
+                vfma(scale, ifloat(part[r][v]), offset * (vf)iset(counts[r]));
+        } else {
+            UNROLL for (int r = 0; r < R; r++) term[r] = scale * ifloat(part[r][v] + iset(counts[r]));
+        }
+        if (j->group_row)
+            UNROLL for (int r = 0; r < R; r++) sum[r][v] =
+                vfma(group_factor(j, row + (size_t)r, group, panel, at), term[r], sum[r][v]);
+        else
+            UNROLL for (int r = 0; r < R; r++) sum[r][v] += term[r];
+    }
+}
+
+/* A tile's rows, summed over the blocks; in memory, since the registers are full. Left to itself the compiler would
+ * keep them in registers and move them to and fro around each chain: hence the blindfold. */
+typedef struct {
+    float lanes[ROWS_MAX * MAX_V][VL] __attribute__((aligned(64)));
+} totals;
+
+INLINE totals *in_memory(totals *t)
+{
+    __asm__ volatile("" : "+r"(t) : : "memory");
+    return t;
+}
+
+INLINE void clear(const int R, const int V, totals *t)
+{
+    UNROLL for (int i = 0; i < R * V; i++) vstore(t->lanes[i], vset(0.0f));
+}
+
+/* Adds a block's sums under its steps. */
+INLINE void end_block(const int R, const int V, const float *steps, vf (*sum)[MAX_V], totals *t)
+{
+    UNROLL for (int r = 0; r < R; r++)
+    {
+        const vf step = vset(steps[r]);
+        UNROLL for (int v = 0; v < V; v++)
+            vstore(t->lanes[r * V + v], vfma(sum[r][v], step, vload(t->lanes[r * V + v])));
+    }
+}
+
+/* Ends rows: the task's own factor, the bias, and out. All factors are read before the first result is written: bank
+ * and result have rows of one length, so that a row's factor often lies as far into its page as the result just
+ * written, which the processor takes for the same. */
+INLINE void end_rows(const int R, const int V, const job *j, size_t row, size_t panel, size_t lane, const totals *t)
+{
+    const size_t N = (size_t)j->w->out_features;
+    vf result[ROWS_MAX][MAX_V];
+    UNROLL for (int v = 0; v < V; v++)
+    {
+        const size_t at = lane + (size_t)(v * VL);
+        const vf bias = j->bias ? bank_load(j, j->bias, panel, at) : vset(0.0f);
+        UNROLL for (int r = 0; r < R; r++)
+        {
+            vf out = vset(1.0f);
+            if (j->out_scale)
+                out = bank_load(j, j->out_scale + (size_t)j->row[row + (size_t)r] * N, panel, at);
+            result[r][v] = vfma(out, vload(t->lanes[r * V + v]), bias);
+        }
+    }
+    UNROLL for (int v = 0; v < V; v++)
+    {
+        const size_t at = (lane + (size_t)(v * VL)) % PANEL;
+        const int32_t *where = panel_of(j, panel + (lane + (size_t)(v * VL)) / PANEL);
+        UNROLL for (int r = 0; r < R; r++)
+            if (at < (size_t)where[1])
+                vput(j->y + (row + (size_t)r) * N + (size_t)where[0] + at, result[r][v], (size_t)where[1] - at);
+    }
+}
+
+/* Asks for the task's factor of each row, which end_rows() multiplies by: each task's come from a place of their own,
+ * and a step's weights have passed through the caches since they were last read. */
+INLINE void fetch_out_scale(const int R, const int V, const job *j, size_t row, size_t panel, size_t lane)
+{
+    UNROLL for (int v = 0; v < V; v++)
+    {
+        const size_t at = lane + (size_t)(v * VL);
+        const size_t n = (size_t)panel_of(j, panel + at / PANEL)[0] + at % PANEL;
+        UNROLL for (int r = 0; r < R; r++)
+            __builtin_prefetch(j->out_scale + (size_t)j->row[row + (size_t)r] * (size_t)j->w->out_features + n, 0, 3);
+    }
+}
+
+/* Asks for `length` inputs from k0 on of one panel: its codes, scales and offsets. */
+INLINE void fetch_panel(const job *j, size_t panel, size_t group, size_t k0, size_t length)
+{
+    const size_t bits = (size_t)j->w->bits, bytes = j->w->half ? 2 : 4;
+    const char *codes = (const char *)j->w->codes + (panel * j->c.kp + k0) * PANEL * bits / 8;
+    const size_t at = (panel * (size_t)j->w->groups + group) * PANEL * bytes;
+    for (size_t i = 0; i < length * PANEL * bits / 8; i += 64)
+        __builtin_prefetch(codes + i, 0, 2);
+    for (size_t i = 0; i < PANEL * bytes; i += 64) {
+        __builtin_prefetch((const char *)j->w->scales + at + i, 0, 2);
+        if (j->w->offsets)
+            __builtin_prefetch((const char *)j->w->offsets + at + i, 0, 2);
+    }
+}
+
+#endif
