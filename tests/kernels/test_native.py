@@ -153,5 +153,6 @@ def test_many_rows_and_a_row_stride(ops: NativeOps) -> None:
     wide = torch.randn(500, 200)
     x = wide[:, 30:158]
     got = run(ops, x, ops.pack(weight), None, None, None, None)
-    torch.testing.assert_close(got, quant_matmul_reference(x, weight), rtol=1e-4, atol=1e-4)
+    want = quant_matmul_reference(x, weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert run(ops, x[:0], ops.pack(weight), None, None, None, None).shape == (0, 96)
