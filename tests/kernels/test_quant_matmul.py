@@ -96,6 +96,11 @@ def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, limit: float)
 SHAPES = [(64, 64, 1), (96, 128, 4), (33, 128, 2), (7, 35, 1), (50, 36, 3), (1, 32, 1)]
 
 
+def fp32_limit(backend: str) -> float:
+    """Relative RMS error allowed; the compiled kernels round activations to 16 bits of each 128's largest."""
+    return 1e-4 if backend == "native" else 2e-6
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -117,9 +122,8 @@ def test_equals_the_reference(shape: tuple[int, int, int], bits: int, kind: str,
         want = quant_matmul_reference(x, weight, bias, bank, row, group_row)
         assert got.dtype == dtype
         assert got.shape == (m, n)
-        assert_close(
-            f"{backend} {kind} {m} rows {dtype}", got, want, 2e-6 if dtype == torch.float32 else 3e-3
-        )
+        limit = fp32_limit(backend) if dtype == torch.float32 else 3e-3
+        assert_close(f"{backend} {kind} {m} rows {dtype}", got, want, limit)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -182,7 +186,7 @@ def test_segments_have_their_own_input_scales(backend: str) -> None:
             (width,), bank.out_scale[:, cut], bank.in_scale[:, i : i + 1], bank.group_scale[:, :, cut]
         )
         want = quant_matmul_reference(x, part, None, part_bank, row, group_row)
-        assert_close(f"segment {i}", got[:, cut], want, 2e-6)
+        assert_close(f"segment {i}", got[:, cut], want, fp32_limit(backend))
         first += width
 
 

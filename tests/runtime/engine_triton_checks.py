@@ -33,7 +33,7 @@ _spec.loader.exec_module(cases)
 
 PROMPTS = ["the cat and the dog", "mat sat on", "into another house", "over there, without them, " * 4]
 CONFIG = EngineConfig(num_blocks=64, max_batch_tokens=24, task_rows=5)  # the last prompt comes in chunks
-LIMIT = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}  # the tiny models' logits reach 30
+LIMIT = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 3e-1}  # the tiny models' logits reach 30
 
 
 def answers(base: Path, device: str, dtype: str) -> list[Completion]:

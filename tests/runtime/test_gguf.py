@@ -168,7 +168,7 @@ def test_imported_model_computes_what_the_file_says(tmp_path: Path, tie: bool, k
         expected = model(ids).logits
         imported = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
         found = imported(ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=4e-3, rtol=1e-3)
     assert imported.config.rope_parameters["rope_theta"] == 50000.0
     assert load(tmp_path / "base").manifest == read_manifest(tmp_path / "base")
 

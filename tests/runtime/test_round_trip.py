@@ -48,4 +48,4 @@ def test_trained_sets_of_every_kind_in_one_batch(
     for (task, row), got in zip(expected, served, strict=True):
         assert got.prompt_logprobs is not None
         tail = [entry.logprob for entry in got.prompt_logprobs[-len(row.logprobs) :] if entry]
-        assert tail == pytest.approx(row.logprobs, abs=1e-4), task
+        assert tail == pytest.approx(row.logprobs, abs=2e-3), task
