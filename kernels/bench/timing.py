@@ -42,7 +42,11 @@ def none_shown(label: str) -> None:
 
 
 class Clock:
-    """Wall clock. In each round every way makes a few calls, the ways one after the other."""
+    """Wall clock. In each round every way makes a few calls, the ways one after the other.
+
+    Before its turn each way waits until the one before has let go of the cores (OpenMP's threads go on spinning for
+    milliseconds after the last call), and makes one call that wakes its own threads and is not timed.
+    """
 
     def __init__(
         self,
@@ -51,15 +55,19 @@ class Clock:
         least_rounds: int = 7,
         most_rounds: int = 300,
         sample_seconds: float = 1e-3,
+        settle_seconds: float = 2e-2,
         show: Callable[[str], None] = none_shown,
         now: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Spend about `seconds` on a comparison; a sample lasts `sample_seconds` or one call, if that is longer."""
         self._seconds = seconds
         self._least, self._most = least_rounds, most_rounds
         self._sample_seconds = sample_seconds
+        self._settle_seconds = settle_seconds
         self._show = show
         self._now = now
+        self._sleep = sleep
 
     def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
         """Seconds of one call of each way, by name."""
@@ -74,6 +82,8 @@ class Clock:
         end = self._now() + self._seconds
         while len(samples[0]) < self._least or (self._now() < end and len(samples[0]) < self._most):
             for turn, count, taken in zip(turns, counts, samples, strict=True):
+                self._sleep(self._settle_seconds)
+                next(turn)()
                 taken.append(self._sample(turn, count))
         return {way.name: _timing(taken) for way, taken in zip(ways, samples, strict=True)}
 

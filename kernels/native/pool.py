@@ -21,6 +21,10 @@ class _State(ctypes.Structure):
         ("asleep", ctypes.c_int32),
         ("waiting", ctypes.c_int32),
         ("busy", ctypes.c_int32),
+        ("workers", ctypes.c_int32),
+        ("thread", ctypes.c_int32 * 256),
+        ("barred", ctypes.c_int32 * 256),
+        ("allowed", ctypes.c_uint64 * 16),
     )
 
 
