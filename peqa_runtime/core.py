@@ -340,7 +340,9 @@ class Batch:
         """
         if not any(item.sequence.group_row for item in self.scheduled):
             return self
-        return replace(self, scheduled=tuple(sorted(self.scheduled, key=lambda item: item.sequence.group_row)))
+        return replace(
+            self, scheduled=tuple(sorted(self.scheduled, key=lambda item: item.sequence.group_row))
+        )
 
 
 @dataclass(frozen=True)

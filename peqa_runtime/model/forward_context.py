@@ -22,4 +22,6 @@ class ForwardContext:
     )
     seq_lens: Tensor  # int32 [seqs], keys of each sequence, this step's tokens included
     slot_mapping: Tensor  # int64 [tokens], block * block_size + offset; -1 = not written (padding)
-    plan: AttentionPlan | None = None  # what the host knows of the step: spares a GPU launches that find no work
+    plan: AttentionPlan | None = (
+        None  # what the host knows of the step: spares a GPU launches that find no work
+    )

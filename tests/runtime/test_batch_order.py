@@ -9,7 +9,9 @@ from peqa_runtime.core import Batch
 
 
 def batch(*group_rows: int) -> Any:
-    items = [SimpleNamespace(sequence=SimpleNamespace(group_row=g), number=i) for i, g in enumerate(group_rows)]
+    items = [
+        SimpleNamespace(sequence=SimpleNamespace(group_row=g), number=i) for i, g in enumerate(group_rows)
+    ]
     return Batch(tuple(items), ("a write",))  # type: ignore[arg-type]
 
 
