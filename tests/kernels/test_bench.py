@@ -261,9 +261,19 @@ def test_clock_interleaves_and_takes_turns() -> None:
         Way("a", [lambda: made.append("a0"), lambda: made.append("a1")]),
         Way("b", [lambda: made.append("b0")]),
     ]
-    clock = Clock(0.0, least_rounds=3, sample_seconds=0.0, now=lambda: float(next(ticks)))
+    pauses: list[float] = []
+    clock = Clock(
+        0.0,
+        least_rounds=3,
+        sample_seconds=0.0,
+        settle_seconds=0.5,
+        now=lambda: float(next(ticks)),
+        sleep=pauses.append,
+    )
     times = clock.compare("label", *ways)
-    assert made[-6:] == ["a1", "b0", "a0", "b0", "a1", "b0"]
+    # In each turn one call that wakes the threads, then the one that is timed.
+    assert made[-8:] == ["a1", "a0", "b0", "b0"] * 2
+    assert pauses == [0.5] * 6
     assert times["a"] == Timing(1.0, 1.0, 3)
 
 
