@@ -73,29 +73,60 @@ INLINE void chain_of_pairs(const int R, const int V, const int32_t *pair, const 
             }
 }
 
+/* One block of the inputs: its chains are equally long, and its groups follow each other. */
+typedef struct {
+    size_t block, k0, chain, chains, units /* of a chain */, group;
+} block_place;
+
+INLINE block_place place_block(const cuts *c, size_t block)
+{
+    const size_t chain = block * c->block_chains;
+    return (block_place){
+        .block = block,
+        .k0 = chain_start(c, chain),
+        .chain = chain,
+        .chains = smin(c->block_chains, c->chains - chain),
+        .units = chain_length(c, chain) / UNIT,
+        .group = chain / c->group_chains,
+    };
+}
+
+/* One stripe's part of the packed activations. */
+typedef struct {
+    size_t row, rows;
+    const int32_t *x, *counts;
+    const float *steps;
+} stripe_place;
+
+INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
+{
+    const size_t row = stripe_start(stripe, j->rows);
+    const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0, first = segment * j->rows + row;
+    return (stripe_place){
+        .row = row,
+        .rows = stripe_start(stripe + 1, j->rows) - row,
+        .x = j->in.x + first * (j->c.kp / 2),
+        .counts = j->in.counts + first * j->c.chains,
+        .steps = j->in.steps + first * j->c.blocks,
+    };
+}
+
 /* Adds one block of a panel to the totals of one stripe's R rows, V vectors of lanes from `lane` on. */
 INLINE void many_tile(const int R, const int V, const job *j, const unpacked *codes, size_t panel, size_t lane,
-                      size_t stripe, size_t block, totals *total)
+                      const stripe_place *s, const block_place *b, totals *total)
 {
-    const size_t row = stripe_start(stripe, j->rows), chain = block * j->c.block_chains;
-    const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0;
-    const size_t first = segment * j->rows + row, start = chain_start(&j->c, chain);
-    const int32_t *x = j->in.x + first * (j->c.kp / 2) + start / 2 * (size_t)R;
-    const int32_t *counts = j->in.counts + first * j->c.chains + chain * (size_t)R;
-    const float *steps = j->in.steps + first * j->c.blocks + block * (size_t)R;
-    const size_t last = smin(chain + j->c.block_chains, j->c.chains);
-    vf sum[ROWS_MAX][MAX_V];
+    const int32_t *x = s->x + b->k0 / 2 * (size_t)R, *counts = s->counts + b->chain * (size_t)R;
     const int32_t *pair = codes->pair[0] + lane;
+    vf sum[ROWS_MAX][MAX_V];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
-    for (size_t at = chain; at < last; at++, counts += R) {
-        const size_t length = chain_length(&j->c, at);
+    for (size_t i = 0; i < b->chains; i++, counts += R) {
         vi part[ROWS_MAX][MAX_V];
-        chain_of_pairs(R, V, pair, x, length / UNIT, part);
-        x += length / 2 * (size_t)R;
-        pair += length / 2 * PANEL;
-        end_chain(R, V, j, row, panel, at / j->c.group_chains, lane, counts, part, sum);
+        chain_of_pairs(R, V, pair, x, b->units, part);
+        x += b->units * (size_t)(R * PAIRS);
+        pair += b->units * PAIRS * PANEL;
+        end_chain(R, V, j, s->row, panel, b->group + i, lane, counts, part, sum);
     }
-    end_block(R, V, steps, sum, total);
+    end_block(R, V, s->steps + b->block * (size_t)R, sum, total);
 }
 
 #endif

@@ -30,14 +30,14 @@
                 few_tile(R, TILE_V, BITS, j, panel, lane, stripe);                                                     \
     }
 #define MANY(R)                                                                                                        \
-    static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, size_t stripe, size_t block,  \
-                         totals *total)                                                                                \
+    static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,        \
+                         const block_place *b, totals *total)                                                          \
     {                                                                                                                  \
-        many_tile(R, TILE_V, j, codes, panel, lane, stripe, block, total);                                             \
+        many_tile(R, TILE_V, j, codes, panel, lane, s, b, total);                                                      \
     }                                                                                                                  \
-    static void end_##R(const job *j, size_t panel, size_t lane, size_t stripe, const totals *total)                   \
+    static void end_##R(const job *j, size_t panel, size_t lane, size_t row, const totals *total)                      \
     {                                                                                                                  \
-        end_rows(R, TILE_V, j, stripe_start(stripe, j->rows), panel, lane, total);                                     \
+        end_rows(R, TILE_V, j, row, panel, lane, total);                                                               \
     }
 #if ROWS_MAX == 6
 #define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__) F(5, ##__VA_ARGS__) F(6, ##__VA_ARGS__)
@@ -51,7 +51,8 @@ FOR_ROWS(FEW, 8)
 FOR_ROWS(MANY)
 
 typedef void (*run_few)(const job *, size_t, size_t, size_t);
-typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, size_t, size_t, totals *);
+typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
+                         totals *);
 typedef void (*run_end)(const job *, size_t, size_t, size_t, const totals *);
 #define FEW_NAME(R, BITS) few_##R##_##BITS,
 #define MANY_NAME(R) many_##R,
@@ -80,21 +81,32 @@ static void multiply_few(const job *j, size_t first, size_t last)
 static void multiply_many(const job *j, size_t panel, size_t lane)
 {
     totals total[PASS_STRIPES];
+    stripe_place place[PASS_STRIPES];
     unpacked codes;
     const size_t stripes = stripe_count(j->rows);
-    for (size_t stripe = 0; stripe < stripes; stripe++)
+    for (size_t stripe = 0; stripe < stripes; stripe++) {
         clear(ROWS_MAX, TILE_V, &total[stripe]);
+        place[stripe] = place_stripe(j, panel, stripe);
+        if (j->out_scale)
+            for (size_t r = 0; r < place[stripe].rows; r++)
+                fetch_out_scale(1, TILE_V, j, place[stripe].row + r, panel, lane);
+    }
     for (size_t block = 0; block < j->c.blocks; block++) {
-        const size_t chain = block * j->c.block_chains, k0 = chain_start(&j->c, chain);
-        const size_t last = smin(chain + j->c.block_chains, j->c.chains) - 1;
-        const size_t length = chain_start(&j->c, last) + chain_length(&j->c, last) - k0;
-        unpack_block(j, panel, k0, length, &codes);
-        fetch_panel(j, panel + 1, chain / j->c.group_chains, k0, length);
-        for (size_t stripe = 0; stripe < stripes; stripe++)
-            many_rows[stripe_rows(stripe, j->rows) - 1](j, &codes, panel, lane, stripe, block, &total[stripe]);
+        const block_place b = place_block(&j->c, block);
+        const size_t length = b.chains * b.units * UNIT;
+        unpack_block(j, panel, b.k0, length, &codes);
+        fetch_panel(j, panel + 1, b.group, b.k0, length);
+        for (size_t stripe = 0; stripe < stripes; stripe++) {
+            const stripe_place *s = &place[stripe];
+            /* The next stripe's activations lie far from this one's. */
+            if (stripe + 1 < stripes)
+                for (size_t i = 0; i < length / 2 * s[1].rows; i += 16)
+                    __builtin_prefetch(s[1].x + b.k0 / 2 * s[1].rows + i, 0, 3);
+            many_rows[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);
+        }
     }
     for (size_t stripe = 0; stripe < stripes; stripe++)
-        many_ends[stripe_rows(stripe, j->rows) - 1](j, panel, lane, stripe, &total[stripe]);
+        many_ends[place[stripe].rows - 1](j, panel, lane, place[stripe].row, &total[stripe]);
 }
 
 /* ---- threads and entry ---- */
