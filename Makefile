@@ -31,7 +31,7 @@ serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(STAMP_DEV)
-	$(BIN)/python -m pytest $(if $(ALL),-m "not gpu",-m "not slow and not gpu") $(ARGS)
+	$(BIN)/python -m pytest $(if $(ALL),-m "not gpu" --durations=25,-m "not slow and not gpu") $(ARGS)
 
 # mypy follows no import hook, which is what an editable install with renamed folders is: give it the import names.
 lint: $(STAMP_DEV)

@@ -232,7 +232,7 @@ def test_every_step_is_the_oracles(workload: dict[str, object]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(workloads())
 def test_every_step_is_the_oracles_at_length(workload: dict[str, object]) -> None:
     compare(**workload)  # type: ignore[arg-type]

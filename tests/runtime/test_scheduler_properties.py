@@ -270,7 +270,7 @@ def test_any_world(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(worlds())
 def test_many_worlds(world: World) -> None:
     live(world)
