@@ -15,6 +15,7 @@ from torch import Tensor
 from peqa_kernels.native.isa import Isa
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.native.pool import Pool
+from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 ABI = 5  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
@@ -78,6 +79,7 @@ class NativeOps:
             *(c_void_p,) * 6,
         )
         self._matmul.restype = None
+        self._first_outside = self.function("peqa_first_outside", c_int64, c_void_p, c_int64, c_int64)
         halves = self._library.peqa_halves
         halves.restype = c_int64
         self._halves = bool(halves())
@@ -131,7 +133,8 @@ class NativeOps:
         """Multiply each row under its own task's scales: float32 [M, N].
 
         Where `row` is None, out_scale and in_scale are not read; where `group_row` is, group_scale is not. Banks, bias
-        and row indices are contiguous. A row's bits depend on nothing but that row, its scales and this build.
+        and row indices are contiguous. A row's bits depend on nothing but that row, its scales and this build. Raises
+        QuantMatmulInputError for a row that a bank does not have.
         """
         rows = x.shape[0]
         y = torch.empty((rows, packed.out_features))
@@ -145,6 +148,12 @@ class NativeOps:
         assert group_row is None or group_row.dtype == torch.int32, group_row.dtype
         for bank in (out_scale, in_scale, group_scale):
             assert bank is None or (bank.dtype == torch.float32 and bank.is_contiguous()), bank
+        if row is not None:
+            for bank in (out_scale, in_scale):
+                if bank is not None:
+                    self._check_rows("row", row, bank)
+        if group_row is not None and group_scale is not None:
+            self._check_rows("group_row", group_row, group_scale)
         threads = torch.get_num_threads()
         pointer = packed.pointer
         self._matmul(
@@ -164,6 +173,10 @@ class NativeOps:
             None if group_row is None else group_row.data_ptr(),
         )
         return y
+
+    def _check_rows(self, name: str, row: Tensor, bank: Tensor) -> None:
+        limit = bank.shape[0]
+        check_range(self._first_outside(row.data_ptr(), row.shape[0], limit), name, row, limit)
 
     def paged_attention(
         self,

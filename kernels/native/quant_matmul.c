@@ -177,6 +177,15 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
     }
 }
 
+/* The first place in row [n] whose value is outside of 0 .. limit - 1, or -1. */
+EXPORT int64_t peqa_first_outside(const int32_t *row, int64_t n, int64_t limit)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (row[i] < 0 || row[i] >= limit)
+            return i;
+    return -1;
+}
+
 /* A pool's thread lives here. */
 EXPORT void peqa_pool_serve(peqa_pool *pool) { pool_serve(pool); }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.quant_matmul.backward import scaled_linear
+from peqa_kernels.quant_matmul.checks import QuantMatmulInputError, check_inputs
 from peqa_kernels.quant_matmul.compiled import Handle, quant_matmul_op
 from peqa_kernels.quant_matmul.cpu import NativeCpu, TorchCpu
 from peqa_kernels.quant_matmul.dense import DenseCopies
@@ -30,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "LinearBank",
     "PreparedWeight",
+    "QuantMatmulInputError",
     "QuantizedWeight",
     "dequantize",
     "prepare",
@@ -150,7 +152,9 @@ def quant_matmul(
 
     `row[m]` is the bank row of activation m for output and input scales, `group_row[m]` the one for group scales;
     None (or no bank) means the base. Row 0 is the base too, and gives the same bits as None. A gradient reaches x where
-    no row is given; tasks are trained by `scaled_linear`. Raises RuntimeError when x wants a gradient through rows.
+    no row is given; tasks are trained by `scaled_linear`. Raises QuantMatmulInputError for arguments that do not fit
+    (rows outside the bank where they lie in host memory; a GPU is not asked), RuntimeError when x wants a gradient
+    through rows.
     """
     if torch.compiler.is_compiling():
         banks = (None, None, None) if bank is None else (bank.out_scale, bank.in_scale, bank.group_scale)
@@ -158,11 +162,7 @@ def quant_matmul(
         return quant_matmul_op(
             x, number, prepared.out_features, prepared.segments, bias, *banks, row, group_row
         )
-    assert x.dim() == 2, x.shape
-    assert x.shape[1] == prepared.in_features, (x.shape, prepared.in_features)
-    assert row is None or (row.dtype == torch.int32 and row.shape == x.shape[:1]), row
-    assert group_row is None or (group_row.dtype == torch.int32 and group_row.shape == x.shape[:1]), group_row
-    assert bank is None or bank.segments == prepared.segments, (bank.segments, prepared.segments)
+    check_inputs(x, prepared, bias, bank, row, group_row)
     if x.requires_grad and torch.is_grad_enabled():
         if bank is not None and (row is not None or group_row is not None):
             raise RuntimeError(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peqa_kernels.quant_matmul.checks import check_rows_exist
 from peqa_kernels.quant_matmul.dense import DenseCopies
 from peqa_kernels.quant_matmul.weight import LinearBank
 
@@ -39,6 +40,8 @@ class TorchCpu:
         group_row: Tensor | None,
     ) -> Tensor:
         """Compute quant_matmul, [M, N] fp32."""
+        if bank is not None:
+            check_rows_exist(bank, row, group_row)
         x = x.float()
         dense = self._copies.get(torch.float32)
         in_scale = None if bank is None or row is None else bank.in_scale

@@ -13,6 +13,7 @@ from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import (
     LinearBank,
     QuantizedWeight,
+    QuantMatmulInputError,
     dequantize,
     prepare,
     quant_matmul,
@@ -285,6 +286,44 @@ def test_compiles_into_one_graph(backend: str) -> None:
             x, rows = make_x(m, 64), make_rows(m, "mixed")
             assert torch.equal(compiled(x, *rows), two_layers(x, *rows))
         assert torch.equal(compiled(x, None, None), two_layers(x, None, None))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": torch.zeros(3, 63)}, r"x must be \[rows, 64\], not \[3, 63\]"),
+        ({"x": torch.zeros(64)}, r"x must be \[rows, 64\], not \[64\]"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, "not torch.float64"),
+        ({"x": torch.zeros(3, 64, dtype=torch.int32)}, "not torch.int32"),
+        ({"bias": torch.zeros(63)}, r"bias must be \[64\]"),
+        ({"bias": torch.zeros(128)[::2]}, "bias must be .* contiguous"),
+        ({"row": torch.zeros(3, dtype=torch.int64)}, r"row must be int32 \[3\], contiguous, not torch.int64"),
+        ({"row": torch.zeros(2, dtype=torch.int32)}, r"row must be int32 \[3\]"),
+        ({"row": torch.zeros(6, dtype=torch.int32)[::2]}, "not contiguous"),
+        ({"row": torch.tensor([0, 5, 1], dtype=torch.int32)}, r"row\[1\] is 5, but the bank has rows 0 to 4"),
+        ({"row": torch.tensor([0, 1, -1], dtype=torch.int32)}, r"row\[2\] is -1"),
+        ({"group_row": torch.tensor([7, 1, 1], dtype=torch.int32)}, r"group_row\[0\] is 7"),
+        ({"bank": LinearBank((32, 32), torch.ones(5, 64))}, r"segments \(32, 32\)"),
+        ({"bank": LinearBank((64,), torch.ones(5, 64).half())}, "out_scale must be float32"),
+        ({"bank": LinearBank((64,), torch.ones(64, 5).t())}, "out_scale must be float32 and contiguous"),
+    ],
+)
+def test_refuses_what_does_not_fit(backend: str, change: dict[str, object], sentence: str) -> None:
+    weight = make_weight(64, 64, 2, 4)
+    row, group_row = make_rows(3, "mixed")
+    arguments = {"x": make_x(3, 64), "bias": None, "bank": make_bank(weight, "mixed")}
+    arguments |= {"row": row, "group_row": group_row, **change}
+    with pytest.raises(QuantMatmulInputError, match=sentence):
+        quant_matmul(arguments.pop("x"), prepare(weight, backend=available(backend)), **arguments)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_activations_need_not_be_contiguous(backend: str) -> None:
+    weight = make_weight(64, 64, 2, 4)
+    prepared, x = prepare(weight, backend=available(backend)), make_x(64, 5).t()
+    assert not x.is_contiguous()
+    assert torch.equal(quant_matmul(x, prepared), quant_matmul(x.contiguous(), prepared))
 
 
 def test_refuses_unknown_backends() -> None:
