@@ -152,6 +152,7 @@ def _prepare(model: PreTrainedModel, linears: list[LinearSpec], *, serving: bool
         if isinstance(module, QuantizedLinear):
             module.serve() if serving else module.prepare()
         elif isinstance(module, TiedHead):
+            module.embedding.serving = serving  # its codes stay where the lookup reads them
             module.embedding.prepare()
 
 

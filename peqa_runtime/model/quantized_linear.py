@@ -48,6 +48,7 @@ class _Codes(nn.Module):
         self.zeros = _frozen(torch.zeros(rows, groups, dtype=torch.float32))
         self._columns = columns
         self._prepared: PreparedWeight | None = None
+        self.serving = False
 
     def weight_codes(self) -> QuantizedWeight:
         """The frozen weight, in the form that files and kernels share."""
@@ -60,10 +61,18 @@ class _Codes(nn.Module):
         return self._prepared
 
     def serve(self) -> None:
-        """`prepare`, and on a GPU keep the canonical codes in host memory only: it has no room for both."""
+        """`prepare`, and on a GPU keep the canonical codes in host memory only: it has no room for both.
+
+        On a CPU products round activations to 16 bits from now on, as the fast kernels do; else fp32 stays fp32.
+        """
+        self.serving = True
         prepared = self.prepare()
         if prepared.backend == "gpu":
             self.qweight.data = prepared.move_codes_to_host()
+
+    def exact(self, x: Tensor) -> bool:
+        """Whether a product with x is to be one of floats: outside of a server, in fp32 on a CPU."""
+        return not self.serving and x.dtype == torch.float32 and x.device.type == "cpu"
 
     def _segments(self) -> tuple[int, ...]:
         return (self.scales.shape[0],)
@@ -122,6 +131,7 @@ class QuantizedLinear(_Codes):
         """From now on every token runs under the bank row that `rows` names at that moment."""
         assert bank.segments == self.sizes, (bank.segments, self.sizes)
         self._bank, self._rows = bank, rows
+        self.serving = True
 
     @property
     def bank(self) -> LinearBank | None:
@@ -147,7 +157,7 @@ class QuantizedLinear(_Codes):
         """x [..., K] -> [..., N], in x.dtype."""
         prepared = self._prepared or self.prepare()
         rows = x.reshape(-1, self.in_features)
-        if self.tuned_kind is not None or (x.requires_grad and torch.is_grad_enabled()):
+        if self.tuned_kind is not None or self.exact(x) or (x.requires_grad and torch.is_grad_enabled()):
             group = None if self.tuned_group_scale is None else self.tuned_group_scale.t()
             y = scaled_linear(
                 _autocast(rows), prepared, self.bias, self.tuned_out_scale, self.tuned_in_scale, group
@@ -218,7 +228,7 @@ class TiedHead(nn.Module):
         """hidden [..., K] -> logits [..., vocab], in hidden.dtype."""
         prepared = self.embedding.prepare()
         rows = hidden.reshape(-1, self.in_features)
-        if hidden.requires_grad and torch.is_grad_enabled():
+        if self.embedding.exact(hidden) or (hidden.requires_grad and torch.is_grad_enabled()):
             y = scaled_linear(_autocast(rows), prepared, None, None, None, None)
         else:
             y = quant_matmul(rows, prepared)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 REQUESTS = re.findall(r"```sh\n(curl (?:(?!```).*\n)+)```\n```json\n((?:(?!```).*\n)+)```", README)
 
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
 
 def what_matters(line: str) -> Any:
     """An answer without its id and time, and without what others had asked before; any other line as it is."""
@@ -58,9 +60,18 @@ def test_a_request_gives_what_is_shown(demo_server: Any, tmp_path: Path, command
 
 
 def test_the_openai_client_prints_what_is_shown(demo_server: Any) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    program = PROGRAMS[0]
     expected = re.findall(r"print\(.*\)  # (.*)", program)
     done = subprocess.run(
         [sys.executable, "-c", here(program, demo_server)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == expected
+
+
+def test_the_offline_program_runs(smollm2_base: Path) -> None:
+    program = PROGRAMS[1].replace(".peqa/bases/smollm2-135m-instruct", str(smollm2_base))
+    assert str(smollm2_base) in program
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[0] == "lost_or_stolen_card"

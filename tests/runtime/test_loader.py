@@ -88,8 +88,8 @@ def test_packed_steps_equal_the_plain_model(loaded: LoadedModel, tiny_base: Path
     first = step(loaded, [(a[:13], 0, table_a), (b[:8], 0, table_b)])
     second = step(loaded, [(b[8:9], 8, table_b), (a[13:20], 13, table_a)])
     third = step(loaded, [(a[20:], 20, table_a)])
-    torch.testing.assert_close(torch.cat([first[:13], second[1:], third]), expected_a, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(torch.cat([first[13:], second[:1]]), expected_b, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat([first[:13], second[1:], third]), expected_a, rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(torch.cat([first[13:], second[:1]]), expected_b, rtol=1e-3, atol=5e-3)
 
 
 def test_logits_at_picks_tokens(loaded: LoadedModel) -> None:
