@@ -410,7 +410,7 @@ def test_unknown_tokenizers_are_refused() -> None:
 
 @pytest.mark.slow
 def test_smollm2_logits_equal_transformers_own_load(smollm2_gguf: Path, smollm2_base: Path) -> None:
-    """Both in fp32, within 1e-3; as it is served, with activations of 16 bits, within 1e-1 (bf16 differs by more)."""
+    """Both in fp32, within 1e-3; as it is served, with activations of 16 bits, within 1e-1."""
     from transformers import GgufConfig
 
     from peqa_runtime.model.self_check import packed_logits
