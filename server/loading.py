@@ -69,7 +69,7 @@ class Report:
 
 def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
     """Load everything. Raises `PeqaError`, `ValueError` or `OSError` with a sentence for the operator."""
-    from peqa_runtime.cli import quiet_libraries
+    from peqa_runtime.commands.terminal import quiet_libraries
 
     quiet_libraries()
     base, sets = find_base(options, say)
@@ -95,7 +95,7 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
     )
     if options.watch_seconds:
         engine.tasks.watch(options.watch_seconds)
-    return Services(AsyncEngine(engine), engine.tasks, model, engine.tasks.store.incoming), report
+    return Services(AsyncEngine(engine), engine.tasks, model, engine.tasks.store.spool_folder()), report
 
 
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:

@@ -41,10 +41,10 @@ WITHOUT_TORCH = [
 ]
 # room of peqa_runtime -> rooms that it must not import
 ROOMS_APART = {
-    "model": {"engine", "training", "cli", "bench"},
-    "scales": {"engine", "model", "training", "cli", "bench"},
-    "engine": {"training", "cli", "bench"},
-    "training": {"cli", "bench"},
+    "model": {"engine", "training", "cli", "commands", "bench"},
+    "scales": {"engine", "model", "training", "cli", "commands", "bench"},
+    "engine": {"training", "cli", "commands", "bench"},
+    "training": {"cli", "commands", "bench"},
 }
 
 

@@ -1,0 +1,1 @@
+"""The offline verbs of the `peqa` command, one a file; `peqa_runtime.cli` puts them together."""

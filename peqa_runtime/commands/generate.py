@@ -1,0 +1,42 @@
+"""`peqa generate`: the greedy answer to one prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peqa_runtime.commands.options import Base, Device, OptionalSet
+from peqa_runtime.commands.terminal import quiet_libraries, reported
+from peqa_runtime.errors import InvalidData
+
+
+@reported
+def generate(
+    base: Base,
+    prompt: Annotated[str, typer.Option(help="The prompt, as written.", envvar="PEQA_PROMPT")],
+    scale_set: OptionalSet = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", envvar="PEQA_MAX_TOKENS")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Print the greedy answer to one prompt. A set's own prompt format is applied.
+
+    Example: peqa generate bases/smollm2 --scale-set sql.safetensors --prompt 'table t(a, b)\\nHow many a?'
+    """
+    from peqa_runtime.training.data import fill_prompt
+    from peqa_runtime.training.evaluate import greedy
+    from peqa_runtime.training.tuning import apply_scale_set, load_tunable
+
+    if not prompt:
+        raise InvalidData("--prompt is empty")
+    if max_tokens < 1:
+        raise InvalidData("--max-tokens must be at least 1")
+    quiet_libraries()
+    tunable = load_tunable(base, device=device)
+    form = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
+    ids = tunable.encode_prompt(fill_prompt(form, prompt))
+    if len(ids) + max_tokens > tunable.max_tokens:
+        raise InvalidData(
+            f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"
+        )
+    typer.echo(greedy(tunable, [ids], max_new_tokens=max_tokens)[0])
