@@ -3,7 +3,7 @@
     <store>/tasks/                 a folder per task: its history, which commits a change, and its sets (task_folder)
     <store>/quarantine/            damaged files, moved aside
     <store>/unfinished/            files being written, and names of tasks being changed; emptied at every start
-    <store>/incoming/              uploads on their way, of a server that may be another process
+    <store>/incoming/              uploads on their way, in a folder of each process that takes any (incoming)
     <store>/index.json             cache of what the histories say, for a quick start (task_index)
     <store>/changes                names of changed tasks, for the other processes (change_log)
     <store>/lock                   one writer at a time, across threads and processes
@@ -37,6 +37,7 @@ from peqa_runtime.errors import (
 from peqa_runtime.scales.atomic_file import sync_folder
 from peqa_runtime.scales.change_log import ChangeLog
 from peqa_runtime.scales.earlier_layout import adopt
+from peqa_runtime.scales.incoming import Incoming
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import SetLayouts
 from peqa_runtime.scales.task_folder import TaskFolders
@@ -66,7 +67,6 @@ class ScaleStore:
     ) -> None:
         assert keep >= 1
         self.directory = Path(directory)
-        self.incoming = self.directory / "incoming"
         self.manifest = manifest
         self._keep = keep
         tasks, quarantine, unfinished = (self.directory / n for n in ("tasks", "quarantine", "unfinished"))
@@ -79,6 +79,8 @@ class ScaleStore:
             manifest=manifest,
             durable=durable,
         )
+        incoming = self.directory / "incoming"
+        self._incoming = Incoming(incoming)
         self._log = ChangeLog(self.directory / "changes", unfinished=unfinished)
         self._shelf = TaskShelf(
             self._folders,
@@ -90,19 +92,30 @@ class ScaleStore:
         self._write_lock = threading.Lock()
         self._file_lock = filelock.FileLock(self.directory / "lock", timeout=lock_timeout, thread_local=False)
         with self._storing("opened"):
-            for folder in (tasks, quarantine, unfinished, self.incoming):
+            for folder in (tasks, quarantine, unfinished, incoming):
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.directory)
         with self._locked("opened"):
             adopt(self.directory, self._folders)
-            self._shelf.open(self.incoming)
+            self._incoming.sweep()
+            self._shelf.open()
 
     def close(self) -> None:
-        """Write the index, if it is behind. The store may be used on."""
-        if not self._shelf.index_stale:
+        """Write the index, if it is behind, and remove the folder for uploads. The store may be used on."""
+        if not (self._incoming.in_use or self._shelf.index_stale):
             return
         with suppress(StoreError), self._locked("written"):
-            self._shelf.save_index()
+            self._incoming.leave()
+            if self._shelf.index_stale:
+                self._shelf.save_index()
+
+    def spool_folder(self) -> Path:
+        """A folder on the store's volume for what is uploaded to this process, until `close`, or the process's end.
+
+        Raises `StoreError`.
+        """
+        with self._locked("written"):
+            return self._incoming.own()
 
     def __len__(self) -> int:
         """Tasks found here, those that cannot be used included."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from peqa_runtime.scales.task_index import TaskIndex, TaskRecord, read_index
 logger = logging.getLogger(__name__)
 
 _INDEX_WORTH = 64  # histories read anew at a start; more, and the index is written again
-_ABANDONED = 3600.0  # seconds; an upload that still comes has been written to since
 
 
 class TaskShelf:
@@ -46,8 +44,8 @@ class TaskShelf:
         self._unfinished = unfinished
         self._index_file = index_file
 
-    def open(self, incoming: Path) -> None:
-        """Bring the folders in order and read them; remove from `incoming` what nobody writes to any more."""
+    def open(self) -> None:
+        """Bring the folders in order and read them."""
         self._log.news()
         known = read_index(self._index_file)
         records: dict[str, TaskRecord] = {}
@@ -71,9 +69,6 @@ class TaskShelf:
                 history = self._folders.history(task)
                 self._folders.tidy(task, history.revisions if history else ())
             leftover.unlink()
-        for upload in incoming.iterdir():
-            if time.time() - upload.stat().st_mtime > _ABANDONED:
-                upload.unlink(missing_ok=True)
         if sum(known.get(task) is not record for task, record in records.items()) > _INDEX_WORTH:
             self.save_index()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -63,7 +64,15 @@ def test_kill_during_uploads(
         server.kill(signal.SIGKILL)
         uploader.join()
     assert len(acknowledged) > ROUNDS, "uploads did go through between the kills"
-    left = [p for p in store.rglob("*") if p.is_file() and "tmp" in p.name]
+    server = start_server([str(tiny_base), "--store", str(store)])
+    with socket.create_connection(("127.0.0.1", server.port)) as half:
+        half.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500)
+        deadline = time.monotonic() + 20
+        while not (left := [p for p in store.rglob("*") if p.is_file() and "tmp" in p.name]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.kill(signal.SIGKILL)
+    assert all(path.exists() for path in left)
     start_server([str(tiny_base), "--store", str(store)])
     assert not [p for p in left if p.exists()], "a start cleans what an interrupted upload left"
 

@@ -202,12 +202,49 @@ def test_a_store_that_fails_for_a_while_is_watched_on(
     assert caplog.text.count("changes by other processes cannot be seen") == 1
 
 
-def test_a_start_leaves_the_uploads_of_others_alone(folder: Path) -> None:
-    store = new_library(folder).store
-    upload = store.incoming / "upload-1.tmp"
-    upload.write_bytes(b"half")
+def test_an_upload_lasts_as_long_as_its_process(folder: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_shared_store import new_library
+store = new_library(Path({str(folder)!r})).store
+(store.spool_folder() / "upload-1.tmp").write_bytes(b"half")
+print(store.spool_folder(), flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+    try:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip()) / "upload-1.tmp"
+        store = new_library(folder).store
+        ours = store.spool_folder() / "upload-1.tmp"
+        ours.write_bytes(b"half")
+        os.utime(theirs, (1, 1))
+        new_library(folder)
+        assert theirs.exists(), "a start in another process"
+        assert ours.exists(), "another store in the same process"
+    finally:
+        process.kill()
+        process.communicate()
+    assert theirs.exists(), "nobody was there to remove it"
     new_library(folder)
-    assert upload.exists()
-    os.utime(upload, (1, 1))
+    assert not theirs.parent.exists(), "at the next start, at once"
+    assert ours.exists()
+    store.close()
+    assert not list((folder / "incoming").iterdir()), "a clean end removes its own"
+    assert store.spool_folder().is_dir(), "the store may be used on"
+    store.close()
+
+
+def test_only_who_takes_uploads_has_a_folder_for_them(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    incoming = folder / "incoming"
+    library = new_library(folder)
+    library.upload("sql", A.to_bytes())
+    assert not list(incoming.iterdir())
+    (incoming / "of-nobody").mkdir()
+    (incoming / "upload-1.tmp").write_bytes(b"half")
+    (incoming / "link").symlink_to(folder / "tasks")
     new_library(folder)
-    assert not upload.exists(), "nobody writes to it any more"
+    assert not list(incoming.iterdir())
+    assert (folder / "tasks").is_dir()
+    assert not caplog.records
