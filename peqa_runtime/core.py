@@ -190,7 +190,7 @@ class TokenOutput:
 
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None. `error` (a
     sentence) and `error_code` stand where `finish_reason` is "error". `num_cached_tokens`: tokens of the prompt that
-    were found computed.
+    were found computed. `started`: when the request first left the queue, on `time.perf_counter`'s clock; None: never.
     """
 
     request_id: str
@@ -202,6 +202,7 @@ class TokenOutput:
     error: str | None = None
     error_code: ErrorCode | None = None
     num_cached_tokens: int = 0
+    started: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -226,6 +227,7 @@ class Sequence:
     For the scheduler: `num_served_tokens` counts positions computed at least once, `num_overtaken` those that started
     while it lacked a bank row. For the prefix cache: `block_keys` of full blocks, how many of them can be found by
     others (`num_published_blocks`), and the prompt's `num_cached_tokens` that were found computed when it started.
+    `started`: when it first did, on `time.perf_counter`'s clock.
     """
 
     request: Request
@@ -246,6 +248,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
     block_keys: list[bytes] = field(default_factory=list)
+    started: float | None = None
 
     def forget_place(self) -> None:
         """Wait again, with its tokens but no blocks and no row: those that it had are nobody's any more."""

@@ -15,8 +15,8 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
 from peqa_runtime.core import Lease, Request, TokenOutput
@@ -37,6 +37,7 @@ class TokenStream:
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, owner: AsyncEngine) -> None:
         self.request_id = request.request_id
+        self.task = request.task
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.loop = loop
         self._owner = owner
@@ -166,6 +167,13 @@ class AsyncEngine:
         stats["requests_waiting"] = max(0, len(self._streams) - int(stats["requests_running"]))
         stats["rejected_total"] = self._rejected
         return stats
+
+    def tasks_in_work(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """How many requests of each task (a blend: its name) run at this moment, and how many wait."""
+        running = Counter(sequence.request.task for sequence in self.engine.scheduler.running.copy())
+        with self._lock:
+            everyone = Counter(stream.task for stream in self._streams.values())
+        return running, everyone - running
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `drain_seconds`, abort the rest, end the thread.

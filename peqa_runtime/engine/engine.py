@@ -200,6 +200,8 @@ class Engine:
             outcome = run_step(self.runner.run, batch)
             outputs = self._refused(outcome)
             outputs += self.scheduler.update(outcome.batch, outcome.results)
+            self._counts["row_writes_total"] += len(outcome.batch.bank_writes)
+            self._counts["step_tokens_total"] += outcome.batch.num_tokens
             self._planning_crashed = False
         except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
             crash = error
@@ -221,6 +223,7 @@ class Engine:
             "requests_waiting": len(self.scheduler.waiting),
             "kv_blocks_used": blocks.num_used,
             "kv_blocks": blocks.num_blocks,
+            "kv_block_tokens": blocks.block_size,
             "task_rows_used": rows.rows_used,
             "task_rows": rows.rows,
             "group_rows_used": rows.group_rows_used,
@@ -360,6 +363,8 @@ _COUNTERS = (
     "aborted_total",
     "errors_total",
     "steps_total",
+    "step_tokens_total",
+    "row_writes_total",
     "step_failures_total",
     "numerical_errors_total",
     "restarts_total",

@@ -6,6 +6,7 @@ tokens `[num_computed_tokens, num_tokens)` are to compute, and one budget of tok
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Generator, Iterable
 from collections.abc import Sequence as Items
@@ -239,6 +240,8 @@ class Scheduler:
             self._preempt(victim)
         self.waiting.start(sequence)
         sequence.status = "running"
+        if sequence.started is None:
+            sequence.started = time.perf_counter()
         insort(self.running, sequence, key=_rank)
         self.blocks.begin(sequence, found)
         self._give(plan, sequence)
@@ -338,6 +341,7 @@ class Scheduler:
             stop_reason=stop_reason,
             prompt_logprobs=tuple(sequence.prompt_logprobs or (None,)) if reports_prompt else None,
             num_cached_tokens=sequence.num_cached_tokens,
+            started=sequence.started,
         )
 
     def _end_of(self, sequence: Sequence, token_id: int | None) -> tuple[FinishReason | None, int | None]:

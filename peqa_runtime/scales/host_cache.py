@@ -39,6 +39,14 @@ class HostCache:
                 self._sets.move_to_end(revision)
             return found
 
+    def hit(self, revision: str) -> bool:
+        """True when the set is in memory; counted for the metrics."""
+        found = self.get(revision) is not None
+        if found:
+            with self._lock:
+                self._counts["hits"] += 1
+        return found
+
     def put(self, scale_set: ScaleSet) -> None:
         """Keep a set as the most recently used one."""
         with self._lock:
@@ -85,6 +93,7 @@ class HostCache:
             "host_sets": sets,
             "host_bytes": used,
             "host_limit_bytes": self.limit_bytes,
+            "set_hits_total": self._counts["hits"],
             "set_loads_total": self._counts["done"],
             "set_load_failures_total": self._counts["failed"],
             "set_load_seconds_total": self._seconds,

@@ -182,7 +182,7 @@ class TaskLibrary:
         """
         lease, members = self._pin(choice)
         result: Future[Lease] = Future()
-        if lease.revision == BASE_REVISION or self._host.get(lease.revision) is not None:
+        if lease.revision == BASE_REVISION or self._host.hit(lease.revision):
             self._release_all(members)
             result.set_result(lease)
             return result
