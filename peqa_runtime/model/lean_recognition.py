@@ -183,7 +183,7 @@ def _fused(*siblings: Any) -> QuantizedLinear:
 
 
 def _alone(linear: Any) -> QuantizedLinear:
-    if type(linear) is not QuantizedLinear or not _plain(linear) or linear.tuned_kind is not None:
+    if type(linear) is not QuantizedLinear or not _plain(linear) or linear.tuned is not None:
         raise _Unknown
     return linear
 

@@ -17,6 +17,7 @@ from peqa_kernels.quant_matmul import PreparedWeight, prepare, quant_matmul
 from peqa_kernels.quant_matmul.backward import scaled_linear
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 from peqa_runtime.core import ScaleKind
+from peqa_runtime.errors import UnsupportedModel
 
 
 @dataclass
@@ -28,6 +29,37 @@ class StepRows:
 
     row: Tensor | None = None
     group_row: Tensor | None = None
+
+
+@dataclass
+class TunedParts:
+    """Which set of trainable scales each row of the next forward is under; one per model in training.
+
+    `parts` holds (set, rows) in the order of the rows, set None being the base; empty means that all rows are under
+    set 0. Set before each forward, and left as it is until its backward is done (checkpointing computes again).
+    """
+
+    parts: tuple[tuple[int | None, int], ...] = ()
+
+
+class TunedScales(nn.Module):
+    """One task's trainable scales of one linear, fp32 and relative to the base, in the shapes of a scale set."""
+
+    out_scale: nn.Parameter | None  # float32 [N]
+    in_scale: nn.Parameter | None  # float32 [K]
+    group_scale: nn.Parameter | None  # float32 [N, G]
+
+    def __init__(self, kind: ScaleKind, base_scales: Tensor, in_features: int) -> None:
+        """All ones, which is the base. `base_scales` [N, G] gives shapes and device."""
+        super().__init__()
+        shapes: dict[str, tuple[int, ...]] = {
+            "out_scale": (base_scales.shape[0],) if kind in ("channel", "channel+input") else (),
+            "in_scale": (in_features,) if kind == "channel+input" else (),
+            "group_scale": tuple(base_scales.shape) if kind == "group" else (),
+        }
+        for name, shape in shapes.items():
+            ones = nn.Parameter(torch.ones(shape, device=base_scales.device)) if shape else None
+            self.register_parameter(name, ones)
 
 
 class _Codes(nn.Module):
@@ -97,13 +129,9 @@ class _Codes(nn.Module):
 class QuantizedLinear(_Codes):
     """y = x W^T + b with W = scales * (codes - zeros), under the scales of each row's task.
 
-    Three ways to run: base only (as loaded), rows of a scale bank (`attach`, for serving) or one set of trainable
+    Three ways to run: base only (as loaded), rows of a scale bank (`attach`, for serving) or sets of trainable
     scales (`tune`, for training and evaluation). `sizes` are the output sizes of fused siblings.
     """
-
-    tuned_out_scale: nn.Parameter | None  # float32 [N]
-    tuned_in_scale: nn.Parameter | None  # float32 [K]
-    tuned_group_scale: nn.Parameter | None  # float32 [N, G]
 
     def __init__(
         self,
@@ -121,9 +149,8 @@ class QuantizedLinear(_Codes):
         self.sizes = (out_features,) if sizes is None else sizes
         assert sum(self.sizes) == out_features
         self.bias = _frozen(torch.zeros(out_features)) if bias else None
-        self.tuned_kind: ScaleKind | None = None
-        for name in ("tuned_out_scale", "tuned_in_scale", "tuned_group_scale"):
-            self.register_parameter(name, None)
+        self.tuned: nn.ModuleList | None = None
+        self._parts = TunedParts()
         self._bank: LinearBank | None = None
         self._rows: StepRows | None = None
 
@@ -138,30 +165,26 @@ class QuantizedLinear(_Codes):
         """What `attach` was given."""
         return self._bank
 
-    def tune(self, kind: ScaleKind | None) -> None:
-        """Create trainable fp32 scales of `kind`, all ones (= the base), in the shapes that scale sets have.
+    def tune(self, kind: ScaleKind | None, sets: int = 1, parts: TunedParts | None = None) -> None:
+        """Create `sets` sets of trainable scales of `kind`, all ones (= the base); None removes them.
 
-        They are Parameters `tuned_out_scale` [N], `tuned_in_scale` [K] and `tuned_group_scale` [N, G]; those that
-        the kind has not, and all with None, are removed.
+        `parts` says under which set each row of a forward is; without it all rows are under the first.
         """
-        shapes: dict[str, tuple[int, ...]] = {
-            "tuned_out_scale": (self.out_features,) if kind in ("channel", "channel+input") else (),
-            "tuned_in_scale": (self.in_features,) if kind == "channel+input" else (),
-            "tuned_group_scale": tuple(self.scales.shape) if kind == "group" else (),
-        }
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.ones(shape, device=self.scales.device)) if shape else None)
-        self.tuned_kind = kind
+        self.tuned = (
+            nn.ModuleList(TunedScales(kind, self.scales, self.in_features) for _ in range(sets))
+            if kind is not None
+            else None
+        )
+        self._parts = parts or TunedParts()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x.dtype."""
         prepared = self._prepared or self.prepare()
         rows = x.reshape(-1, self.in_features)
-        if self.tuned_kind is not None or self.exact(x) or (x.requires_grad and torch.is_grad_enabled()):
-            group = None if self.tuned_group_scale is None else self.tuned_group_scale.t()
-            y = scaled_linear(
-                _autocast(rows), prepared, self.bias, self.tuned_out_scale, self.tuned_in_scale, group
-            )
+        if self.tuned is not None:
+            y = self._under_tuned(rows, prepared)
+        elif self.exact(x) or (x.requires_grad and torch.is_grad_enabled()):
+            y = scaled_linear(_autocast(rows), prepared, self.bias)
         elif self._rows is None:
             y = quant_matmul(rows, prepared, bias=self.bias)
         else:
@@ -170,6 +193,25 @@ class QuantizedLinear(_Codes):
                 rows, prepared, bias=self.bias, bank=self._bank, row=step.row, group_row=step.group_row
             )
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _under_tuned(self, rows: Tensor, prepared: PreparedWeight) -> Tensor:
+        """[M, N], each part of the rows [M, K] under its own set: its gradient reaches that set only."""
+        parts = self._parts.parts or ((0, rows.shape[0]),)
+        if sum(count for _, count in parts) != rows.shape[0]:
+            raise UnsupportedModel(
+                f"a linear was given {rows.shape[0]} rows where the batch has {sum(n for _, n in parts)} tokens: "
+                "this model routes tokens, so its tasks must be tuned one at a time"
+            )
+        products: list[Tensor] = []
+        for (index, _), part in zip(parts, rows.split([count for _, count in parts]), strict=True):
+            scales: list[Tensor | None] = [None, None, None]
+            if index is not None:
+                assert self.tuned is not None
+                own = self.tuned[index]
+                group = None if own.group_scale is None else own.group_scale.t()
+                scales = [own.out_scale, own.in_scale, group]
+            products.append(scaled_linear(_autocast(part), prepared, self.bias, *scales))
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def extra_repr(self) -> str:
         """Sizes, for printing a model."""

@@ -6,26 +6,27 @@ base (1 = base), held as fp32 masters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peqa_runtime.core import BaseManifest, ScaleKind
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
-from peqa_runtime.model.quantized_linear import QuantizedLinear
+from peqa_runtime.model.quantized_linear import QuantizedLinear, TunedParts
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.text import encode
 from peqa_runtime.training.data import TokenBatch
 
 Compute = Literal["auto", "float32", "bfloat16"]
-PREFIX = "tuned_"
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
 """Tuned scales stay in this range: the one that servers accept, and never zero or negative."""
 
@@ -37,6 +38,7 @@ class TunableModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     manifest: BaseManifest
+    parts: TunedParts = field(default_factory=TunedParts)  # under which set each row of the next forward is
 
     @property
     def eos_token_id(self) -> int:
@@ -88,31 +90,45 @@ def quantized_linears(model: nn.Module, manifest: BaseManifest) -> dict[str, Qua
     }
 
 
-def start_tuning(tunable: TunableModel, kind: ScaleKind) -> dict[str, nn.Parameter]:
-    """Give every quantized linear trainable scales of `kind`, all one; returns them by their name in a file."""
+def start_tuning(tunable: TunableModel, kind: ScaleKind, sets: int = 1) -> dict[str, nn.Parameter]:
+    """Give every quantized linear `sets` sets of trainable scales of `kind`, all one.
+
+    Returns the first set's by their name in a file; `tuned_scales` gives the others'.
+    """
+    tunable.parts.parts = ()
     for linear in quantized_linears(tunable.model, tunable.manifest).values():
-        linear.tune(kind)
+        linear.tune(kind, sets, tunable.parts)
     return tuned_scales(tunable.model)
 
 
-def tuned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The scales being tuned, by their name in a scale set file."""
+def tuned_scales(model: nn.Module, index: int = 0) -> dict[str, nn.Parameter]:
+    """The scales of set `index` that are being tuned, by their name in a scale set file."""
     found: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        linear, _, leaf = name.rpartition(".")
-        if leaf.startswith(PREFIX):
-            found[f"{linear}.{leaf.removeprefix(PREFIX)}"] = parameter
+        linear, _, leaf = name.partition(f".tuned.{index}.")
+        if leaf:
+            found[f"{linear}.{leaf}"] = parameter
     return found
 
 
-def set_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def set_scales(model: nn.Module, tensors: Mapping[str, Tensor], index: int = 0) -> None:
     """Copy scales into a model on which `start_tuning` was called with the same kind; names must be equal."""
-    scales = tuned_scales(model)
+    scales = tuned_scales(model, index)
     if scales.keys() != tensors.keys():
         raise InvalidCheckpoint(f"scales do not fit: {sorted(scales.keys() ^ tensors.keys())[:5]} …")
     with torch.no_grad():
         for name, parameter in scales.items():
             parameter.copy_(tensors[name])
+
+
+@contextmanager
+def as_base(tunable: TunableModel, tokens: int) -> Iterator[None]:
+    """Within it a forward of `tokens` tokens (rows times width) is the base's, whatever is being tuned."""
+    before, tunable.parts.parts = tunable.parts.parts, ((None, tokens),)
+    try:
+        yield
+    finally:
+        tunable.parts.parts = before
 
 
 def apply_scale_set(tunable: TunableModel, scale_set: ScaleSet | Path) -> ScaleSet:
@@ -124,21 +140,27 @@ def apply_scale_set(tunable: TunableModel, scale_set: ScaleSet | Path) -> ScaleS
     return scale_set
 
 
-def logits_at(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+def logits_at(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Logits [len(positions), vocab], fp32, at `positions` of the flattened `input_ids` [rows, tokens].
 
     Only these places go through the head, which is most of the work of a small model with a large vocabulary.
     The selection is a hook in front of the head, so whatever a model does after its head still happens.
+    `position_ids` [rows, tokens] begin anew with each example where rows are packed. `model` may be wrapped for
+    several processes.
     """
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1])[positions][None], *args[1:])
 
-    head = model.get_output_embeddings()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    head = inner.get_output_embeddings()
+    packed = {} if position_ids is None else {"position_ids": position_ids}
     handle = head.register_forward_pre_hook(select)
     try:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=input_ids, use_cache=False, **packed).logits
     finally:
         handle.remove()
     return logits[0].float()

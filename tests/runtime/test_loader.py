@@ -197,14 +197,14 @@ def test_a_bank_row_equals_the_tuned_model(tiny_base: Path, kind: str) -> None:
             module = tuned.get_submodule(name)
             module.tune(kind)
             for leaf, parameter in module.named_parameters():
-                if leaf.startswith("tuned_"):
+                if leaf.startswith("tuned."):
                     parameter.data.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.75)
             if kind == "group":
-                bank.group_scale[2, :, start : start + size] = module.tuned_group_scale.data.T
+                bank.group_scale[2, :, start : start + size] = module.tuned[0].group_scale.data.T
             else:
-                bank.out_scale[2, start : start + size] = module.tuned_out_scale.data
+                bank.out_scale[2, start : start + size] = module.tuned[0].out_scale.data
             if kind == "channel+input":
-                bank.in_scale[2, i] = module.tuned_in_scale.data
+                bank.in_scale[2, i] = module.tuned[0].in_scale.data
             start += size
         linear.module.attach(bank, served.step_rows)
     ids = random_ids(6, 8)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from peqa_kernels.quant_matmul import dequantize
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
+from peqa_runtime.errors import UnsupportedModel
 from peqa_runtime.model import QuantizedEmbedding, QuantizedLinear, StepRows, TiedHead, quantize_rtn
+from peqa_runtime.model.quantized_linear import TunedParts
 
 K, N = 64, 40
 
@@ -83,9 +85,9 @@ def test_rows_of_a_bank() -> None:
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("channel", {"tuned_out_scale": (N,)}),
-        ("channel+input", {"tuned_out_scale": (N,), "tuned_in_scale": (K,)}),
-        ("group", {"tuned_group_scale": (N, 2)}),
+        ("channel", {"tuned.0.out_scale": (N,)}),
+        ("channel+input", {"tuned.0.out_scale": (N,), "tuned.0.in_scale": (K,)}),
+        ("group", {"tuned.0.group_scale": (N, 2)}),
     ],
 )
 def test_tuned_scales_and_their_gradients(kind: str, names: dict[str, tuple[int, ...]]) -> None:
@@ -105,9 +107,9 @@ def test_tuned_scales_and_their_gradients(kind: str, names: dict[str, tuple[int,
     expected = formula(
         leaves["x"],
         made,
-        leaves.get("tuned_out_scale", torch.ones(N)),
-        leaves.get("tuned_in_scale", torch.ones(K)),
-        leaves.get("tuned_group_scale", torch.ones(N, 2)),
+        leaves.get("tuned.0.out_scale", torch.ones(N)),
+        leaves.get("tuned.0.in_scale", torch.ones(K)),
+        leaves.get("tuned.0.group_scale", torch.ones(N, 2)),
     )
     with torch.no_grad():
         close(made(x), expected)
@@ -129,10 +131,35 @@ def test_tuning_starts_at_the_base_and_ends() -> None:
         made.tune("channel+input")
         close(made(x), base)
         made.tune("channel")
-        assert made.tuned_in_scale is None
+        assert made.tuned[0].in_scale is None
         made.tune(None)
         assert torch.equal(made(x), base)
     assert not [p for p in made.parameters() if p.requires_grad]
+
+
+def test_each_row_trains_the_set_that_it_is_under() -> None:
+    """Several sets in one product: values and gradients are those of each set's rows alone; base rows train none."""
+    made, alone = linear(), linear()
+    parts = TunedParts(((1, 2), (None, 3), (0, 4)))
+    made.tune("channel+input", 2, parts)
+    for i, parameter in enumerate(p for p in made.parameters() if p.requires_grad):
+        parameter.data.copy_(scales(i, *parameter.shape))
+    x, dy = torch.randn(9, K), torch.randn(9, N)
+    found = made(x)
+    found.backward(dy)
+    for index, rows in ((1, slice(0, 2)), (0, slice(5, 9))):
+        alone.tune("channel+input")
+        for name, parameter in alone.tuned[0].named_parameters():
+            parameter.data.copy_(made.tuned[index].get_parameter(name).data)
+        expected = alone(x[rows])
+        expected.backward(dy[rows])
+        torch.testing.assert_close(found[rows], expected)
+        for name, parameter in alone.tuned[0].named_parameters():
+            torch.testing.assert_close(made.tuned[index].get_parameter(name).grad, parameter.grad)
+    alone.tune(None)
+    torch.testing.assert_close(found[2:5], alone(x[2:5]))
+    with pytest.raises(UnsupportedModel, match="one at a time"):
+        made(x[:8])
 
 
 def test_gradient_passes_a_linear_that_is_not_tuned() -> None:
