@@ -1,20 +1,21 @@
-"""The outermost layer of the app: request ids, one log line and one count per request, and the last catch.
+"""The outermost layer of the app: request ids, one log line, one count and one trace per request, and the last catch.
 
 Prompts and answers are never logged.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peqa_server.errors import ApiError, to_api_error
+from peqa_server.log_format import event, shown
 from peqa_server.metrics import Metrics
 
 log = logging.getLogger("peqa.access")
@@ -24,26 +25,45 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 @dataclass
 class RequestNote:
-    """What becomes known of a request while it is served; times of `received` are `time.perf_counter`'s."""
+    """What becomes known of a request while it is served. Moments are `time.perf_counter`'s.
+
+    `received`: its first byte; `submitted`: handed to the engine; `started`: its first choice runs; then its first
+    and its last token so far. `key`: the name of the API key that it came with. `operation`: what it generates.
+    """
 
     request_id: str
     received: float = field(default_factory=time.perf_counter)
+    key: str | None = None
+    operation: str | None = None
     task: str | None = None
     revision: str | None = None
+    change: str | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
-    first_token_seconds: float | None = None
+    submitted: float | None = None
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finish_reasons: tuple[str, ...] = ()
+    asked: dict[str, object] = field(default_factory=dict)
     error_code: str | None = None
     error_param: str | None = None
     client_gone: bool = False
 
 
+class Tracer(Protocol):
+    """Makes the spans of a request that has ended."""
+
+    def record(self, scope: Scope, note: RequestNote, status: int, route: str) -> None: ...
+
+
 class Edge:
     """ASGI middleware: gives each request its note and its id, and turns what nobody caught into a 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -85,30 +105,42 @@ class Edge:
             self._metrics.disconnects.inc()
         level = logging.DEBUG if pattern in _QUIET else logging.INFO
         if log.isEnabledFor(level):
-            log.log(level, _line(scope, note, status))
+            _log_line(level, scope, note, status)
+        if self._tracer is not None and pattern not in _QUIET:
+            self._tracer.record(scope, note, status, pattern)
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_QUIET = frozenset({"/health", "/ready", "/metrics"})
+_QUIET = frozenset({"/health", "/ready", "/ping", "/metrics"})
 
 
-def _line(scope: Scope, note: RequestNote, status: int) -> str:
-    line = {
-        "id": note.request_id,
-        "method": scope["method"],
-        "path": scope["path"][:120],
-        "status": status,
-        "ms": round(1000 * (time.perf_counter() - note.received), 1),
-        "task": note.task,
-        "revision": note.revision[:12] if note.revision else None,
-        "prompt_tokens": note.prompt_tokens,
-        "tokens": note.generated_tokens,
-        "first_token_ms": round(1000 * note.first_token_seconds, 1) if note.first_token_seconds else None,
-        "error": note.error_code,
-        "param": note.error_param,
-        "client_gone": note.client_gone or None,
-    }
-    return json.dumps({name: value for name, value in line.items() if value is not None})
+def _log_line(level: int, scope: Scope, note: RequestNote, status: int) -> None:
+    method, path = scope["method"][:16], scope["path"][:120]
+    event(
+        log,
+        level,
+        f"{shown(method)} {shown(path)} {status}",
+        said={"method": method, "path": path, "status": status},
+        id=note.request_id,
+        ms=_ms(note.received, time.perf_counter()),
+        client=scope["client"][0] if scope.get("client") else None,
+        key=note.key,
+        task=note.task,
+        revision=note.revision[:12] if note.revision else None,
+        change=note.change,
+        prompt_tokens=note.prompt_tokens,
+        tokens=note.generated_tokens,
+        queue_ms=_ms(note.submitted, note.started),
+        first_token_ms=_ms(note.received, note.first_token),
+        finish=",".join(note.finish_reasons) or None,
+        error=note.error_code,
+        param=note.error_param,
+        client_gone=note.client_gone or None,
+    )
+
+
+def _ms(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else round(1000 * max(0.0, end - begin), 1)
 
 
 def _request_id(scope: Scope) -> str:

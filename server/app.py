@@ -41,7 +41,7 @@ def create_app(
 def create_loading_app(settings: ServerSettings | None = None) -> FastAPI:
     """An app that answers 503 until `app.state.gate.open(services)` is called (in the event loop's thread)."""
     settings = settings or ServerSettings()
-    metrics = Metrics(settings.metric_tasks)
+    metrics = Metrics(settings.metric_tasks, settings.metrics_compat)
     app = FastAPI(
         title="peqa",
         summary="One frozen low-bit model, many tasks",

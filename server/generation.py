@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from peqa_server.access_log import RequestNote
 from peqa_server.answers import Usage
 from peqa_server.choice import Choice, Piece, Prompt, TextRules
 from peqa_server.errors import ApiError
+from peqa_server.meter import ChoiceMeter, RequestMeter
 from peqa_server.metrics import Metrics
 from peqa_server.services import ServedModel, Services, TokenStream
 
@@ -55,16 +55,13 @@ class Generation:
         self._lease = lease
         self._job = job
         self._note = note
-        self._metrics = metrics
-        self._id = uuid.uuid4().hex  # not the client's X-Request-Id: two requests may carry the same one
-        label = metrics.lease_label(lease)
-        self._label = label
-        self._generated = metrics.generated_tokens.labels(label)
-        self._first_token = metrics.first_token.labels(label)
-        self._inter_token = metrics.inter_token.labels(label)
+        self._meter = RequestMeter(metrics, lease, note)
+        # Not the client's X-Request-Id alone: two requests may carry the same one.
+        self._id = f"{note.request_id}/{uuid.uuid4().hex[:8]}"
         self._streams: list[TokenStream] = []
         tokenizer = services.model.tokenizer
         self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
+        self._meters = [ChoiceMeter(self._meter, len(p.token_ids)) for p in job.prompts for _ in range(job.n)]
         self._cached = [0] * job.num_choices
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
         note.prompt_tokens = self.num_prompt_tokens
@@ -83,6 +80,7 @@ class Generation:
     def submit(self) -> None:
         """Hand every choice to the engine; on a refusal of one, none stays."""
         complete = False
+        self._meter.submitting()
         try:
             for index in range(self._job.num_choices):
                 self._streams.append(self._services.engine.submit(self._request(index)))
@@ -90,7 +88,7 @@ class Generation:
         finally:
             if not complete:
                 self.cancel()
-        self._metrics.prompt_tokens.labels(self._label).inc(self.num_prompt_tokens)
+        self._meter.admitted(self.num_prompt_tokens, self._job.n, self._job.params.max_tokens)
 
     def _request(self, index: int) -> Request:
         params = self._job.params
@@ -111,9 +109,10 @@ class Generation:
 
     def cancel(self) -> None:
         """End every choice that still runs."""
-        for stream, choice in zip(self._streams, self._choices, strict=False):
+        for stream, choice, meter in zip(self._streams, self._choices, self._meters, strict=False):
             if not choice.finished:
                 stream.cancel()
+                meter.end("abort")
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """`(choice index, piece)` in the order in which tokens come. Raises the named error of a failed choice."""
@@ -152,43 +151,26 @@ class Generation:
                 task.cancel()
 
     async def _read(self, index: int) -> AsyncIterator[Piece]:
-        choice, stream = self._choices[index], self._streams[index]
-        last: float | None = None
+        choice, stream, meter = self._choices[index], self._streams[index], self._meters[index]
         echoed = not self._job.rules.echo
         async for output in stream:
+            meter.took(output)
             if output.finish_reason in ("error", "abort"):
+                meter.end(output.finish_reason)
                 raise _failure(output)
             if not echoed:
                 echoed = True
                 yield choice.echo(output.prompt_logprobs)
             self._cached[index] = output.num_cached_tokens
-            now = time.perf_counter()
-            if output.token_id is not None:
-                self._observe_token(now, last)
-                last = now
             piece = choice.feed(output)
             if choice.finished:
-                self._finish(piece, stream, output, now)
+                if not output.finished:
+                    stream.cancel()  # a stop string ended the choice; the engine does not know
+                meter.end(piece.finish_reason or "stop")
             yield piece
             if choice.finished:
                 return
         raise EngineDead("the engine ended before this answer was complete")
-
-    def _observe_token(self, now: float, last: float | None) -> None:
-        self._generated.inc()
-        if last is None:
-            waited = now - self._note.received
-            self._first_token.observe(waited)
-            if self._note.first_token_seconds is None:
-                self._note.first_token_seconds = waited
-        else:
-            self._inter_token.observe(now - last)
-
-    def _finish(self, piece: Piece, stream: TokenStream, output: TokenOutput, now: float) -> None:
-        if not output.finished:
-            stream.cancel()  # a stop string ended the choice; the engine does not know
-        self._metrics.finished.labels(self._label, piece.finish_reason).inc()
-        self._metrics.end_to_end.labels(self._label).observe(now - self._note.received)
 
 
 def _failure(output: TokenOutput) -> ApiError:

@@ -46,6 +46,8 @@ class EngineService(Protocol):
 
     def stats(self) -> Mapping[str, float]: ...
 
+    def tasks_in_work(self) -> tuple[Mapping[str, int], Mapping[str, int]]: ...
+
     def stop(self, drain_seconds: float = 0.0) -> None: ...
 
 
@@ -128,7 +130,7 @@ class Gate:
     def open(self, services: Services) -> None:
         """The model is loaded: serve."""
         self._services = services
-        self.metrics.watch_engine(services.engine)
+        self.metrics.watch(services.engine, services.tasks, services.model.model_id)
         if self.phase == "starting":
             self.phase = "ready"
 

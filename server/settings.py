@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 MIB = 1 << 20
 
@@ -13,6 +14,7 @@ class ServerSettings:
 
     `api_keys` empty: no key is asked. `max_upload_bytes` None: the largest set that the base can have.
     `metric_tasks`: how many task names become labels of their own; later ones count as "other".
+    `metrics_compat`: whose metric names `/metrics` has beside its own.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -25,4 +27,5 @@ class ServerSettings:
     discard_seconds: float = 5.0
     max_choices: int = 1024  # prompts × n of one HTTP request
     metric_tasks: int = 64
+    metrics_compat: Literal["vllm"] | None = None
     drain_seconds: float = 30.0

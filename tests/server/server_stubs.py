@@ -146,7 +146,20 @@ class StubEngine:
         return StubStream(self, request, self.script(request))
 
     def stats(self) -> dict[str, float]:
-        return {"requests_running": len(self.running), "kv_blocks_used": 3, "steps_total": 7}
+        return {
+            "requests_running": len(self.running),
+            "requests_waiting": 0,
+            "kv_blocks_used": 3,
+            "kv_blocks": 12,
+            "kv_block_tokens": 16,
+            "task_rows": 8,
+            "steps_total": 7,
+            "rejected_total": 2,
+        }
+
+    def tasks_in_work(self) -> tuple[dict[str, int], dict[str, int]]:
+        names = [r.task for r in self.requests if r.request_id in self.running]
+        return {name: names.count(name) for name in names}, {}
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         self.alive = False

@@ -27,6 +27,7 @@ from server_stubs import (
 from peqa_runtime.errors import Overloaded
 from peqa_server.app import create_app, create_loading_app
 from peqa_server.auth import OPEN_PATHS, read_key_file
+from peqa_server.log_format import JsonFormatter
 from peqa_server.metrics import Metrics
 from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
@@ -175,16 +176,16 @@ def test_the_log_has_one_line_per_request_and_no_prompt(
         server.complete("my secret", task="sql", max_tokens=3)
         wait_until(lambda: len(caplog.records) >= 1)
     (record,) = [r for r in caplog.records if r.name == "peqa.access"]
-    line = json.loads(record.getMessage())
+    line = json.loads(JsonFormatter().format(record))
     assert (line["path"], line["status"], line["task"], line["tokens"]) == ("/v1/completions", 200, "sql", 3)
-    assert (line["prompt_tokens"], len(line["id"])) == (9, 32)
-    assert line["ms"] > 0
+    assert (line["prompt_tokens"], len(line["id"]), line["client"]) == (9, 32, "127.0.0.1")
+    assert line["ms"] >= line["first_token_ms"] > 0
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="peqa.access"):
         server.error(404, prompt="my secret", task="nope")
         server.error(400, prompt="my secret", max_tokens="x")
         wait_until(lambda: len(caplog.records) >= 2)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "peqa.access"]
+    lines = [json.loads(JsonFormatter().format(r)) for r in caplog.records if r.name == "peqa.access"]
     assert [(x["error"], x["param"], x.get("task")) for x in lines] == [
         ("task_not_found", "task", "nope"),
         ("invalid_type", "max_tokens", None),
