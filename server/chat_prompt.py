@@ -6,9 +6,9 @@ from typing import Any
 
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import encode
+from peqa_server.chat_schemas import ChatCompletionRequest, ChatMessage
 from peqa_server.choice import Prompt
 from peqa_server.errors import ApiError
-from peqa_server.schemas import ChatCompletionRequest, ChatMessage
 from peqa_server.task_choice import Admission
 
 PLACEHOLDER = "{prompt}"

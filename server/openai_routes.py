@@ -17,11 +17,11 @@ from peqa_runtime.text import encode
 from peqa_server.access_log import note_of
 from peqa_server.answers import Answer, AnswerStyle, ChatAnswer, Gathered
 from peqa_server.chat_prompt import chat_prompt
+from peqa_server.chat_schemas import ChatCompletionRequest
 from peqa_server.choice import Prompt, TextRules
 from peqa_server.generation import Generation, Job, check_length
 from peqa_server.listing import list_response
 from peqa_server.schemas import (
-    ChatCompletionRequest,
     CompletionRequest,
     GenerationFields,
     StreamOptions,

@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import decode, encode, token_text
+from peqa_server.chat_schemas import DetokenizeRequest, TokenizeRequest
 from peqa_server.errors import ApiError
-from peqa_server.schemas import DetokenizeRequest, TokenizeRequest, parse
+from peqa_server.schemas import parse
 from peqa_server.services import gate_of
 from peqa_server.streaming import read_body
 from peqa_server.task_choice import chosen_task

@@ -1,0 +1,89 @@
+"""Types of request fields that pydantic does not have: each takes the forms that clients send and gives one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+MAX_STOP_STRINGS = 64
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    """Normalise the four forms of `prompt` to a list of texts or id lists."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists"
+        )
+    if not value:
+        raise PydanticCustomError("prompt", "must not be an empty list")
+    if all(_is_id(v) for v in value):
+        return [value]
+    if all(isinstance(v, str) for v in value):
+        return value
+    if all(isinstance(v, list) and all(_is_id(t) for t in v) for v in value):
+        return value
+    raise PydanticCustomError(
+        "prompt",
+        "must be a string, a list of strings, a list of token ids or a list of such lists, not a mixture",
+    )
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    """Normalise `stop` to a tuple of non-empty strings."""
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("stop", "must hold at most 64 strings")
+    if "" in stops:
+        raise PydanticCustomError("stop", "must not hold an empty string")
+    return tuple(stops)
+
+
+def valid_text(value: object) -> object:
+    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise PydanticCustomError("unicode", "must be valid Unicode (lone surrogate found)") from None
+    return value
+
+
+def _id_list(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(_is_id(v) for v in value):
+        raise PydanticCustomError("ids", "must be a list of token ids")
+    return tuple(value)
+
+
+def _task_choice(value: object) -> object:
+    """A name, or names with their weights. (A union of types would describe its two failures at once.)"""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("task", "must be a task's name, or an object of names and weights")
+    for weight in value.values():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise PydanticCustomError("task", "must have numbers as weights")
+    try:
+        return {name: float(weight) for name, weight in value.items()}
+    except OverflowError:
+        raise PydanticCustomError("task", "must have weights that sum to 1") from None
+
+
+TaskChoice = Annotated[str | dict[str, float], BeforeValidator(_task_choice), BeforeValidator(valid_text)]
+Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), BeforeValidator(valid_text)]
+StopStringList = Annotated[tuple[str, ...], BeforeValidator(_stops), BeforeValidator(valid_text)]
+TokenIdList = Annotated[tuple[int, ...], BeforeValidator(_id_list)]
