@@ -13,15 +13,15 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
-from peqa_server import openai_routes, ops_routes, task_routes
-from peqa_server.access_log import Edge, note_of, refused
+from peqa_server import openai_routes, ops_routes, page_routes, task_routes
+from peqa_server.access_log import Edge, Tracer, note_of, refused
 from peqa_server.auth import ApiKeys
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
 
-ROUTERS = (openai_routes.router, task_routes.router, ops_routes.router)
+ROUTERS = (openai_routes.router, task_routes.router, ops_routes.router, page_routes.router)
 
 
 def create_app(
@@ -38,8 +38,11 @@ def create_app(
     return app
 
 
-def create_loading_app(settings: ServerSettings | None = None) -> FastAPI:
-    """An app that answers 503 until `app.state.gate.open(services)` is called (in the event loop's thread)."""
+def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
+    """An app that answers 503 until `app.state.gate.open(services)` is called (in the event loop's thread).
+
+    `tracer` hears of each request that has ended.
+    """
     settings = settings or ServerSettings()
     metrics = Metrics(settings.metric_tasks, settings.metrics_compat)
     app = FastAPI(
@@ -56,7 +59,7 @@ def create_loading_app(settings: ServerSettings | None = None) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys)
-    app.add_middleware(Edge, metrics=metrics)  # added last: the outermost layer
+    app.add_middleware(Edge, metrics=metrics, tracer=tracer)  # added last: the outermost layer
     return app
 
 

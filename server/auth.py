@@ -12,8 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peqa_server.access_log import refused
 from peqa_server.errors import ApiError
+from peqa_server.page_routes import PUBLIC_PATHS
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"}) | PUBLIC_PATHS
 
 
 def read_key_file(path: Path) -> tuple[str, ...]:

@@ -1,0 +1,33 @@
+// Puts the page together: what is served, its tasks, the comparison, its load.
+
+import { callJson } from "./api.js";
+import { Compare } from "./compare.js";
+import { watchKey } from "./dialogs.js";
+import { byId } from "./dom.js";
+import { startGauges } from "./gauges.js";
+import { TaskList } from "./tasks.js";
+import { watchUploads } from "./uploads.js";
+
+async function nameModel() {
+  try {
+    const facts = await callJson("version", { quiet: true });
+    byId("model").textContent = facts.model ? [facts.model, facts.quantization, facts.device].filter(Boolean).join(" · ") : "loading …";
+  } catch {
+    byId("model").textContent = ""; // no key yet: the list asks for one, and this is read again
+  }
+}
+
+const compare = new Compare(() => tasks.mark());
+const tasks = new TaskList(compare);
+const askNow = startGauges();
+
+async function readAll() {
+  await tasks.load();
+  askNow();
+  nameModel();
+}
+
+watchKey(readAll);
+watchUploads(tasks, (info) => tasks.put(info));
+compare.set("base", true);
+await readAll();
