@@ -14,6 +14,7 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peqa_runtime.core import SamplingParams
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.log_format import event, shown
 from peqa_server.metrics import Metrics
@@ -28,24 +29,26 @@ class RequestNote:
     """What becomes known of a request while it is served. Moments are `time.perf_counter`'s.
 
     `received`: its first byte; `submitted`: handed to the engine; `started`: its first choice runs; then its first
-    and its last token so far. `key`: the name of the API key that it came with. `operation`: what it generates.
+    and its last token so far. `key`: the name of the API key that it came with. `change`: what it does to a task.
     """
 
     request_id: str
     received: float = field(default_factory=time.perf_counter)
     key: str | None = None
-    operation: str | None = None
     task: str | None = None
     revision: str | None = None
     change: str | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     generated_tokens: int | None = None
+    model: str | None = None
+    params: SamplingParams | None = None
+    choices: int | None = None
     submitted: float | None = None
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     finish_reasons: tuple[str, ...] = ()
-    asked: dict[str, object] = field(default_factory=dict)
     error_code: str | None = None
     error_param: str | None = None
     client_gone: bool = False
@@ -129,6 +132,7 @@ def _log_line(level: int, scope: Scope, note: RequestNote, status: int) -> None:
         revision=note.revision[:12] if note.revision else None,
         change=note.change,
         prompt_tokens=note.prompt_tokens,
+        cached_tokens=note.cached_tokens or None,
         tokens=note.generated_tokens,
         queue_ms=_ms(note.submitted, note.started),
         first_token_ms=_ms(note.received, note.first_token),

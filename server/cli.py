@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
+import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,8 +14,9 @@ from peqa_runtime.cli import wait_asleep
 from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
-    from peqa_server.loading import Report, ServeOptions
+    from peqa_server.loading import ServeOptions
     from peqa_server.services import Services
+    from peqa_server.start_report import Observing
 
 app = typer.Typer(
     name="peqa",
@@ -124,7 +124,25 @@ MaxUpload = Annotated[
 DrainSeconds = Annotated[
     float, typer.Option(help="Time for running answers after SIGTERM.", envvar="PEQA_DRAIN_SECONDS", min=0)
 ]
-LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.", envvar="PEQA_LOG_LEVEL")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option(help="What is logged.", envvar="PEQA_LOG_LEVEL", case_sensitive=False),
+]
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(help="Log lines for people or for programs.", envvar="PEQA_LOG_FORMAT"),
+]
+MetricsCompat = Annotated[
+    Literal["vllm"] | None,
+    typer.Option(help="/metrics also under this server's names.", envvar="PEQA_METRICS_COMPAT"),
+]
+TracesEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="OTLP collector for traces, such as http://collector:4318. OTEL_ variables do as well.",
+        envvar="PEQA_OTLP_TRACES_ENDPOINT",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Report the start as one JSON line.", envvar="PEQA_JSON")
 ]
@@ -156,15 +174,21 @@ def serve(
     max_upload_mb: MaxUpload = None,
     drain_seconds: DrainSeconds = 30.0,
     log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
+    metrics_compat: MetricsCompat = None,
+    otlp_traces_endpoint: TracesEndpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve a base and its tasks over HTTP.
 
     Example: peqa serve bases/smollm2 --port 8000 --store tasks
     """
+    began = time.perf_counter()
     from peqa_server.loading import ServeOptions
+    from peqa_server.log_format import set_up_logging
+    from peqa_server.start_report import Observing
 
-    _set_up_logging(log_level)
+    set_up_logging(log_level, log_format)
     sizes = {
         "max_model_len": max_model_len,
         "max_sequences": max_sequences,
@@ -188,7 +212,8 @@ def serve(
         watch_seconds=watch_seconds,
         engine={name: value for name, value in sizes.items() if value is not None},
     )
-    raise typer.Exit(_serve(options, host, port, api_key_file, max_upload_mb, drain_seconds, as_json))
+    seen = Observing(log_format, metrics_compat, otlp_traces_endpoint, as_json, began)
+    raise typer.Exit(_serve(options, host, port, api_key_file, max_upload_mb, drain_seconds, seen))
 
 
 def _serve(
@@ -198,7 +223,7 @@ def _serve(
     api_key_file: Path | None,
     max_upload_mb: int | None,
     drain_seconds: float,
-    as_json: bool,
+    seen: Observing,
 ) -> int:
     """Bind, then load beside the running server; the exit status."""
     from peqa_server.app import create_loading_app
@@ -206,11 +231,15 @@ def _serve(
     from peqa_server.loading import load_services
     from peqa_server.run import CannotBind, is_loopback, listen, run
     from peqa_server.settings import MIB, ServerSettings
+    from peqa_server.start_report import announce
+    from peqa_server.tracing import TracingUnavailable, open_tracer, tracing_wanted
 
     try:
+        endpoint, environ = seen.traces_endpoint, os.environ
+        tracer = open_tracer(endpoint, environ) if tracing_wanted(endpoint, environ) else None
         keys = read_key_file(api_key_file) if api_key_file is not None else ()
         listener = listen(host, port)
-    except (CannotBind, ValueError, OSError) as error:
+    except (CannotBind, TracingUnavailable, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         return 1
     if not is_loopback(host) and not keys:
@@ -223,54 +252,21 @@ def _serve(
         api_keys=keys,
         max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
         drain_seconds=drain_seconds,
+        metrics_compat=seen.metrics_compat,
     )
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def load() -> Services:
         services, report = load_services(options, lambda line: typer.echo(line, err=True))
-        _show(report, url, as_json)
+        asked = f"{len(keys)} API keys" if keys else "none asked for"
+        announce(report, url, asked, seen)
         return services
 
-    return run(create_loading_app(settings), listener, load, drain_seconds)
-
-
-def _set_up_logging(level: str) -> None:
-    if level.lower() not in ("debug", "info", "warning", "error"):
-        raise typer.BadParameter("must be debug, info, warning or error", param_hint="--log-level")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "asyncio", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _show(report: Report, url: str, as_json: bool) -> None:
-    """What the start found, for people as a table."""
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report) | {"url": url}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, title="peqa serves", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    rows = {
-        "model": f"{report.model} (base {report.base_digest[:12]})",
-        "weights": report.quantization,
-        "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}",
-        "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
-        "tasks": f"{_few(('base', *report.tasks))} (up to {report.task_rows} on the device at once)",
-        "unusable": "; ".join(report.unusable),
-        "store": report.store,
-        "URL": url,
-    }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, value)
-    Console().print(table)
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    try:
+        return run(create_loading_app(settings, tracer), listener, load, drain_seconds)
+    finally:
+        if tracer is not None:
+            tracer.close()
 
 
 def main() -> None:

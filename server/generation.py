@@ -65,6 +65,7 @@ class Generation:
         self._cached = [0] * job.num_choices
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
         note.prompt_tokens = self.num_prompt_tokens
+        note.model, note.params, note.choices = services.model.model_id, job.params, job.num_choices
 
     @property
     def num_generated_tokens(self) -> int:
@@ -125,7 +126,11 @@ class Generation:
                     yield item
         finally:
             self.cancel()
-            self._note.generated_tokens = self.num_generated_tokens
+            usage = self.usage
+            self._note.generated_tokens, self._note.cached_tokens = (
+                usage.completion_tokens,
+                usage.cached_tokens,
+            )
 
     async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
         queue: asyncio.Queue[tuple[int, Piece] | asyncio.Task[None]] = asyncio.Queue()

@@ -70,7 +70,7 @@ async def rollback(request: Request, task: str) -> JSONResponse:
     services = _services(request, task)
     body = await read_body(request, gate.settings)
     wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
-    with _counted(gate, "rollback"):
+    with _counted(request, gate, "rollback", task):
         info = await asyncio.to_thread(services.tasks.rollback, task, wanted.revision, _if_match(request))
     return _changed(request, services.tasks, info)
 
@@ -90,7 +90,7 @@ async def put_task(request: Request, task: str) -> JSONResponse:
     services = _services(request, task)
     if_match = _if_match(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
-    with _counted(gate, "upload"), gate.entered():
+    with _counted(request, gate, "upload", task), gate.entered():
         async with spooled_body(request, gate.settings, limit, services.spool_folder) as file:
             received = time.perf_counter()
             info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)
@@ -103,9 +103,8 @@ async def delete_task(request: Request, task: str) -> JSONResponse:
     """Remove a task. Requests that already run on it finish; new ones get a 404."""
     gate = gate_of(request)
     services = _services(request, task)
-    with _counted(gate, "delete"):
+    with _counted(request, gate, "delete", task):
         await asyncio.to_thread(services.tasks.delete, task, _if_match(request))
-    note_of(request.scope).task = task
     return JSONResponse({"task": task, "deleted": True})
 
 
@@ -126,7 +125,10 @@ def _services(request: Request, task: str) -> Services:
 
 
 @contextlib.contextmanager
-def _counted(gate: Gate, action: str) -> Iterator[None]:
+def _counted(request: Request, gate: Gate, action: str, task: str) -> Iterator[None]:
+    """Around a change: who asked for what stands in the log, whatever comes of it."""
+    note = note_of(request.scope)
+    note.task, note.change = task, action
     outcome = "refused"
     try:
         yield
