@@ -16,7 +16,8 @@ PeqaError
 ├── StoreError                the scale store cannot be read or written (507)
 ├── InvalidCheckpoint         a model file or base folder that cannot be used
 ├── UnsupportedModel          a model that this runtime would compute wrongly
-└── InvalidData               a training or evaluation file that cannot be used
+├── InvalidData               a training or evaluation file that cannot be used
+└── TrainingDiverged          the loss of a tuning run became NaN or infinite
 """
 
 from __future__ import annotations
@@ -96,3 +97,7 @@ class UnsupportedModel(PeqaError):
 
 class InvalidData(PeqaError):
     """A data file for training or evaluation cannot be used."""
+
+
+class TrainingDiverged(PeqaError):
+    """The loss or its gradient is no number any more; the run has ended before the scales were touched."""
