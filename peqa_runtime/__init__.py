@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from peqa_runtime.constraint import Constraint
     from peqa_runtime.core import (
         BASE_REVISION,
         BASE_TASK,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         LinearShape,
         Request,
         RevisionInfo,
-        SamplingParams,
         ScaleKind,
         TaskInfo,
         TokenLogprobs,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         quantize_folder,
         read_manifest,
     )
+    from peqa_runtime.sampling_params import SamplingParams
     from peqa_runtime.scales.scale_set import ScaleSet
     from peqa_runtime.scales.scale_store import ScaleStore
     from peqa_runtime.scales.task_library import TaskLibrary
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "peqa_runtime.constraint": ("Constraint",),
     "peqa_runtime.core": (
         "BASE_REVISION",
         "BASE_TASK",
@@ -81,7 +83,6 @@ _HOMES = {
         "LinearShape",
         "Request",
         "RevisionInfo",
-        "SamplingParams",
         "ScaleKind",
         "TaskInfo",
         "TokenLogprobs",
@@ -121,6 +122,7 @@ _HOMES = {
         "quantize_folder",
         "read_manifest",
     ),
+    "peqa_runtime.sampling_params": ("SamplingParams",),
     "peqa_runtime.scales.scale_set": ("ScaleSet",),
     "peqa_runtime.scales.scale_store": ("ScaleStore",),
     "peqa_runtime.scales.task_library": ("TaskLibrary",),
@@ -142,6 +144,7 @@ __all__ = [
     "AsyncEngine",
     "BaseManifest",
     "Completion",
+    "Constraint",
     "Engine",
     "EngineConfig",
     "EngineDead",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peqa_runtime.errors import InvalidRequest, InvalidTaskName
+from peqa_runtime.sampling_params import SamplingParams
 
 BASE_TASK = "base"
 """The reserved task name that means "no scale set": every scale is 1."""
@@ -33,8 +34,9 @@ SCALE_KINDS: tuple[ScaleKind, ...] = ("channel", "channel+input", "group")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-ErrorCode = Literal["numerical_error", "request_failed", "engine_restarted"]
-"""Why a request ended with "error": NaN or infinity in its logits; computing it raised; the engine lost its step."""
+ErrorCode = Literal["numerical_error", "request_failed", "engine_restarted", "no_token_left"]
+"""Why a request ended with "error": NaN or infinity in its logits; computing it raised; the engine lost its step; what
+it allows (its form, its tokens) left none to choose."""
 
 _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -87,60 +89,6 @@ class FusedLinear:
     def out_features(self) -> int:
         """Output features of the launch: the siblings' together."""
         return sum(self.sizes)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when generation ends. Values outside their range raise `InvalidRequest`.
-
-    `logprobs` / `prompt_logprobs`: how many alternatives to report per generated / prompt token (0 = only the
-    token itself, None = none). `temperature` 0 is greedy. `seed` None draws one at random on admission.
-    """
-
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every range; the message names the field and the allowed values."""
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("max_tokens", self.max_tokens >= 0, "at least 0"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "greater than 0 and at most 1"),
-            ("top_k", self.top_k >= -1, "-1 or 0 (off) or a positive number"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            # Below 0.01 the penalised logits leave float32, and the request would end as if the model had failed.
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "between 0.01 and 100"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
-                "between 0 and 20",
-            ),
-        )
-        for name, ok, allowed in checks:
-            if not ok:
-                raise InvalidRequest(f"{name} must be {allowed}, got {getattr(self, name)!r}", param=name)
-
-    @property
-    def greedy(self) -> bool:
-        """True when the most likely token is always taken."""
-        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True)
@@ -353,13 +301,17 @@ class StepResult:
     """What a step gave for one scheduled sequence. `token_id` is None when nothing was sampled.
 
     `prompt_logprobs` are those of the prompt tokens whose predecessors this step computed. `finite` is False when
-    a row of logits held NaN or infinity: the numbers are then worthless and the request ends.
+    a row of logits held NaN or infinity: the numbers are then worthless and the request ends. `form`: whether the form
+    that the request asked for is "complete" with this token, has "ended" before it, or is "open" (also: it asked for
+    none). `refusal`: no token could be chosen, and why; the request ends.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finite: bool = True
+    form: Literal["open", "complete", "ended"] = "open"
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
