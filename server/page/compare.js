@@ -60,7 +60,7 @@ class Column {
     text.node.setAttribute("aria-busy", "true");
     try {
       const end = await this.#stream(this.#request(body, message, system), text, signal);
-      this.#tell(ENDS[end] ?? "Done", "done");
+      this.#tell(text.content ? (ENDS[end] ?? "Done") : "Done: the answer is empty", "done");
     } catch (error) {
       if (error.name === "AbortError") this.#tell("Stopped", "stopped");
       else this.#tell(error.message, "failed");
@@ -173,6 +173,8 @@ export class Compare {
       this.columns.get(name).node.remove();
       this.columns.delete(name);
     }
+    const names = [...this.columns.keys()].join(", ");
+    byId("chosen").textContent = names ? `Comparing ${names}.` : "Nothing is chosen.";
     this.changed();
     return true;
   }
