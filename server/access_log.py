@@ -15,6 +15,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peqa_runtime.core import SamplingParams
+from peqa_server.access.caller import Caller
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.log_format import event, shown
 from peqa_server.metrics import Metrics
@@ -29,12 +30,12 @@ class RequestNote:
     """What becomes known of a request while it is served. Moments are `time.perf_counter`'s.
 
     `received`: its first byte; `submitted`: handed to the engine; `started`: its first choice runs; then its first
-    and its last token so far. `key`: the name of the API key that it came with. `change`: what it does to a task.
+    and its last token so far. `key_id`: of the API key that it came with. `change`: what it does to a task.
     """
 
     request_id: str
     received: float = field(default_factory=time.perf_counter)
-    key: str | None = None
+    key_id: str | None = None
     task: str | None = None
     revision: str | None = None
     change: str | None = None
@@ -102,7 +103,7 @@ class Edge:
         pattern = getattr(route, "path", None) or "unmatched"
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._metrics.http_requests.labels(pattern, method, str(status)).inc()
-        if note.error_code is not None:
+        if note.error_code is not None and pattern not in _QUIET:
             self._metrics.rejections.labels(note.error_code).inc()
         if note.client_gone:
             self._metrics.disconnects.inc()
@@ -127,7 +128,7 @@ def _log_line(level: int, scope: Scope, note: RequestNote, status: int) -> None:
         id=note.request_id,
         ms=_ms(note.received, time.perf_counter()),
         client=scope["client"][0] if scope.get("client") else None,
-        key=note.key,
+        key=note.key_id,
         task=note.task,
         revision=note.revision[:12] if note.revision else None,
         change=note.change,

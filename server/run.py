@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -17,6 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from peqa_runtime.errors import PeqaError
+from peqa_server.conditions import watch_conditions
+from peqa_server.log_format import event
 from peqa_server.services import EngineService, Gate, Services
 
 log = logging.getLogger("peqa.server")
@@ -86,6 +89,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._conditions: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal or a failed load."""
@@ -126,6 +130,7 @@ class DrainingServer(uvicorn.Server):
     def _open(self, services: Services) -> None:
         self.gate.open(services)
         self._watching = asyncio.ensure_future(self._watch(services.engine))
+        self._conditions = asyncio.ensure_future(watch_conditions(services, services.spool_folder))
 
     async def _watch(self, engine: EngineService) -> None:
         """End the server when the engine has died: its running answers have been told, and get time to say so."""
@@ -148,10 +153,14 @@ class DrainingServer(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        if not await self.gate.drain(self.drain_seconds):
+        began = time.perf_counter()
+        finished = await self.gate.drain(self.drain_seconds)
+        if not finished:
             log.warning("some answers did not finish in %g s and are cut short", self.drain_seconds)
         await asyncio.to_thread(self.gate.services.engine.stop, 0.0)
         await asyncio.to_thread(self.gate.services.tasks.close)
+        seconds = round(time.perf_counter() - began, 1)
+        event(log, logging.INFO, "drained; the server ends", seconds=seconds, all_finished=finished)
         self.should_exit = True
 
 

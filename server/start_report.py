@@ -15,6 +15,8 @@ from peqa_server.metrics import Compat
 
 log = logging.getLogger("peqa.server")
 
+MAX_LISTED = 20
+
 
 @dataclass(frozen=True)
 class Observing:
@@ -55,7 +57,7 @@ def announce(report: Report, url: str, keys: str, seen: Observing) -> None:
         store=report.store,
         seconds=round(time.perf_counter() - seen.began, 1),
     )
-    for line in report.unusable:
+    for line in report.unusable[:MAX_LISTED]:
         task, _, reason = line.partition(": ")
         event(log, logging.WARNING, "task cannot be used", task=task, reason=reason)
 
@@ -73,7 +75,7 @@ def _table(report: Report, url: str, keys: str) -> None:
         "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}",
         "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
         "tasks": f"{_few(('base', *report.tasks))} (up to {report.task_rows} on the device at once)",
-        "unusable": "; ".join(report.unusable),
+        "unusable": _few(report.unusable, "; "),
         "store": report.store,
         "keys": keys,
         "URL": url,
@@ -84,5 +86,7 @@ def _table(report: Report, url: str, keys: str) -> None:
     Console().print(table)
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+def _few(names: tuple[str, ...], between: str = ", ") -> str:
+    return between.join(names[:MAX_LISTED]) + (
+        f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    )

@@ -168,7 +168,7 @@ def _attributes(
         "url.scheme": scope.get("scheme"),
         "error.type": note.error_code,
         "peqa.request_id": note.request_id,
-        "peqa.key": note.key,
+        "peqa.key": note.key_id,
         "peqa.task": note.task,
         "peqa.revision": note.revision or None,
         "peqa.change": note.change,

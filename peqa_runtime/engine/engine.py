@@ -325,14 +325,17 @@ class Engine:
             if name not in kept
         ]
 
-    def _strike(self, lease: Lease | None) -> None:
+    def _strike(self, request_id: str, lease: Lease | None) -> None:
         """A request ended with NaN or infinity: after some its revision is set aside. The base cannot be."""
         self._counts["numerical_errors_total"] += 1
         if lease is None or lease.revision == BASE_REVISION:
-            logger.error("a request on the base ended with NaN or infinity")
+            logger.error("request %s, on the base, ended with NaN or infinity", request_id)
             return
         logger.error(
-            "a request of task %r, revision %s, ended with NaN or infinity", lease.task, lease.revision
+            "request %s of task %r, revision %s, ended with NaN or infinity",
+            request_id,
+            lease.task,
+            lease.revision,
         )
         if self.tasks.registry.strike(lease.revision):
             logger.error("task %r, revision %s, is in quarantine", lease.task, lease.revision)
@@ -348,7 +351,7 @@ class Engine:
                     self._counts["errors_total"] += 1
                 lease = self._leases.pop(output.request_id)
                 if output.error_code == "numerical_error":
-                    self._strike(lease)
+                    self._strike(output.request_id, lease)
                 self.unpin(lease)
         self._counts["steps_total"] += 1
         self._step_seconds = seconds
