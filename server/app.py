@@ -15,6 +15,7 @@ from starlette.routing import Match, Route
 from peqa_runtime.errors import InvalidTaskName, PeqaError
 from peqa_server import openai_routes, ops_routes, page_routes, task_routes
 from peqa_server.access_log import Edge, Tracer, note_of, refused
+from peqa_server.api_document import DescribedApp
 from peqa_server.auth import ApiKeys
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
@@ -45,7 +46,7 @@ def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | 
     """
     settings = settings or ServerSettings()
     metrics = Metrics(settings.metric_tasks, settings.metrics_compat)
-    app = FastAPI(
+    app = DescribedApp(
         title="peqa",
         summary="One frozen low-bit model, many tasks",
         docs_url=None,  # FastAPI's page loads its scripts from outside hosts

@@ -20,7 +20,7 @@ from peqa_server.services import TaskService
 Json = Mapping[str, Any]
 
 _PIECE = 250  # rows: a few milliseconds of work, between which other requests get their turn
-_MAX_LIMIT = 10_000
+MAX_LIMIT = 10_000
 
 
 async def list_response(
@@ -78,9 +78,9 @@ def _limit(request: Request) -> int | None:
     text = request.query_params.get("limit")
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= _MAX_LIMIT):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_LIMIT):
         raise ApiError(
-            400, f"limit must be a whole number from 1 to {_MAX_LIMIT}, got {text[:40]!r}", code="invalid_value",
+            400, f"limit must be a whole number from 1 to {MAX_LIMIT}, got {text[:40]!r}", code="invalid_value",
             param="limit",
         )  # fmt: skip
     return int(text)

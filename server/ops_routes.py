@@ -11,17 +11,19 @@ from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import decode, encode, token_text
+from peqa_server.api_document import refusals
 from peqa_server.chat_schemas import DetokenizeRequest, TokenizeRequest
 from peqa_server.errors import ApiError
 from peqa_server.schemas import parse
 from peqa_server.services import gate_of
 from peqa_server.streaming import read_body
+from peqa_server.task_answers import StatusAnswer
 from peqa_server.task_choice import chosen_task
 
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses={200: {"model": StatusAnswer}, **refusals(503)})
 async def health(request: Request) -> JSONResponse:
     """200 while the process can work: loading, serving or draining. 503 when the engine is dead."""
     gate = gate_of(request)
@@ -31,7 +33,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": gate.phase})
 
 
-@router.get("/ready")
+@router.get("/ready", responses={200: {"model": StatusAnswer}, **refusals(503)})
 async def ready(request: Request) -> JSONResponse:
     """200 once the model is loaded and until the server drains."""
     gate = gate_of(request)
@@ -41,7 +43,11 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     # Thousands of lines where many tasks are served: written in a thread, so that no token waits for them.

@@ -14,18 +14,38 @@ from starlette.responses import JSONResponse, Response
 from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import NoSuchRevision
 from peqa_server.access_log import note_of
+from peqa_server.api_document import bytes_body, json_body, parameter, refusals
 from peqa_server.errors import ApiError
-from peqa_server.listing import list_response
+from peqa_server.listing import MAX_LIMIT, list_response
 from peqa_server.schemas import RollbackRequest, parse
 from peqa_server.services import Gate, ServedModel, Services, TaskService, gate_of
 from peqa_server.streaming import read_body
+from peqa_server.task_answers import (
+    DeletedAnswer,
+    RevisionListAnswer,
+    TaskAnswer,
+    TaskListAnswer,
+    TaskName,
+)
 from peqa_server.upload import spooled_body
 
 # `:path` lets a name hold slashes as far as the check of names, which refuses it with a 422 instead of a bare 404.
 router = APIRouter(prefix="/v1/tasks")
 
+_IF_MATCH = parameter(
+    "If-Match", "header", "The revision that must be current, quoted, or *.", {"type": "string"}
+)
+_PAGE = [
+    parameter(
+        "limit", "query", "At most so many rows.", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
+    ),
+    parameter("after", "query", "Rows whose names come after this one.", {"type": "string"}),
+]
 
-@router.get("")
+
+@router.get(
+    "", responses={200: {"model": TaskListAnswer}, **refusals(400)}, openapi_extra={"parameters": _PAGE}
+)
 async def list_tasks(request: Request) -> Response:
     """Every task, without its note, and the sets in the store that this base cannot use.
 
@@ -41,16 +61,25 @@ async def list_tasks(request: Request) -> Response:
     return await list_response(request, tasks, row, more={"unusable": rows})
 
 
-@router.get("/{task:path}/revisions")
-async def list_revisions(request: Request, task: str) -> JSONResponse:
+@router.get(
+    "/{task:path}/revisions", responses={200: {"model": RevisionListAnswer}, **refusals(404, 409, 422)}
+)
+async def list_revisions(request: Request, task: TaskName) -> JSONResponse:
     """The kept revisions of a task, newest first."""
     services = _services(request, task)
     rows = await asyncio.to_thread(services.tasks.revisions, task)
     return JSONResponse({"object": "list", "task": task, "data": [_revision_json(row) for row in rows]})
 
 
-@router.get("/{task:path}/content")
-async def get_content(request: Request, task: str, revision: str | None = None) -> Response:
+@router.get(
+    "/{task:path}/content",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        **refusals(404, 409, 422),
+    },
+)
+async def get_content(request: Request, task: TaskName, revision: str | None = None) -> Response:
     """The scale set file of a task, byte for byte as uploaded; `?revision=` for an older one that is kept."""
     services = _services(request, task)
     info = await asyncio.to_thread(services.tasks.info, task)
@@ -63,8 +92,12 @@ async def get_content(request: Request, task: str, revision: str | None = None) 
     return Response(data, media_type="application/octet-stream", headers=headers)
 
 
-@router.post("/{task:path}/rollback")
-async def rollback(request: Request, task: str) -> JSONResponse:
+@router.post(
+    "/{task:path}/rollback",
+    responses={200: {"model": TaskAnswer}, **refusals(404, 409, 412, 422, 507)},
+    openapi_extra={**json_body(RollbackRequest, required=False), "parameters": [_IF_MATCH]},
+)
+async def rollback(request: Request, task: TaskName) -> JSONResponse:
     """Make the previous revision current, or the one that the body's `revision` names."""
     gate = gate_of(request)
     services = _services(request, task)
@@ -75,16 +108,20 @@ async def rollback(request: Request, task: str) -> JSONResponse:
     return _changed(request, services.tasks, info)
 
 
-@router.get("/{task:path}")
-async def get_task(request: Request, task: str) -> JSONResponse:
+@router.get("/{task:path}", responses={200: {"model": TaskAnswer}, **refusals(404, 409, 422)})
+async def get_task(request: Request, task: TaskName) -> JSONResponse:
     """One task's current revision and what is known about it."""
     services = _services(request, task)
     info = await asyncio.to_thread(services.tasks.info, task)
     return _task_response(services.tasks, info)
 
 
-@router.put("/{task:path}")
-async def put_task(request: Request, task: str) -> JSONResponse:
+@router.put(
+    "/{task:path}",
+    responses={200: {"model": TaskAnswer}, **refusals(409, 412, 422, 507)},
+    openapi_extra={**bytes_body("A scale set: one .safetensors file."), "parameters": [_IF_MATCH]},
+)
+async def put_task(request: Request, task: TaskName) -> JSONResponse:
     """Upload a scale set: the body is the file's bytes. Live for every request that starts after the 200."""
     gate = gate_of(request)
     services = _services(request, task)
@@ -98,8 +135,12 @@ async def put_task(request: Request, task: str) -> JSONResponse:
     return _changed(request, services.tasks, info)
 
 
-@router.delete("/{task:path}")
-async def delete_task(request: Request, task: str) -> JSONResponse:
+@router.delete(
+    "/{task:path}",
+    responses={200: {"model": DeletedAnswer}, **refusals(400, 404, 409, 412, 422, 507)},
+    openapi_extra={"parameters": [_IF_MATCH]},
+)
+async def delete_task(request: Request, task: TaskName) -> JSONResponse:
     """Remove a task. Requests that already run on it finish; new ones get a 404."""
     gate = gate_of(request)
     services = _services(request, task)
