@@ -78,6 +78,9 @@ def compile_all(folder: Path | None = None, output: Path | None = None) -> list[
         for isa in builds:
             target = output / isa.file_name
             error = _compile(compiler, isa.compiler_flags, folder, target)
+            if error and not isa.wanted:
+                target.unlink(missing_ok=True)  # one of earlier sources would be found stale
+                continue
             if error:
                 failures.append(f"{' '.join(compiler)}: {error}")
                 break

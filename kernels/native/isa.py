@@ -17,6 +17,7 @@ class Isa:
     name: str
     compiler_flags: tuple[str, ...]
     cpu_flags: frozenset[str]
+    wanted: bool = True  # False: older compilers do not know its instructions, and the others do without it
 
     @property
     def file_name(self) -> str:
@@ -24,12 +25,16 @@ class Isa:
         return f"_peqa_{self.name}.so"
 
 
+_VNNI_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma")
+_VNNI_CPU = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma"})
 _X86 = (  # best first
     Isa(
-        "avx512vnni",
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma"}),
+        "amx",
+        (*_VNNI_FLAGS, "-mamx-tile", "-mamx-int8"),
+        _VNNI_CPU | {"amx_tile", "amx_int8"},
+        wanted=False,
     ),
+    Isa("avx512vnni", _VNNI_FLAGS, _VNNI_CPU),
     Isa(
         "avx512",
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),

@@ -32,7 +32,7 @@ INLINE void unpack(const int bits, const int32_t *from, size_t units, unpacked *
         }
 }
 
-static void unpack_block(const job *j, size_t panel, size_t k0, size_t length, unpacked *to)
+INLINE void unpack_block(const job *j, size_t panel, size_t k0, size_t length, unpacked *to)
 {
     const size_t units = length / UNIT;
     const int32_t *from =
@@ -101,7 +101,8 @@ typedef struct {
 INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
 {
     const size_t row = stripe_start(stripe, j->rows);
-    const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0, first = segment * j->rows + row;
+    const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0;
+    const size_t first = segment * stripe_room(stripe_count(j->rows), j->rows) + stripe_room(stripe, j->rows);
     return (stripe_place){
         .row = row,
         .rows = stripe_start(stripe + 1, j->rows) - row,

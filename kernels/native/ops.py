@@ -18,7 +18,7 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 5  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 6  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -28,6 +28,10 @@ EXPORTS = (
 
 class StaleLibrary(Exception):
     """A library that was built from other sources than these."""
+
+
+class NoRegisters(Exception):
+    """The operating system does not let this process use the registers that a build needs."""
 
 
 class _Scratch(threading.local):
@@ -51,7 +55,11 @@ class NativeOps:
     """The kernels of one build of the library. Safe to call from several threads."""
 
     def __init__(self, path: Path, isa: Isa) -> None:
-        """Load the library at `path`; OSError when it does not load, StaleLibrary when its ABI is another."""
+        """Load the library at `path`.
+
+        Raises OSError when it does not load, StaleLibrary when its ABI is another, NoRegisters when this process may
+        not use what it needs.
+        """
         self.isa = isa
         self._library = ctypes.CDLL(str(path))
         try:
@@ -65,6 +73,8 @@ class NativeOps:
         missing = [name for name in EXPORTS if not hasattr(self._library, name)]
         if missing:
             raise StaleLibrary(f"{path.name} has no {missing[0]}: it was built before these sources")
+        if self.function("peqa_ask_for_registers", c_int64)() != 0:
+            raise NoRegisters(f"{path.name} needs registers that this system does not grant")
         serve = self._library.peqa_pool_serve
         serve.argtypes = (c_void_p,)
         serve.restype = None

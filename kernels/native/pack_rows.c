@@ -35,27 +35,58 @@ INLINE int32_t load_chain(const float *from, const float *scale, size_t real, si
     return ihmax(top);
 }
 
+/* Rounds one unit to pairs; returns `total` with the integers added. */
+INLINE vi round_unit(const float *from, float by, int32_t *to, vi total)
+{
+    const vi most = iset(32767), ones = iset(0x10001);
+    for (size_t i = 0; i < PAIRS; i += VL) {
+        const vi low = imin(vround(vload(from + i) * vset(by)), most);
+        const vi high = imin(vround(vload(from + PAIRS + i) * vset(by)), most);
+        const vi pair = (low & iset(0xffff)) | ileft(high, 16);
+        istore(to + i, pair);
+        total = idot(total, pair, ones);
+    }
+    return total;
+}
+
 /* Rounds a chain to units `stride` words apart; returns the sum of the integers. */
 INLINE int32_t round_chain(const float *from, float by, size_t length, int32_t *to, size_t stride)
 {
-    const vi most = iset(32767), ones = iset(0x10001);
     vi total = iset(0);
     for (size_t k = 0; k < length; k += UNIT, to += stride)
-        for (size_t i = 0; i < PAIRS; i += VL) {
-            const vi low = imin(vround(vload(from + k + i) * vset(by)), most);
-            const vi high = imin(vround(vload(from + k + PAIRS + i) * vset(by)), most);
-            const vi pair = (low & iset(0xffff)) | ileft(high, 16);
-            istore(to + i, pair);
-            total = idot(total, pair, ones);
-        }
+        total = round_unit(from + k, by, to, total);
     return ihsum(total);
 }
+
+#if TILES
+/* The same to the bytes of slabs, see packed_rows: `to` is the row's in the stripe's first slab; the chain begins with
+ * input k0. */
+INLINE int32_t split_chain(const float *from, float by, size_t length, uint8_t *to, size_t k0, size_t slab,
+                           size_t padded_rows)
+{
+    int32_t pair[PAIRS] __attribute__((aligned(64)));
+    vi total = iset(0);
+    for (size_t k = 0; k < length; k += UNIT) {
+        total = round_unit(from + k, by, pair, total);
+        uint8_t *low = to + (k0 + k) / slab * slab * 2 * padded_rows + (k0 + k) % slab;
+        uint8_t *high = low + slab * padded_rows;
+        for (size_t i = 0; i < PAIRS / 2; i++) {
+            const uint32_t a = (uint32_t)pair[2 * i], b = (uint32_t)pair[2 * i + 1], even = 0x00ff00ff;
+            const uint32_t low_bytes = (a & even) | (b & even) << 8, high_bytes = (a >> 8 & even) | (b & ~even);
+            __builtin_memcpy(low + 4 * i, &low_bytes, 4);
+            __builtin_memcpy(high + 4 * i, &high_bytes, 4);
+        }
+    }
+    return ihsum(total);
+}
+#endif
 
 typedef struct {
     const float *from, *scale; /* the row's inputs, and its input scales or NULL */
     int32_t *x, *counts;       /* the row's own first word of each array, a stripe's rows apart from the next */
     float *steps;
     size_t rows; /* of the stripe */
+    size_t padded_rows; /* of a stripe of matrix tiles, where these are what it is for; else 0 */
 } row_target;
 
 static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t, size_t block)
@@ -81,8 +112,14 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
     t->steps[block * t->rows] = step;
     for (size_t chain = first; chain < last; chain++) {
         const size_t at = chain_start(c, chain);
-        const int32_t count = round_chain(value + (at - start), by, chain_length(c, chain), t->x + at / 2 * t->rows,
-                                          t->rows * PAIRS);
+        const size_t length = chain_length(c, chain);
+        int32_t count;
+#if TILES
+        if (t->padded_rows)
+            count = split_chain(value + (at - start), by, length, (uint8_t *)t->x, at, slab_of(c), t->padded_rows);
+        else
+#endif
+            count = round_chain(value + (at - start), by, length, t->x + at / 2 * t->rows, t->rows * PAIRS);
         /* Codes are stored unsigned; with offsets the zero points are all in those. */
         t->counts[chain * t->rows] = w->offsets ? bits_of(-(float)count) : -count * (1 << (w->bits - 1));
     }
@@ -93,20 +130,22 @@ void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_
 {
     const cuts c = cut(w);
     const size_t first = stripe_start(stripe, rows), n = stripe_start(stripe + 1, rows) - first;
+    const size_t padded = on_tiles(rows) ? tile_stripe_rows(rows) : 0;
 
     for (size_t segment = 0; segment < out.segments; segment++)
         for (size_t r = 0; r < n; r++) {
-            const size_t at = segment * rows + first;
+            const size_t at = segment * stripe_room(stripe_count(rows), rows) + stripe_room(stripe, rows);
             const float *scale = 0;
             if (in_scale)
                 scale = in_scale + ((size_t)row[first + r] * (size_t)w->segments + segment) * (size_t)w->in_features;
             const row_target target = {
                 .from = x + (first + r) * ldx,
                 .scale = scale,
-                .x = out.x + at * (c.kp / 2) + r * PAIRS,
+                .x = out.x + at * (c.kp / 2) + (padded ? r * slab_of(&c) / 4 : r * PAIRS),
                 .counts = out.counts + at * c.chains + r,
                 .steps = out.steps + at * c.blocks + r,
                 .rows = n,
+                .padded_rows = padded,
             };
             for (size_t block = 0; block < c.blocks; block++)
                 pack_block(w, &c, &target, block);

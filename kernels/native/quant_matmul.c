@@ -6,10 +6,9 @@
  */
 #include "few_rows.h"
 #include "many_rows.h"
+#include "tile_rows.h"
 
 #define CODES_AT_ONCE ((size_t)1 << 18) /* bytes of codes that stay in the second cache level for all stripes of rows */
-#define FEW_ROWS (2 * ROWS_MAX)         /* more than two stripes earn back the unpacking of codes to memory */
-#define ROWS_PER_PASS 96                /* their totals of one panel take 12 KiB of the first cache level */
 #define PASS_STRIPES ((ROWS_PER_PASS + ROWS_MAX - 1) / ROWS_MAX)
 
 /* One stripe of R rows times the panels first..last. Few rows take several panels at once: that many sums hide the
@@ -29,16 +28,6 @@
             for (size_t lane = 0; lane < PANEL; lane += TILE_V * VL)                                                   \
                 few_tile(R, TILE_V, BITS, j, panel, lane, stripe);                                                     \
     }
-#define MANY(R)                                                                                                        \
-    static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,        \
-                         const block_place *b, totals *total)                                                          \
-    {                                                                                                                  \
-        many_tile(R, TILE_V, j, codes, panel, lane, s, b, total);                                                      \
-    }                                                                                                                  \
-    static void end_##R(const job *j, size_t panel, size_t lane, size_t row, const totals *total)                      \
-    {                                                                                                                  \
-        end_rows(R, TILE_V, j, row, panel, lane, total);                                                               \
-    }
 #if ROWS_MAX == 6
 #define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__) F(5, ##__VA_ARGS__) F(6, ##__VA_ARGS__)
 #else
@@ -48,19 +37,11 @@ FOR_ROWS(FEW, 2)
 FOR_ROWS(FEW, 3)
 FOR_ROWS(FEW, 4)
 FOR_ROWS(FEW, 8)
-FOR_ROWS(MANY)
 
 typedef void (*run_few)(const job *, size_t, size_t, size_t);
-typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
-                         totals *);
-typedef void (*run_end)(const job *, size_t, size_t, size_t, const totals *);
 #define FEW_NAME(R, BITS) few_##R##_##BITS,
-#define MANY_NAME(R) many_##R,
-#define END_NAME(R) end_##R,
 static const run_few few_rows[4][ROWS_MAX] = {
     {FOR_ROWS(FEW_NAME, 2)}, {FOR_ROWS(FEW_NAME, 3)}, {FOR_ROWS(FEW_NAME, 4)}, {FOR_ROWS(FEW_NAME, 8)}};
-static const run_many many_rows[ROWS_MAX] = {FOR_ROWS(MANY_NAME)};
-static const run_end many_ends[ROWS_MAX] = {FOR_ROWS(END_NAME)};
 
 INLINE size_t stripe_rows(size_t stripe, size_t rows)
 {
@@ -76,6 +57,27 @@ static void multiply_few(const job *j, size_t first, size_t last)
         for (size_t stripe = 0; stripe < stripe_count(j->rows); stripe++)
             table[stripe_rows(stripe, j->rows) - 1](j, panel, smin(panel + stretch, last), stripe);
 }
+
+#if !TILES
+#define MANY(R)                                                                                                        \
+    static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,        \
+                         const block_place *b, totals *total)                                                          \
+    {                                                                                                                  \
+        many_tile(R, TILE_V, j, codes, panel, lane, s, b, total);                                                      \
+    }                                                                                                                  \
+    static void end_##R(const job *j, size_t panel, size_t lane, size_t row, const totals *total)                      \
+    {                                                                                                                  \
+        end_rows(R, TILE_V, j, row, panel, lane, total);                                                               \
+    }
+FOR_ROWS(MANY)
+
+typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
+                         totals *);
+typedef void (*run_end)(const job *, size_t, size_t, size_t, const totals *);
+#define MANY_NAME(R) many_##R,
+#define END_NAME(R) end_##R,
+static const run_many many_rows[ROWS_MAX] = {FOR_ROWS(MANY_NAME)};
+static const run_end many_ends[ROWS_MAX] = {FOR_ROWS(END_NAME)};
 
 /* One panel, TILE_V vectors of lanes from `lane` on, of all rows. */
 static void multiply_many(const job *j, size_t panel, size_t lane)
@@ -108,6 +110,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
     for (size_t stripe = 0; stripe < stripes; stripe++)
         many_ends[place[stripe].rows - 1](j, panel, lane, place[stripe].row, &total[stripe]);
 }
+#endif
 
 /* ---- threads and entry ---- */
 
@@ -129,9 +132,18 @@ static void work_multiply(void *data, int part, int parts)
         multiply_few(j, first, last);
         return;
     }
+#if TILES
+    tiles state;
+    const tile_shapes shapes = shapes_for(tile_stripe_rows(j->rows), slab_of(&j->c));
+    tiles_begin(&state, &shapes);
+    for (size_t panel = first; panel < last; panel++)
+        multiply_tiles(&state, j, panel);
+    tiles_end(&state); /* registers in use make every switch to another thread dearer */
+#else
     for (size_t panel = first; panel < last; panel++)
         for (size_t lane = 0; lane < PANEL; lane += TILE_V * VL)
             multiply_many(j, panel, lane);
+#endif
 }
 
 /* Parts of a multiplication: more than threads, so that one that comes late takes less, but each with panels enough to
@@ -142,11 +154,15 @@ static int parts_for(const peqa_weight *w, int64_t threads)
     return (int)(threads <= 1 ? 1 : parts < threads ? threads : parts);
 }
 
+/* Rows that the packed activations of a pass take room for; a call's first pass is its largest. */
+INLINE size_t pass_room(size_t rows) { return rows ? stripe_room(stripe_count(rows), rows) : 0; }
+
 /* Words of 32 bits of scratch that a call with `rows` rows needs. */
 EXPORT int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows)
 {
     const cuts c = cut(w);
-    return (int64_t)((size_t)w->segments * smin((size_t)rows, ROWS_PER_PASS) * row_words(&c) + 16);
+    const size_t pass = smin((size_t)rows, ROWS_PER_PASS);
+    return (int64_t)((size_t)w->segments * pass_room(pass) * row_words(&c) + 16);
 }
 
 /* x [rows, ldx >= in_features], y [rows, out_features]; out_scale [*, N], in_scale [*, segments, K] go with `row`,
@@ -163,8 +179,8 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
     j.in_scale = row ? in_scale : 0;
     j.in.segments = j.in_scale ? (size_t)w->segments : 1;
     j.in.x = (int32_t *)(((uintptr_t)scratch + 63) / 64 * 64);
-    j.in.steps = (float *)(j.in.x + j.in.segments * pass * (c.kp / 2));
-    j.in.counts = (int32_t *)(j.in.steps + j.in.segments * pass * c.blocks);
+    j.in.steps = (float *)(j.in.x + j.in.segments * pass_room(pass) * (c.kp / 2));
+    j.in.counts = (int32_t *)(j.in.steps + j.in.segments * pass_room(pass) * c.blocks);
     for (size_t done = 0; done < (size_t)rows; done += pass) {
         j.rows = smin(pass, (size_t)rows - done);
         j.x = x + done * (size_t)ldx;
@@ -189,7 +205,10 @@ EXPORT int64_t peqa_first_outside(const int32_t *row, int64_t n, int64_t limit)
 /* A pool's thread lives here. */
 EXPORT void peqa_pool_serve(peqa_pool *pool) { pool_serve(pool); }
 
+/* 0 when the processor's registers that this build needs may be used. Ask once, before anything else. */
+EXPORT int64_t peqa_ask_for_registers(void) { return ask_for_tiles(); }
+
 /* Whether this build reads fp16 scales. */
 EXPORT int64_t peqa_halves(void) { return HALVES; }
 
-EXPORT int64_t peqa_abi(void) { return 5; }
+EXPORT int64_t peqa_abi(void) { return 6; }

@@ -4,10 +4,13 @@
 
 #include "codes.h"
 #include "pool.h"
+#include "tiles.h"
 #include "vec.h"
 
 #define PANEL 32  /* outputs of one panel: lanes of the arithmetic */
 #define CHAIN 128 /* inputs summed as integers at once: 128 * 255 * 32768 stays below 2^31; they share an exponent */
+
+#define ROWS_PER_PASS 96 /* the totals of one panel take 12 KiB of the first cache level */
 
 /* Rows and vectors of a register tile: the sums, the codes as words and as pairs, and an activation. */
 #if VL == 16
@@ -64,13 +67,43 @@ INLINE size_t chain_length(const cuts *c, size_t chain)
     return smin(CHAIN, c->kg - chain % c->group_chains * CHAIN);
 }
 
-/* Rows are dealt evenly to stripes of at most ROWS_MAX. */
-INLINE size_t stripe_count(size_t rows) { return (rows + ROWS_MAX - 1) / ROWS_MAX; }
+/* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. */
+#if TILES
+#define FEW_ROWS 4
+#else
+#define FEW_ROWS (2 * ROWS_MAX)
+#endif
+
+/* Whether so many rows are multiplied on matrix tiles. */
+INLINE int on_tiles(size_t rows) { return TILES && rows > FEW_ROWS; }
+
+/* Rows are dealt evenly to stripes of at most ROWS_MAX, or of a matrix tile's. */
+INLINE size_t stripe_count(size_t rows)
+{
+#if TILES
+    if (on_tiles(rows))
+        return (rows + TILE_ROWS - 1) / TILE_ROWS;
+#endif
+    return (rows + ROWS_MAX - 1) / ROWS_MAX;
+}
 
 INLINE size_t stripe_start(size_t stripe, size_t rows) { return stripe * rows / stripe_count(rows); }
 
+/* Rows that a stripe of matrix tiles has room for: all are as large as the largest. */
+INLINE size_t tile_stripe_rows(size_t rows) { return (rows + stripe_count(rows) - 1) / stripe_count(rows); }
+
+/* Inputs that one product of matrix tiles takes; chains are made of whole ones. */
+INLINE size_t slab_of(const cuts *c) { return c->kg % 64 ? 32 : 64; }
+
+/* Where a stripe's arrays begin, in rows; with stripes after the last one, how much room all of them take. */
+INLINE size_t stripe_room(size_t stripe, size_t rows)
+{
+    return on_tiles(rows) ? stripe * tile_stripe_rows(rows) : stripe_start(stripe, rows);
+}
+
 /* Activations as 16-bit integers times a power of two per block. Every value of a row depends on that row alone. A
- * stripe of R rows is [units][R][PAIRS] words, a word the inputs p (low half) and p + 16 of its unit. */
+ * stripe of R rows is [units][R][PAIRS] words, a word the inputs p (low half) and p + 16 of its unit; for matrix tiles
+ * [slabs][low, high][tile_stripe_rows][slab] bytes of the same numbers, in the order of tile_rows.h's codes. */
 typedef struct {
     int32_t *x;      /* per segment and row: kp / 2 words */
     float *steps;    /* the same: [blocks][R] in a stripe, the powers of two */

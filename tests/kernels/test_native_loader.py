@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from peqa_kernels.native.isa import builds, cpu_flags, usable
 
 AVX2 = frozenset({"sse2", "avx", "avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"}
 
 
 @pytest.mark.parametrize(
     ("machine", "flags", "names"),
     [
+        ("x86_64", AMX, ["amx", "avx512vnni", "avx512", "avx2", "generic"]),
+        ("x86_64", AMX - {"amx_int8"}, ["avx512vnni", "avx512", "avx2", "generic"]),
         ("x86_64", AVX512, ["avx512", "avx2", "generic"]),
         ("x86_64", AVX512 - {"avx512vl"}, ["avx2", "generic"]),
         ("x86_64", AVX2, ["avx2", "generic"]),
@@ -77,6 +81,22 @@ def test_the_sources_compile(tmp_path: Path) -> None:
     loaded = native.load(folder=tmp_path)
     assert loaded is not None
     assert loaded.isa == usable()[0]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has a build that compilers may not know")
+def test_a_compiler_that_knows_no_matrix_tiles_makes_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old-cc"
+    made = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) echo unknown option >&2; exit 1;; esac\n{made}\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CC", str(old))
+    (tmp_path / "_peqa_amx.so").write_text("of earlier sources")
+    assert [path.name for path in compile_all(output=tmp_path)] == [
+        build.file_name for build in builds() if build.name != "amx"
+    ]
+    assert not (tmp_path / "_peqa_amx.so").exists()
 
 
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
