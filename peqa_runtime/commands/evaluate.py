@@ -59,8 +59,9 @@ def evaluate(
 
     Example: peqa eval bases/smollm2 test.jsonl --scale-set sql.safetensors --metric exact-match --limit 200
     """
-    from peqa_runtime.training.data import read_rows, read_text
+    from peqa_runtime.training.data import read_text
     from peqa_runtime.training.evaluate import exact_match, perplexity, sample_rows
+    from peqa_runtime.training.rows import read_rows
     from peqa_runtime.training.tuning import apply_scale_set, load_tunable
 
     if metric not in (Metric.perplexity, Metric.exact_match):

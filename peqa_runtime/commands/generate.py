@@ -23,8 +23,8 @@ def generate(
 
     Example: peqa generate bases/smollm2 --scale-set sql.safetensors --prompt 'table t(a, b)\\nHow many a?'
     """
-    from peqa_runtime.training.data import fill_prompt
     from peqa_runtime.training.evaluate import greedy
+    from peqa_runtime.training.rows import Row
     from peqa_runtime.training.tuning import apply_scale_set, load_tunable
 
     if not prompt:
@@ -34,7 +34,7 @@ def generate(
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     form = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
-    ids = tunable.encode_prompt(fill_prompt(form, prompt))
+    ids = tunable.prompt_ids(Row(prompt, "", 1), form)
     if len(ids) + max_tokens > tunable.max_tokens:
         raise InvalidData(
             f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"

@@ -1,16 +1,21 @@
-"""`peqa train`: tune one task's scales."""
+"""`peqa train`: tune tasks' scales."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, Device, Quiet, Seed
 from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.errors import InvalidData
+
+if TYPE_CHECKING:
+    from peqa_runtime.training.run import FinishedRun
 
 
 class Kind(str, Enum):
@@ -51,23 +56,61 @@ class SetDtype(str, Enum):
     float32 = "float32"
 
 
+class RecipeName(str, Enum):
+    """What fills in for options that are not given."""
+
+    default = "default"
+    paper = "peqa-paper"
+
+
 @reported
 def train(
     base: Base,
-    data: Annotated[Path, typer.Argument(help="Rows (.jsonl) or plain text (.txt).", envvar="PEQA_DATA")],
-    task: Annotated[str, typer.Option(help="Name of the task, noted in the set.", envvar="PEQA_TASK")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Scale set to write (.safetensors).", envvar="PEQA_OUTPUT")
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Rows (.jsonl, .json) or plain text (.txt); one file a task.", envvar="PEQA_DATA"
+        ),
     ],
-    kind: Annotated[Kind, typer.Option(help="Which scales are tuned.", envvar="PEQA_KIND")] = Kind.channel,
+    task: Annotated[
+        list[str],
+        typer.Option(help="Name of the task, noted in the set; once for each file.", envvar="PEQA_TASK"),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Set to write (.safetensors); a folder for several tasks.",
+            envvar="PEQA_OUTPUT",
+        ),
+    ],
+    kind: Annotated[
+        Kind | None, typer.Option(help="Which scales are tuned. Default: channel.", envvar="PEQA_KIND")
+    ] = None,
     held_out: Annotated[
-        Path | None,
-        typer.Option("--eval", help="Held-out rows; the best set on them is kept.", envvar="PEQA_EVAL"),
+        list[Path] | None,
+        typer.Option(
+            "--eval", help="Held-out rows, once for each file; the best set is kept.", envvar="PEQA_EVAL"
+        ),
     ] = None,
     eval_fraction: Annotated[
         float, typer.Option(help="Or: split off this share of DATA.", envvar="PEQA_EVAL_FRACTION")
     ] = 0.0,
-    epochs: Annotated[float, typer.Option(help="Times over the rows.", envvar="PEQA_EPOCHS")] = 1.0,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Try kinds and learning rates on a slice first; keep the best by held-out loss.",
+            envvar="PEQA_AUTO",
+        ),
+    ] = False,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="What fills in for options not given.", envvar="PEQA_RECIPE")
+    ] = RecipeName.default,
+    epochs: Annotated[
+        float | None, typer.Option(help="Times over the rows. Default: 1.", envvar="PEQA_EPOCHS")
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -75,16 +118,60 @@ def train(
         ),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option("--lr", help="Per step, on the relative scale.", envvar="PEQA_LR")
-    ] = 1e-2,
+        float | None,
+        typer.Option("--lr", help="Per step, on the relative scale. Default: by kind.", envvar="PEQA_LR"),
+    ] = None,
     schedule: Annotated[
-        Schedule, typer.Option(help="Decay of the learning rate.", envvar="PEQA_SCHEDULE")
-    ] = Schedule.cosine,
-    warmup: Annotated[int, typer.Option(help="Steps of warm-up.", envvar="PEQA_WARMUP")] = 20,
-    batch: Annotated[int, typer.Option(help="Rows of a step.", envvar="PEQA_BATCH")] = 16,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.", envvar="PEQA_CLIP")] = 1.0,
+        Schedule | None,
+        typer.Option(help="Decay of the learning rate. Default: cosine.", envvar="PEQA_SCHEDULE"),
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of warm-up. Default: 20.", envvar="PEQA_WARMUP")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of a step, of each task. Default: 16.", envvar="PEQA_BATCH")
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(help="Parts that a step is computed in, to save memory.", envvar="PEQA_ACCUMULATE"),
+    ] = None,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Several rows in one, kept apart; no padding.", envvar="PEQA_PACK")
+    ] = False,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Keep few activations and compute the rest again.",
+            envvar="PEQA_CHECKPOINT_ACTIVATIONS",
+        ),
+    ] = False,
+    clip: Annotated[float, typer.Option(help="Largest norm of a task's gradient.", envvar="PEQA_CLIP")] = 1.0,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Stop after so many held-out losses without a better one (0: never).", envvar="PEQA_PATIENCE"
+        ),
+    ] = 0,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="A model folder to learn from too, or `base` for BASE itself.", envvar="PEQA_TEACHER"
+        ),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="The teacher's share of the loss. Default: 0.5.", envvar="PEQA_DISTILL"),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the teacher's probabilities.", envvar="PEQA_TEMPERATURE")
+    ] = 1.0,
     prompt_format: Annotated[
-        str, typer.Option(help="Text around each prompt, with {prompt} in it.", envvar="PEQA_PROMPT_FORMAT")
+        str,
+        typer.Option(
+            help="Text around each prompt, with {prompt} in it; or alpaca, or chat: the model's template.",
+            envvar="PEQA_PROMPT_FORMAT",
+        ),
     ] = "",
     max_tokens: Annotated[
         int | None,
@@ -102,6 +189,9 @@ def train(
             "--resume/--no-resume", help="Default: go on with an unfinished run.", envvar="PEQA_RESUME"
         ),
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard events.", envvar="PEQA_TENSORBOARD")
+    ] = None,
     compute: Annotated[
         Compute, typer.Option(help="Dtype of the matrix products.", envvar="PEQA_COMPUTE")
     ] = Compute.auto,
@@ -113,62 +203,111 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tune one task's scales. Ctrl-C keeps a checkpoint; the same command goes on.
+    """Tune one task, or several that share each forward. Ctrl-C keeps a checkpoint; the same command goes on.
 
-    Rows are {"prompt": …, "completion": …}. The model learns prompt, completion and end-of-sequence exactly as written.
+    Rows are {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"}. The model learns prompt,
+    completion and end-of-sequence exactly as written. `accelerate launch -m peqa_runtime train …` uses more processes.
 
     Example: peqa train bases/smollm2 train.jsonl --task sql -o sql.safetensors --eval-fraction 0.02
     """
-    from peqa_runtime.training.run import TrainingFiles, steps_for, train_file
-    from peqa_runtime.training.trainer import TrainingInterrupted, TuneConfig
-    from peqa_runtime.training.tuning import load_tunable
+    from accelerate import PartialState
 
-    def config_of(rows: int) -> TuneConfig:
-        return TuneConfig(
-            task=task,
-            kind=kind.value,
-            steps=steps_for(rows, batch, epochs) if steps is None else steps,
-            learning_rate=learning_rate,
-            schedule=schedule.value,
-            warmup_steps=warmup,
-            batch_rows=batch,
-            clip=clip,
-            seed=seed,
-            compute=compute.value,
-            check_every=check_every,
-        )
+    from peqa_runtime.training.auto import best_of, sweep
+    from peqa_runtime.training.run import TrainingFiles, train_files
+    from peqa_runtime.training.settings import RECIPES, Wanted
+    from peqa_runtime.training.trainer import TrainingInterrupted
+    from peqa_runtime.training.tuning import load_tunable, refuse_groups
 
-    files = TrainingFiles(
-        data, output, held_out, eval_fraction, prompt_format, max_tokens, too_long.value, dtype.value
+    wanted = Wanted(
+        recipe.value,
+        kind.value if kind else None,
+        learning_rate,
+        steps,
+        epochs,
+        schedule.value if schedule else None,
+        warmup,
+        batch,
+        accumulate,
+        {
+            "clip": clip,
+            "seed": seed,
+            "compute": compute.value,
+            "check_every": check_every,
+            "patience": patience,
+            "pack": pack,
+            "checkpoint_activations": checkpoint_activations,
+            "distill": (0.5 if teacher else 0.0) if distill is None else distill,
+            "temperature": temperature,
+        },
     )
+    text = all(path.suffix.lower() == ".txt" for path in data)
+    files = [
+        TrainingFiles(
+            name, path, where, own, eval_fraction, prompt_format, max_tokens, too_long.value, dtype.value
+        )
+        for name, path, where, own in _pairs(task, data, output, held_out or [])
+    ]
+    wanted.config(0, text=text)  # settings are checked before time is spent
     quiet_libraries()
+    tunable = load_tunable(base, device=device)
+    if RECIPES[recipe.value].per_channel_base:
+        refuse_groups(tunable)
+    trials: list[dict[str, Any]] = []
     try:
-        run = train_file(
-            load_tunable(base, device=device), files, config_of, resume=resume, progress=not quiet, say=say
+        if auto:
+            tried = sweep(tunable, files, wanted, text=text, progress=not quiet, say=say)
+            wanted = replace(wanted, kind=best_of(tried).kind, learning_rate=best_of(tried).learning_rate)
+            trials = [asdict(trial) for trial in tried]
+        runs = train_files(
+            tunable,
+            files,
+            lambda rows: wanted.config(rows, text=text),
+            teacher=teacher,
+            tensorboard=tensorboard,
+            resume=resume,
+            progress=not quiet,
+            say=say,
         )
     except TrainingInterrupted as stopped:
         say(f"{stopped}; the same command goes on from there")
         raise typer.Exit(130) from None
-    report = {
-        "output": str(output),
-        "task": run.scale_set.task,
-        "kind": run.scale_set.kind,
-        "revision": run.scale_set.revision,
-        "base_digest": run.scale_set.base_digest,
-        "bytes": output.stat().st_size,
-        **run.scale_set.note,
-    }
+    if PartialState().is_main_process:
+        _report(runs, trials, as_json=as_json)
+
+
+def _pairs(
+    tasks: list[str], data: list[Path], output: Path, held_out: list[Path]
+) -> list[tuple[str, Path, Path, Path | None]]:
+    """(task, data, output, held-out) of each file."""
+    if len(tasks) != len(data):
+        raise InvalidData(f"{len(data)} files of rows and {len(tasks)} --task names: give one for each")
+    if held_out and len(held_out) != len(data):
+        raise InvalidData(f"{len(data)} files of rows and {len(held_out)} --eval files: give one for each")
+    outputs = [output] if len(data) == 1 else [output / f"{name}.safetensors" for name in tasks]
+    if len(data) > 1 and output.suffix == ".safetensors":
+        raise InvalidData(f"several tasks are written to a folder; {output} names one set")
+    own: list[Path | None] = [*held_out] or [None] * len(data)
+    return list(zip(tasks, data, outputs, own, strict=True))
+
+
+def _report(runs: list[FinishedRun], trials: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Print what became of each task: an object (a list of them for several tasks), or lines."""
+    reports = [
+        {
+            "output": str(run.output),
+            "task": run.scale_set.task,
+            "kind": run.scale_set.kind,
+            "revision": run.scale_set.revision,
+            "base_digest": run.scale_set.base_digest,
+            "bytes": run.output.stat().st_size,
+            **run.scale_set.note,
+            **({"trials": trials} if trials else {}),
+        }
+        for run in runs
+    ]
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
-    else:
-        keys = (
-            "output",
-            "revision",
-            "bytes",
-            "train_loss",
-            "held_out_loss",
-            "best_step",
-            "tokens",
-            "seconds",
-        )
-        typer.echo("\n".join(f"{key}: {report[key]}" for key in keys))
+        typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, ensure_ascii=False))
+        return
+    keys = ("output", "kind", "revision", "bytes", "train_loss", "base_held_out_loss", "held_out_loss")
+    for report in reports:
+        typer.echo("\n".join(f"{key}: {report[key]}" for key in (*keys, "best_step", "tokens", "seconds")))

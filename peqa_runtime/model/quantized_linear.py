@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ class QuantizedLinear(_Codes):
             scales: list[Tensor | None] = [None, None, None]
             if index is not None:
                 assert self.tuned is not None
-                own = self.tuned[index]
+                own = cast(TunedScales, self.tuned[index])
                 group = None if own.group_scale is None else own.group_scale.t()
                 scales = [own.out_scale, own.in_scale, group]
             products.append(scaled_linear(_autocast(part), prepared, self.bias, *scales))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from peqa_runtime.training.evaluate import completion_logprobs, exact_match, perplexity, token_logprobs
-from peqa_runtime.training.run import FinishedRun, TrainingFiles, train_file
-from peqa_runtime.training.trainer import TrainingInterrupted, TuneConfig, TuneResult
+from peqa_runtime.training.run import FinishedRun, TrainingFiles, train_files
+from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.trainer import TaskData, TrainingInterrupted, TuneResult
 from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable
 
 __all__ = [
     "FinishedRun",
+    "TaskData",
     "TrainingFiles",
     "TrainingInterrupted",
     "TunableModel",
@@ -20,5 +22,5 @@ __all__ = [
     "load_tunable",
     "perplexity",
     "token_logprobs",
-    "train_file",
+    "train_files",
 ]

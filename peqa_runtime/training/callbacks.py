@@ -1,7 +1,8 @@
-"""What happens between the steps of a tuning run: scales kept in range, a clean stop, a progress bar."""
+"""What happens between the steps of a run: gradients checked, scales kept in range, a clean stop, a progress bar."""
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peqa_runtime.errors import TrainingDiverged
 from peqa_runtime.training.tuning import LARGEST_SCALE, SMALLEST_SCALE
+
+
+class ClipEachTask(TrainerCallback):
+    """Clip each task's gradient by its own norm, as if it were tuned alone; end the run at one that is no number."""
+
+    def __init__(self, tasks: Sequence[Sequence[nn.Parameter]], clip: float, kept: Callable[[], str]) -> None:
+        self.tasks, self.clip, self.kept = tasks, clip, kept
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Raises `TrainingDiverged` before the scales are touched."""
+        for parameters in self.tasks:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip).item()
+            if not math.isfinite(norm):
+                raise TrainingDiverged(
+                    f"the loss or its gradient became NaN or infinite at step {state.global_step + 1}; {self.kept()}"
+                )
 
 
 class KeepPositive(TrainerCallback):
@@ -32,8 +50,10 @@ class KeepPositive(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[bool], bool]) -> None:
+        """`agree` makes one answer of those of all processes: they stop at the same step."""
         self.stopped = False
+        self._agree = agree
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -59,6 +79,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for a checkpoint and the end."""
+        self.stopped = self._agree(self.stopped)
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -1,38 +1,32 @@
-"""Training and evaluation data: rows of a file, their tokens, and the plan of batches.
+"""Training and evaluation data as tokens.
 
-A `.jsonl` file holds one object a line, `{"prompt": str, "completion": str}`; other keys are ignored. A row is
-trained as `prompt_format` filled with the prompt, then the completion, then end-of-sequence, exactly as written:
-nothing is stripped or added. The loss is taken on the completion and the end only. A `.txt` file is plain
-language modelling: one stream of tokens cut into windows.
+A row is trained as `prompt_format` filled with the prompt, then the completion, then end-of-sequence, exactly as
+written: nothing is stripped or added. The loss is taken on the completion and the end only. Rows of a conversation are
+written by the model's chat template. A `.txt` file is plain language modelling: one stream of tokens cut into windows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.rows import (
+    CHAT_FORMAT,
+    Row,
+    check_prompt_format,
+    fill_prompt,
+    read_rows,
+    read_utf8,
+)
 
 TooLong = Literal["drop", "fail"]
-PLACEHOLDER = "{prompt}"
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a `.jsonl` file. `line` counts from 1."""
-
-    prompt: str
-    completion: str
-    line: int
+EncodeChat = Callable[[Sequence[dict[str, str]]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,7 @@ class EncodedData:
 
     examples: tuple[Example, ...]
     dropped_lines: tuple[int, ...] = ()
+    prompt_format: str = ""  # as applied: conversations have their own
 
     @property
     def num_loss_tokens(self) -> int:
@@ -56,63 +51,9 @@ class EncodedData:
         return sum(len(e.token_ids) - e.loss_from for e in self.examples)
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Right-padded rows. Causal attention needs no mask: no real token looks at the padding behind it.
-
-    `positions` index the flattened `[rows * tokens]` places whose next token is in the loss.
-    """
-
-    input_ids: Tensor  # int64 [rows, tokens]
-    positions: Tensor  # int64 [loss tokens]
-    targets: Tensor  # int64 [loss tokens]
-    owners: Tensor  # int64 [loss tokens], row of each
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read a `.jsonl` file. Anything that is not such a row raises `InvalidData` with its line number."""
-    rows: list[Row] = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidData(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidData(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_parse_row(line, number, f"{path}, line {number}"))
-    if not rows:
-        raise InvalidData(f'{path} has no rows: one {{"prompt": …, "completion": …}} a line is expected')
-    return rows
-
-
-def _parse_row(line: str, number: int, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidData(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise InvalidData(f"{where}: an object is expected, not {type(record).__name__}")
-    for key in ("prompt", "completion"):
-        if key not in record:
-            raise InvalidData(f"{where}: the key {key!r} is missing (keys: {sorted(record)[:8]})")
-        if not isinstance(record[key], str):
-            raise InvalidData(f"{where}: {key!r} must be a string, not {type(record[key]).__name__}")
-        if not record[key]:
-            raise InvalidData(f"{where}: {key!r} is empty")
-    return Row(record["prompt"], record["completion"], number)
-
-
-def check_prompt_format(prompt_format: str) -> str:
-    """Return a format that can be filled: empty (the prompt alone) or text with one `{prompt}` in it."""
-    if prompt_format and prompt_format.count(PLACEHOLDER) != 1:
-        raise InvalidData(f"the prompt format must hold {PLACEHOLDER} exactly once, got {prompt_format!r}")
-    return prompt_format
-
-
-def fill_prompt(prompt_format: str, prompt: str) -> str:
-    """The text that stands before the completion."""
-    return prompt_format.replace(PLACEHOLDER, prompt) if prompt_format else prompt
+def no_chat(messages: Sequence[dict[str, str]]) -> list[int]:
+    """For a model that has no chat template."""
+    raise InvalidData("rows of messages need a chat template, and this model has none")
 
 
 def encode_rows(
@@ -121,6 +62,7 @@ def encode_rows(
     eos_token_id: int,
     *,
     encode_prompt: Encode | None = None,
+    encode_chat: EncodeChat = no_chat,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
@@ -128,14 +70,17 @@ def encode_rows(
     """Tokens of every row. Prompt and completion are encoded apart, as a server sees them.
 
     `encode_prompt`: how a server encodes a prompt (with a begin-of-text token, say); None: like the completion.
+    `encode_chat`: tokens of a conversation up to where the assistant's answer begins.
     A row of more than `max_tokens` is never cut (that would teach broken answers): it is dropped and its line
     reported, or `too_long="fail"` raises `InvalidData`. All rows too long raises too.
     """
-    check_prompt_format(prompt_format)
+    prompt_format = check_prompt_format(prompt_format) or (
+        CHAT_FORMAT if any(row.chat for row in rows) else ""
+    )
     examples: list[Example] = []
     dropped: list[int] = []
     for row in rows:
-        prompt = (encode_prompt or encode)(fill_prompt(prompt_format, row.prompt))
+        prompt = prompt_ids(row, encode_prompt or encode, encode_chat, prompt_format)
         if not prompt:
             raise InvalidData(f"line {row.line}: the prompt has no tokens")
         token_ids = (*prompt, *encode(row.completion), eos_token_id)
@@ -147,7 +92,18 @@ def encode_rows(
             dropped.append(row.line)
     if not examples:
         raise InvalidData(f"every row has more than {max_tokens} tokens; allow more")
-    return EncodedData(tuple(examples), tuple(dropped))
+    return EncodedData(tuple(examples), tuple(dropped), prompt_format)
+
+
+def prompt_ids(row: Row, encode_prompt: Encode, encode_chat: EncodeChat, prompt_format: str) -> list[int]:
+    """Tokens before a row's completion. A conversation under a format with `{prompt}` raises `InvalidData`."""
+    if prompt_format == CHAT_FORMAT:
+        return encode_chat(row.messages)
+    if row.chat:
+        raise InvalidData(
+            f"line {row.line}: messages are written by the chat template, not by a prompt format"
+        )
+    return encode_prompt(fill_prompt(prompt_format, row.prompt))
 
 
 def encode_text(text: str, encode: Encode, *, window: int) -> EncodedData:
@@ -162,12 +118,7 @@ def encode_text(text: str, encode: Encode, *, window: int) -> EncodedData:
 
 def read_text(path: Path) -> str:
     """Text of a `.txt` file, with `InvalidData` where there is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidData(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidData(f"{path} cannot be read as UTF-8 text: {error}") from error
+    text = read_utf8(path)
     if not text.strip():
         raise InvalidData(f"{path} is empty")
     return text
@@ -179,6 +130,7 @@ def encode_file(
     eos_token_id: int,
     *,
     encode_prompt: Encode | None = None,
+    encode_chat: EncodeChat = no_chat,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
@@ -195,6 +147,7 @@ def encode_file(
             encode,
             eos_token_id,
             encode_prompt=encode_prompt,
+            encode_chat=encode_chat,
             prompt_format=prompt_format,
             max_tokens=max_tokens,
             too_long=too_long,
@@ -224,47 +177,4 @@ def split_held_out(data: EncodedData, fraction: float, seed: int) -> tuple[Encod
     held = set(order[: max(1, round(count * fraction))])
     kept = tuple(e for i, e in enumerate(data.examples) if i not in held)
     out = tuple(e for i, e in enumerate(data.examples) if i in held)
-    return EncodedData(kept, data.dropped_lines), EncodedData(out)
-
-
-def plan_batches(lengths: Sequence[int], *, rows: int, steps: int, seed: int) -> list[tuple[int, ...]]:
-    """Which examples each of `steps` batches holds: every epoch shuffled anew, like lengths together.
-
-    Examples are shuffled, sorted by length within pools of 32 batches (so that little is padding), cut into batches of
-    `rows`, and the batches shuffled. The plan depends on the arguments only, so a resumed run goes on with it.
-    """
-    assert rows > 0
-    assert lengths
-    rng = random.Random(f"batches {seed}")
-    plan: list[tuple[int, ...]] = []
-    while len(plan) < steps:
-        plan.extend(_plan_epoch(lengths, rows, rng))
-    return plan[:steps]
-
-
-def _plan_epoch(lengths: Sequence[int], rows: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    batches: list[tuple[int, ...]] = []
-    pool = rows * 32
-    for start in range(0, len(order), pool):
-        part = sorted(order[start : start + pool], key=lengths.__getitem__)
-        batches += [tuple(part[i : i + rows]) for i in range(0, len(part), rows)]
-    rng.shuffle(batches)
-    yield from batches
-
-
-def collate(examples: Sequence[Example], pad_token_id: int) -> TokenBatch:
-    """Right-pad examples into one batch; the last token of each is only ever a target."""
-    width = max(len(e.token_ids) for e in examples) - 1
-    input_ids = torch.full((len(examples), width), pad_token_id)
-    positions: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for row, example in enumerate(examples):
-        ids = example.token_ids
-        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        positions += range(row * width + example.loss_from - 1, row * width + len(ids) - 1)
-        targets += ids[example.loss_from :]
-        owners += [row] * (len(ids) - example.loss_from)
-    return TokenBatch(input_ids, torch.tensor(positions), torch.tensor(targets), torch.tensor(owners))
+    return replace(data, examples=kept), EncodedData(out, (), data.prompt_format)

@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.data import Example, Row, collate, encode_rows, encode_text, fill_prompt
-from peqa_runtime.training.tuning import TunableModel, apply_scale_set, batch_to, load_tunable, logits_at
+from peqa_runtime.training.batches import collate
+from peqa_runtime.training.data import Example, encode_rows, encode_text
+from peqa_runtime.training.rows import Row
+from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable, logits_at
 
 Progress = Callable[[int, int], None]
 """Called with (done, all)."""
@@ -81,7 +83,7 @@ def perplexity(
     total, count = 0.0, 0
     with torch.no_grad():
         for done, example in enumerate(windows, start=1):
-            batch = batch_to(collate([example], tunable.eos_token_id), tunable.model.device)
+            batch = collate([example], tunable.eos_token_id).to(tunable.model.device)
             logits = logits_at(tunable.model, batch.input_ids, batch.positions)
             total += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
             count += len(batch.targets)
@@ -124,7 +126,7 @@ def exact_match(
     predictions: list[Prediction] = []
     for start in range(0, len(ordered), batch_rows):
         part = ordered[start : start + batch_rows]
-        prompts = [tunable.encode_prompt(fill_prompt(prompt_format, row.prompt)) for row in part]
+        prompts = [tunable.prompt_ids(row, prompt_format) for row in part]
         longest = max(len(tunable.encode(row.completion)) for row in part)
         answers = greedy(tunable, prompts, max_new_tokens=longest + 8)
         predictions += [
@@ -189,6 +191,7 @@ def completion_logprobs(
         tunable.encode,
         tunable.eos_token_id,
         encode_prompt=tunable.encode_prompt,
+        encode_chat=tunable.encode_chat,
         prompt_format=prompt_format,
         max_tokens=tunable.max_tokens,
         too_long="fail",
@@ -210,8 +213,7 @@ def token_logprobs(tunable: TunableModel, sequences: Sequence[Sequence[int]]) ->
         for sequence in sequences:
             if len(sequence) < 2:
                 raise InvalidData("a sequence needs at least two tokens")
-            batch = collate([Example(tuple(sequence), 1)], tunable.eos_token_id)
-            batch = batch_to(batch, tunable.model.device)
+            batch = collate([Example(tuple(sequence), 1)], tunable.eos_token_id).to(tunable.model.device)
             logprobs = logits_at(tunable.model, batch.input_ids, batch.positions).log_softmax(-1)
             result.append(logprobs.gather(1, batch.targets[:, None])[:, 0].tolist())
     return result

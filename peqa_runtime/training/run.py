@@ -1,33 +1,44 @@
-"""A whole tuning run: files in, one scale set file out, with a note on how it came about."""
+"""A whole tuning run: files in, one scale set file a task out, each with a note on how it came about."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 
-from peqa_runtime.errors import InvalidData
+from peqa_runtime.core import check_task_name
+from peqa_runtime.errors import InvalidData, StoreError
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
-from peqa_runtime.training.trainer import TuneConfig, TuneResult, prepare_folder, tune
+from peqa_runtime.training.checkpoints import prepare_folder
+from peqa_runtime.training.data import EncodedData, TooLong, file_digest, split_held_out
+from peqa_runtime.training.distill import load_teacher
+from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
+from peqa_runtime.training.rows import check_prompt_format
+from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.trainer import TaskData, TuneResult, tune
 from peqa_runtime.training.tuning import TunableModel
 
 Say = Callable[[str], None]
+OWN_BASE = "base"
+"""The teacher that is the tuned base itself."""
 
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """What a run reads and writes. `held_out` is a file; `held_out_fraction` splits off rows instead.
+    """What one task's run reads and writes. `held_out` is a file; `held_out_fraction` splits off rows instead.
 
     `prompt_format` is filled with each prompt and noted in the set; empty means the prompt alone.
     """
 
+    task: str
     data: Path
     output: Path
     held_out: Path | None = None
@@ -39,6 +50,8 @@ class TrainingFiles:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
+        check_task_name(self.task)
+        check_prompt_format(self.prompt_format)
         if self.held_out is not None and self.held_out_fraction:
             raise InvalidData("give a file of held-out rows or a fraction to split off, not both")
         if self.output.suffix != ".safetensors":
@@ -46,27 +59,22 @@ class TrainingFiles:
         if self.output.is_dir():
             raise InvalidData(f"{self.output} is a folder; name the scale set file to write")
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of an unfinished run, beside the output."""
-        return self.output.with_name(f"{self.output.name}.checkpoints")
-
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The saved set and what the run measured."""
+    """The saved set of one task and what the run measured."""
 
     scale_set: ScaleSet
+    output: Path
     result: TuneResult
     rows: int
     dropped_lines: tuple[int, ...]
 
 
-def steps_for(rows: int, batch_rows: int, epochs: float) -> int:
-    """Optimizer steps that go `epochs` times over `rows`."""
-    if not epochs > 0:
-        raise InvalidData(f"epochs must be above 0, got {epochs}")
-    return max(1, math.ceil(epochs * math.ceil(rows / batch_rows)))
+def checkpoints_of(files: Sequence[TrainingFiles]) -> Path:
+    """Folder of an unfinished run, beside the output; that of several tasks is named after all of them."""
+    name = files[0].output.name if len(files) == 1 else "+".join(given.task for given in files)
+    return files[0].output.with_name(f"{name}.checkpoints")
 
 
 def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:
@@ -83,14 +91,8 @@ def read_training_data(
         raise InvalidData(f"a row may have 2 to {tunable.max_tokens} tokens here, not {max_tokens}")
 
     def encoded(path: Path) -> EncodedData:
-        return encode_file(
-            path,
-            tunable.encode,
-            tunable.eos_token_id,
-            encode_prompt=tunable.encode_prompt,
-            prompt_format=files.prompt_format,
-            max_tokens=max_tokens,
-            too_long=files.too_long,
+        return tunable.encode_file(
+            path, prompt_format=files.prompt_format, max_tokens=max_tokens, too_long=files.too_long
         )
 
     data = encoded(files.data)
@@ -101,85 +103,179 @@ def read_training_data(
     return data, None
 
 
-def train_file(
+def train_files(
     tunable: TunableModel,
-    files: TrainingFiles,
+    files: Sequence[TrainingFiles],
     config_of: Callable[[int], TuneConfig],
     *,
+    teacher: str | None = None,
+    tensorboard: Path | None = None,
     resume: bool | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
-) -> FinishedRun:
-    """Tune on `files.data` and save the set. `config_of(rows)` gives the settings once the rows are counted.
+) -> list[FinishedRun]:
+    """Tune a task on each of `files`, all in one run, and save their sets. `config_of(rows)` gives the settings once
+    the rows of the largest are counted.
 
+    `teacher`: a model folder to learn from, or `base` for the base itself (`config.distill` is its share of the loss).
     `resume`: None goes on with an unfinished run of the same settings, if there is one; True demands one; False starts
-    anew. Checkpoints are removed when the set is saved. Raises `InvalidData`, `TrainingInterrupted`.
+    anew. Checkpoints are removed when the sets are saved. Raises `InvalidData`, `TrainingInterrupted`,
+    `TrainingDiverged`, `StoreError`.
     """
     config = config_of(0)  # settings are checked before time is spent
-    data, held_out = read_training_data(tunable, files, config.seed)
-    config = config_of(len(data.examples))
-    digest = file_digest(files.data)
-    if data.dropped_lines:
-        shown = ", ".join(map(str, data.dropped_lines[:5])) + (" …" if len(data.dropped_lines) > 5 else "")
-        limit = row_limit(tunable, files)
-        say(f"{len(data.dropped_lines)} rows of more than {limit} tokens are left out (lines {shown})")
-    say(
-        f"{len(data.examples)} rows ({data.num_loss_tokens} tokens in the loss), "
-        f"{len(held_out.examples) if held_out else 0} held out, {config.steps} steps of {config.batch_rows} rows"
-    )
-    fingerprint = {
-        **asdict(config),
-        "data_digest": digest,
-        "held_out_digest": file_digest(files.held_out) if files.held_out else None,
-        "held_out_fraction": files.held_out_fraction,
-        "prompt_format": files.prompt_format,
-        "max_tokens": row_limit(tunable, files),
-        "base_digest": tunable.manifest.base_digest,
-    }
-    checkpoint = prepare_folder(files.checkpoints, fingerprint, resume=resume)
+    _check_together(files, config, teacher)
+    process = PartialState(cpu=tunable.model.device.type == "cpu")
+    say = say if process.is_main_process else lambda line: None
+    tasks = [TaskData(f.task, *read_training_data(tunable, f, config.seed)) for f in files]
+    config = config_of(max(len(task.train.examples) for task in tasks))
+    for given, task in zip(files, tasks, strict=True):
+        _tell(given, task, row_limit(tunable, given), say)
+    say(f"{config.steps} steps of {config.batch_rows} rows" + (" of each task" if len(tasks) > 1 else ""))
+    zeros = count_zero_codes(tunable)
+    _warn_of_zeros(zeros, say)
+    folder = checkpoints_of(files)
+    fingerprint = _fingerprint(tunable, files, config, teacher)
+    checkpoint = prepare_folder(folder, fingerprint, resume=resume) if process.is_main_process else None
+    process.wait_for_everyone()
+    if not process.is_main_process:
+        checkpoint = prepare_folder(folder, fingerprint, resume=None)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    result = tune(
-        tunable, config, data, held_out, folder=files.checkpoints, resume_from=checkpoint, progress=progress
+    results = tune(
+        tunable,
+        config,
+        tasks,
+        folder=folder,
+        resume_from=checkpoint,
+        teacher=load_teacher(None if teacher == OWN_BASE else Path(teacher), tunable) if teacher else None,
+        tensorboard=tensorboard,
+        progress=progress,
     )
+    finished = [
+        _finish(tunable, given, config, task, result, zeros, write=process.is_main_process)
+        for given, task, result in zip(files, tasks, results, strict=True)
+    ]
+    for run in finished:
+        if clamped := run.scale_set.note["clamped_scales"]:
+            say(
+                f"{run.scale_set.task}: {clamped} scales stand at an end of their range; a lower --lr may do better"
+            )
+    process.wait_for_everyone()
+    if process.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    return finished
+
+
+def _check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None) -> None:
+    if len({given.task for given in files}) < len(files) or len({given.output for given in files}) < len(
+        files
+    ):
+        raise InvalidData("each task of a run needs a name and an output of its own")
+    if len({bool(given.held_out or given.held_out_fraction) for given in files}) > 1:
+        raise InvalidData("either all tasks of a run have held-out rows, or none has")
+    if bool(teacher) != bool(config.distill):
+        raise InvalidData(
+            "a teacher and its share of the loss (--distill) belong together; give both or neither"
+        )
+    if config.patience and not (files[0].held_out or files[0].held_out_fraction):
+        raise InvalidData(
+            "stopping early needs held-out rows: give a file of them or a fraction to split off"
+        )
+
+
+def _tell(files: TrainingFiles, task: TaskData, limit: int, say: Say) -> None:
+    data = task.train
+    if data.dropped_lines:
+        shown = ", ".join(map(str, data.dropped_lines[:5])) + (" …" if len(data.dropped_lines) > 5 else "")
+        say(
+            f"{files.data}: {len(data.dropped_lines)} rows of more than {limit} tokens are left out (lines {shown})"
+        )
+    say(
+        f"{files.task}: {len(data.examples)} rows ({data.num_loss_tokens} tokens in the loss), "
+        f"{len(task.held_out.examples) if task.held_out else 0} held out"
+    )
+
+
+def _warn_of_zeros(zeros: ZeroCodes, say: Say) -> None:
+    if zeros.share > 0.5:
+        say(
+            f"{zeros.share:.0%} of the base's weights are zero codes, which no scale can change: expect little"
+        )
+    if zeros.dead_rows:
+        shown = ", ".join(zeros.dead_rows[:3]) + (" …" if len(zeros.dead_rows) > 3 else "")
+        say(f"{len(zeros.dead_rows)} rows hold zeros only, so their scales stay as they are ({shown})")
+
+
+def _fingerprint(
+    tunable: TunableModel, files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be gone on with."""
+    return {
+        **asdict(config),
+        "teacher": teacher,
+        "task": [given.task for given in files],
+        "data_digest": [file_digest(given.data) for given in files],
+        "held_out_digest": [file_digest(given.held_out) if given.held_out else None for given in files],
+        "held_out_fraction": [given.held_out_fraction for given in files],
+        "prompt_format": [given.prompt_format for given in files],
+        "max_tokens": [row_limit(tunable, given) for given in files],
+        "base_digest": tunable.manifest.base_digest,
+    }
+
+
+def _finish(
+    tunable: TunableModel,
+    files: TrainingFiles,
+    config: TuneConfig,
+    task: TaskData,
+    result: TuneResult,
+    zeros: ZeroCodes,
+    *,
+    write: bool,
+) -> FinishedRun:
+    """Make the set, and write it if this process is the one to do so."""
     scale_set = ScaleSet.build(
         config.kind,
         result.scales,
         tunable.manifest,
-        task=config.task,
-        prompt_format=files.prompt_format,
-        note=_note(files, config, data, held_out, digest, result),
+        task=files.task,
+        prompt_format=task.train.prompt_format,
+        note=_note(files, config, task, result, zeros),
         dtype=torch.float16 if files.dtype == "float16" else torch.float32,
     )
-    files.output.parent.mkdir(parents=True, exist_ok=True)
-    scale_set.save(files.output)
-    shutil.rmtree(files.checkpoints, ignore_errors=True)
-    return FinishedRun(scale_set, result, len(data.examples), data.dropped_lines)
+    if write:
+        try:
+            files.output.parent.mkdir(parents=True, exist_ok=True)
+            scale_set.save(files.output)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{files.output} could not be written ({error}); the tuned scales are kept beside it, "
+                "and the same command writes them once there is room"
+            ) from error
+    return FinishedRun(scale_set, files.output, result, len(task.train.examples), task.train.dropped_lines)
 
 
 def _note(
-    files: TrainingFiles,
-    config: TuneConfig,
-    data: EncodedData,
-    held_out: EncodedData | None,
-    digest: str,
-    result: TuneResult,
+    files: TrainingFiles, config: TuneConfig, task: TaskData, result: TuneResult, zeros: ZeroCodes
 ) -> dict[str, Any]:
     settings = asdict(config)
-    for key in ("task", "kind"):
-        del settings[key]
+    del settings["kind"]
     return {
         "data": files.data.name,
-        "data_digest": digest,
-        "rows": len(data.examples),
-        "dropped_rows": len(data.dropped_lines),
-        "held_out_rows": len(held_out.examples) if held_out else 0,
+        "data_digest": file_digest(files.data),
+        "rows": len(task.train.examples),
+        "dropped_rows": len(task.train.dropped_lines),
+        "held_out_rows": len(task.held_out.examples) if task.held_out else 0,
         **settings,
         "train_loss": _finite(result.train_loss),
         "held_out_loss": _finite(result.held_out_loss),
+        "base_held_out_loss": _finite(result.base_loss),
         "best_step": result.best_step,
+        "last_step": result.last_step,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 1),
+        "zero_code_share": round(zeros.share, 4),
+        "clamped_scales": count_clamped(result.scales),
         "versions": {
             name: importlib.metadata.version(name) for name in ("peqa-serve", "torch", "transformers")
         },

@@ -1,36 +1,40 @@
-"""Tune one task's scales on a frozen base: transformers' training loop over the runtime's own quantized linears.
+"""Tune scales on a frozen base: transformers' training loop over the runtime's own quantized linears.
 
 AdamW without weight decay on fp32 scales relative to the base, warm-up, decay, gradient clipping. Checkpoints hold
 scales and optimizer only (a few MB). Everything that decides the result is in `TuneConfig` and the data, so a run
-that was interrupted goes on to the same set.
+that was interrupted goes on to the same set. Several tasks share each forward and nothing else: each has its own rows,
+its own loss and its own clipping. Several processes (`accelerate launch`) share the rows of each step.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from peqa_runtime.core import SCALE_KINDS, ScaleKind, check_task_name
-from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.callbacks import KeepPositive, ProgressBar, StopOnSignal
-from peqa_runtime.training.data import EncodedData, Example, TokenBatch, collate, plan_batches
+from peqa_runtime.errors import InvalidData, StoreError
+from peqa_runtime.training.batches import StepBatches, TokenBatch, held_out_batches, plan_batches
+from peqa_runtime.training.callbacks import ClipEachTask, KeepPositive, ProgressBar, StopOnSignal
+from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
+from peqa_runtime.training.data import EncodedData
+from peqa_runtime.training.distill import Teacher, divergence
+from peqa_runtime.training.packing import check_packing
+from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.tensorboard import tensorboard_callback
 from peqa_runtime.training.tuning import (
-    Compute,
     TunableModel,
-    batch_to,
     fast_compute_dtype,
     logits_at,
     set_scales,
@@ -38,68 +42,67 @@ from peqa_runtime.training.tuning import (
     tuned_scales,
 )
 
-MASTERS = "scales.safetensors"
-RUN_FILE = "run.json"
-
 
 class TrainingInterrupted(Exception):
     """The run was stopped by the user; its checkpoint is written and the same command goes on."""
 
 
 @dataclass(frozen=True)
-class TuneConfig:
-    """What decides a run's result, the data aside. The learning rate is per step on the relative scale."""
+class TaskData:
+    """One task's examples."""
 
-    task: str
-    kind: ScaleKind = "channel"
-    steps: int = 500
-    learning_rate: float = 1e-2
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 20
-    batch_rows: int = 16
-    clip: float = 1.0
-    seed: int = 0
-    compute: Compute = "auto"
-    check_every: int = 100  # steps between held-out losses and checkpoints
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        check_task_name(self.task)
-        checks = (
-            ("kind", self.kind in SCALE_KINDS, f"one of {', '.join(SCALE_KINDS)}"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1"),
-            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
-            ("batch_rows", self.batch_rows >= 1, "at least 1"),
-            ("clip", self.clip > 0, "above 0"),
-            ("check_every", self.check_every >= 1, "at least 1"),
-        )
-        for name, ok, allowed in checks:
-            if not ok:
-                raise InvalidData(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+    name: str
+    train: EncodedData
+    held_out: EncodedData | None = None
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Outcome of a run: the scales (fp32, by their name in a file) and what is noted about it."""
+    """Outcome for one task: its scales (fp32, by their name in a file) and what is noted about them.
+
+    `base_loss` is the held-out loss before the first step. Tokens and seconds are those of the whole run.
+    """
 
     scales: dict[str, Tensor]
     train_loss: float
     held_out_loss: float | None
+    base_loss: float | None
     best_step: int
+    last_step: int
     tokens: int
     seconds: float
 
 
 class ScaleTrainer(Trainer):
-    """`transformers.Trainer` that trains, saves and restores the scales only."""
+    """`transformers.Trainer` that takes the planned batches in order, and trains, saves and restores scales only."""
 
     control: TrainerControl
 
-    def __init__(self, *, tunable: TunableModel, held_out: Sequence[TokenBatch], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        tunable: TunableModel,
+        config: TuneConfig,
+        held_out: Sequence[tuple[str, Sequence[TokenBatch]]],
+        best: BestScales,
+        teacher: Teacher | None = None,
+        tasks: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """`held_out` has (name, batches) of every task, or of none."""
         super().__init__(model=tunable.model, **kwargs)
-        self.held_out = held_out
+        self.tunable, self.config, self.held_out, self.best, self.teacher = (
+            tunable,
+            config,
+            held_out,
+            best,
+            teacher,
+        )
+        self.tasks = tasks
         self.tokens_seen = 0
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(
         self,
@@ -108,40 +111,91 @@ class ScaleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Mean cross-entropy over the batch's loss tokens."""
+        """Sum over the tasks of the mean loss over their loss tokens; this process's and part's share of it."""
         self.tokens_seen += inputs["input_ids"].numel()
-        logits = logits_at(self.accelerator.unwrap_model(model), inputs["input_ids"], inputs["positions"])
-        return functional.cross_entropy(logits, inputs["targets"])
+        parts = tuple((int(task), int(count)) for task, count in inputs["parts"].tolist())
+        self.tunable.parts.parts = parts if self.tasks > 1 else ()
+        losses = self._losses(model, inputs)
+        # The loop divides by the parts of a step and the processes' gradients are averaged; the weights are whole.
+        return (
+            (losses * inputs["weights"]).sum()
+            * self.args.world_size
+            * self.current_gradient_accumulation_steps
+        )
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """[loss tokens]."""
+        share = self.config.distill
+        teacher = self.teacher.logits(inputs) if self.teacher is not None and share else None
+        logits = logits_at(model, inputs["input_ids"], inputs["positions"], inputs.get("position_ids"))
+        losses = functional.cross_entropy(logits, inputs["targets"], reduction="none")
+        if teacher is None:
+            return losses
+        return (1 - share) * losses + share * divergence(logits, teacher, self.config.temperature)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss per token, in the dtype of the training."""
+        """Held-out cross-entropy per token of each task, in the dtype of the training; the best scales are kept."""
         self.model.eval()
-        total, count = 0.0, 0
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self.held_out:
-                batch = batch_to(batch, self.args.device)
-                logits = logits_at(self.model, batch.input_ids, batch.positions)
-                total += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
-                count += len(batch.targets)
-        metrics = {"eval_loss": total / count}
+        metrics: dict[str, float] = {}
+        for task, (name, batches) in enumerate(self.held_out):
+            loss = self._held_out_loss(task, batches)
+            metrics[f"eval_loss_{name}"] = loss
+            scales = detached(tuned_scales(self.model, task))
+            self.best.offer(task, loss, self.state.global_step, scales, write=self.args.process_index == 0)
+        metrics["eval_loss"] = sum(metrics.values()) / len(self.held_out)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        waited = self.state.global_step - max(self.best.steps)
+        if self.config.patience and waited >= self.config.patience * self.args.eval_steps:
+            self.control.should_training_stop = True
         return metrics
+
+    def _held_out_loss(self, task: int, batches: Sequence[TokenBatch]) -> float:
+        totals = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for given in batches[self.args.process_index :: self.args.world_size]:
+                batch = given.to(self.args.device)
+                self.tunable.parts.parts = ((task, batch.input_ids.numel()),)
+                logits = logits_at(self.model, batch.input_ids, batch.positions, batch.position_ids)
+                totals[0] += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
+                totals[1] += len(batch.targets)
+        loss, count = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
+        return float(loss / count)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The training loss is shown as the mean over the tasks."""
+        if "loss" in logs:
+            logs = {**logs, "loss": logs["loss"] / self.tasks}
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted."""
         return 0
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise StoreError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}); "
+                f"{kept_checkpoint(Path(self.args.output_dir))}; make room, and the same command goes on"
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(detached(tuned_scales(self.model)), folder / MASTERS)
+        scales = {
+            f"{task}.{name}": scale
+            for task in range(self.tasks)
+            for name, scale in detached(tuned_scales(self.model, task)).items()
+        }
+        save_file(scales, folder / MASTERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        set_scales(model or self.model, load_file(Path(resume_from_checkpoint) / MASTERS))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        found = load_file(Path(resume_from_checkpoint) / MASTERS)
+        for task in range(self.tasks):
+            own = {n.partition(".")[2]: s for n, s in found.items() if n.startswith(f"{task}.")}
+            set_scales(self.model, own, task)
 
 
 def detached(scales: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -149,174 +203,189 @@ def detached(scales: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in scales.items()}
 
 
-class PlannedBatches(torch.utils.data.Dataset):
-    """Item i is the batch of step i, so resuming means going on at another index."""
-
-    def __init__(self, data: EncodedData, plan: Sequence[tuple[int, ...]], pad_token_id: int) -> None:
-        self.data, self.plan, self.pad_token_id = data, plan, pad_token_id
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole run, padding included."""
-        lengths = [len(example.token_ids) - 1 for example in self.data.examples]
-        return sum(len(batch) * max(lengths[i] for i in batch) for batch in self.plan)
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        batch = collate([self.data.examples[i] for i in self.plan[step]], self.pad_token_id)
-        return {"input_ids": batch.input_ids, "positions": batch.positions, "targets": batch.targets}
-
-
-class InOrderTrainer(ScaleTrainer):
-    """Takes the planned batches one after the other."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-def held_out_batches(data: EncodedData, *, rows: int, pad_token_id: int) -> list[TokenBatch]:
-    """Batches of like lengths that cover `data` once."""
-    ordered: list[Example] = sorted(data.examples, key=lambda e: len(e.token_ids))
-    return [collate(ordered[i : i + rows], pad_token_id) for i in range(0, len(ordered), rows)]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Newest complete checkpoint (the state file is written last, so one that was cut short is passed over)."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
-
-
-def prepare_folder(folder: Path, fingerprint: dict[str, Any], *, resume: bool | None) -> Path | None:
-    """Checkpoint to go on from, or None for a new run. `resume`: True must, False must not, None if there is one.
-
-    A folder of a run with other settings or data raises `InvalidData` rather than mixing two runs.
-    """
-    wanted = json.loads(json.dumps(fingerprint))
-    if resume is False and folder.exists():
-        shutil.rmtree(folder)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        try:
-            before = json.loads((folder / RUN_FILE).read_text())
-        except (OSError, ValueError):
-            before = {}
-        changed = sorted(key for key in wanted.keys() | before.keys() if wanted.get(key) != before.get(key))
-        if changed:
-            raise InvalidData(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); "
-                "use the same ones to go on, or --no-resume to start anew"
-            )
-        return checkpoint
-    if resume:
-        raise InvalidData(f"nothing to resume: {folder} holds no complete checkpoint")
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f"{RUN_FILE}.tmp"
-    staged.write_text(json.dumps(wanted, indent=1))
-    os.replace(staged, folder / RUN_FILE)
-    return None
+def kept_checkpoint(folder: Path) -> str:
+    """Half a sentence that says what of a run is safe."""
+    kept = last_checkpoint(folder)
+    return f"{kept} is kept" if kept else "no checkpoint had been written yet"
 
 
 def tune(
     tunable: TunableModel,
     config: TuneConfig,
-    data: EncodedData,
-    held_out: EncodedData | None,
+    tasks: Sequence[TaskData],
     *,
     folder: Path,
     resume_from: Path | None = None,
+    teacher: Teacher | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
-    on_log: Callable[[dict[str, float]], None] | None = None,
-) -> TuneResult:
-    """Tune scales of `config.kind`; checkpoints go to `folder`. Returns the last, or best held-out, scales.
+) -> list[TuneResult]:
+    """Tune scales of `config.kind` for every task at once; checkpoints go to `folder`. Gives each task's last, or best
+    held-out, scales, in the order of `tasks`.
 
-    Raises `TrainingInterrupted` after a signal, with a checkpoint written.
+    All tasks or none have held-out rows. Raises `TrainingInterrupted` after a signal, with a checkpoint written,
+    `TrainingDiverged` at a loss that is no number, `StoreError` where a checkpoint cannot be written.
     """
     torch.manual_seed(config.seed)
-    scales = start_tuning(tunable, config.kind)
-    pad = tunable.eos_token_id
-    plan = plan_batches(
-        [len(e.token_ids) for e in data.examples],
-        rows=config.batch_rows,
-        steps=config.steps,
-        seed=config.seed,
+    start_tuning(tunable, config.kind, len(tasks))
+    if config.pack:
+        check_packing(tunable)
+    with_held_out = tasks[0].held_out is not None
+    assert all((task.held_out is not None) == with_held_out for task in tasks)
+    arguments = _arguments(config, folder, tunable.model.device, with_held_out, resume_from is None)
+    if config.batch_rows < arguments.world_size * config.accumulate:
+        raise InvalidData(
+            f"a step of {config.batch_rows} rows cannot be shared by {arguments.world_size} processes "
+            f"in {config.accumulate} parts each; take more rows"
+        )
+    trainer = _trainer(tunable, config, tasks, arguments, teacher)
+    stop = StopOnSignal(_agree if arguments.world_size > 1 else bool)
+    trainer.add_callback(stop)
+    if tensorboard is not None and arguments.process_index == 0:
+        trainer.add_callback(tensorboard_callback(tensorboard))
+    trainer.add_callback(
+        ProgressBar(lambda: trainer.tokens_seen, show=progress and arguments.process_index == 0)
     )
-    stop = StopOnSignal()
-    trainer = InOrderTrainer(
-        tunable=tunable,
-        held_out=held_out_batches(held_out, rows=2 * config.batch_rows, pad_token_id=pad) if held_out else (),
-        args=_arguments(config, folder, tunable.model.device, with_held_out=held_out is not None),
-        train_dataset=PlannedBatches(data, plan, pad),
-        eval_dataset=[] if held_out else None,
-        data_collator=lambda items: items[0],
-        callbacks=[KeepPositive(list(scales.values())), stop],
-    )
-    for unwanted in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(unwanted)
-    trainer.add_callback(ProgressBar(lambda: trainer.tokens_seen, show=progress))
+    if arguments.world_size > 1:
+        _keep_frozen_at_home(tunable.model)
+    if config.checkpoint_activations:
+        tunable.model.gradient_checkpointing_enable({"use_reentrant": False})
     stop.install()
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stop.restore()
+        tunable.parts.parts = ()
+        if config.checkpoint_activations:
+            tunable.model.gradient_checkpointing_disable()
     if stop.stopped and trainer.state.global_step < config.steps:
         raise TrainingInterrupted(f"stopped after step {trainer.state.global_step} of {config.steps}")
-    return _result(trainer, held_out is not None, time.monotonic() - start)
+    return [_result(trainer, task, time.monotonic() - start) for task in range(len(tasks))]
 
 
-def _result(trainer: ScaleTrainer, with_held_out: bool, seconds: float) -> TuneResult:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    state = trainer.state
+def _trainer(
+    tunable: TunableModel,
+    config: TuneConfig,
+    tasks: Sequence[TaskData],
+    arguments: TrainingArguments,
+    teacher: Teacher | None,
+) -> ScaleTrainer:
+    pad = tunable.eos_token_id
+    pack = max(_longest(tasks), 512) if config.pack else 0
+    plans = [
+        plan_batches(
+            [len(e.token_ids) for e in task.train.examples],
+            rows=config.batch_rows,
+            steps=config.steps,
+            seed=config.seed,
+        )
+        for task in tasks
+    ]
+    held_out = [
+        (
+            task.name,
+            held_out_batches(task.held_out.examples, rows=2 * config.batch_rows, pad_token_id=pad, pack=pack),
+        )
+        for task in tasks
+        if task.held_out is not None
+    ]
+    scales = [list(tuned_scales(tunable.model, task).values()) for task in range(len(tasks))]
+    folder = Path(arguments.output_dir)
+    trainer = ScaleTrainer(
+        tunable=tunable,
+        config=config,
+        held_out=held_out,
+        best=BestScales(folder, len(tasks)),
+        teacher=teacher,
+        tasks=len(tasks),
+        args=arguments,
+        train_dataset=StepBatches(
+            [task.train.examples for task in tasks],
+            plans,
+            pad,
+            shares=config.accumulate * arguments.world_size,
+            pack=pack,
+        ),
+        eval_dataset=[] if held_out else None,
+        data_collator=lambda items: items[0],
+        callbacks=[
+            ClipEachTask(scales, config.clip, lambda: kept_checkpoint(folder)),
+            KeepPositive([scale for own in scales for scale in own]),
+        ],
+    )
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    return trainer
+
+
+def _longest(tasks: Sequence[TaskData]) -> int:
+    return max(len(e.token_ids) - 1 for task in tasks for e in task.train.examples)
+
+
+def _agree(stopped: bool) -> bool:
+    """Whether any process was told to stop."""
+    flag = torch.tensor([float(stopped)], device=PartialState().device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag.item())
+
+
+def _keep_frozen_at_home(model: nn.Module) -> None:
+    """Codes, scales of the base and buffers are equal in all processes: only gradients of task scales travel."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, frozen + [name for name, _ in model.named_buffers()]
+    )
+
+
+def _result(trainer: ScaleTrainer, task: int, seconds: float) -> TuneResult:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    step = trainer.state.global_step
+    held_out = bool(trainer.held_out)
+    key = f"eval_loss_{trainer.held_out[task][0]}" if held_out else ""
+    before = [entry[key] for entry in history if key in entry and entry["step"] == 0]
     return TuneResult(
-        scales=detached(tuned_scales(trainer.model)),
+        scales=trainer.best.load(task) if held_out else detached(tuned_scales(trainer.model, task)),
         train_loss=losses[-1] if losses else float("nan"),
-        held_out_loss=state.best_metric if with_held_out else None,
-        best_step=state.best_global_step or state.global_step if with_held_out else state.global_step,
+        held_out_loss=trainer.best.losses[task] if held_out else None,
+        base_loss=before[0] if before else None,
+        best_step=trainer.best.steps[task] if held_out else step,
+        last_step=step,
         tokens=trainer.train_dataset.num_tokens,
         seconds=seconds,
     )
 
 
 def _arguments(
-    config: TuneConfig, folder: Path, device: torch.device, *, with_held_out: bool
+    config: TuneConfig, folder: Path, device: torch.device, with_held_out: bool, new: bool
 ) -> TrainingArguments:
     every = min(config.check_every, config.steps)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=min(config.warmup_steps, config.steps),
         weight_decay=0.0,
-        max_grad_norm=config.clip,
+        max_grad_norm=0.0,  # each task's own: `ClipEachTask`
         optim="adamw_torch",
         bf16=fast_compute_dtype(device, config.compute) == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        ddp_broadcast_buffers=False,
         seed=config.seed,
         logging_steps=min(10, config.steps),
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if with_held_out else "no",
         eval_steps=every,
+        eval_on_start=with_held_out and new,  # the base's own loss: a set that is worse is never kept
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=with_held_out,
-        metric_for_best_model="eval_loss" if with_held_out else None,
-        greater_is_better=False if with_held_out else None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-
-
-def run_fingerprint(config: TuneConfig, **data: Any) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be gone on with."""
-    return {**asdict(replace(config)), **data}

@@ -6,11 +6,11 @@ base (1 = base), held as fp32 masters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peqa_runtime.core import BaseManifest, ScaleKind
-from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.errors import InvalidCheckpoint, InvalidData, InvalidRequest
 from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TunedParts
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.text import encode
-from peqa_runtime.training.data import TokenBatch
+from peqa_runtime.text import apply_chat_template, encode
+from peqa_runtime.training.data import EncodedData, TooLong, encode_file, prompt_ids
+from peqa_runtime.training.rows import Row
+from peqa_runtime.training.settings import Compute
 
-Compute = Literal["auto", "float32", "bfloat16"]
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
 """Tuned scales stay in this range: the one that servers accept, and never zero or negative."""
 
@@ -61,6 +62,33 @@ class TunableModel:
         """Token ids of a prompt as a server has them: after the begin-of-text token, where the model has one."""
         return encode(self.tokenizer, text)
 
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to the assistant's answer, as the model's chat template writes it."""
+        try:
+            text = apply_chat_template(self.tokenizer, messages)
+        except InvalidRequest as error:
+            raise InvalidData(str(error)) from None
+        return encode(self.tokenizer, text, add_special_tokens=False)
+
+    def prompt_ids(self, row: Row, prompt_format: str) -> list[int]:
+        """Token ids before a row's completion, as a server has them."""
+        return prompt_ids(row, self.encode_prompt, self.encode_chat, prompt_format)
+
+    def encode_file(
+        self, path: Path, *, prompt_format: str = "", max_tokens: int = 1024, too_long: TooLong = "drop"
+    ) -> EncodedData:
+        """Examples of a file in this model's tokens."""
+        return encode_file(
+            path,
+            self.encode,
+            self.eos_token_id,
+            encode_prompt=self.encode_prompt,
+            encode_chat=self.encode_chat,
+            prompt_format=prompt_format,
+            max_tokens=max_tokens,
+            too_long=too_long,
+        )
+
 
 def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:
     """Load a base folder with fp32 activations; parameters are frozen until `start_tuning`.
@@ -88,6 +116,17 @@ def quantized_linears(model: nn.Module, manifest: BaseManifest) -> dict[str, Qua
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear) and name in manifest.linears
     }
+
+
+def refuse_groups(tunable: TunableModel) -> None:
+    """Raise `InvalidData` unless every row of the base has one scale."""
+    linears = quantized_linears(tunable.model, tunable.manifest)
+    grouped = next((name for name, linear in linears.items() if linear.scales.shape[1] > 1), None)
+    if grouped is not None:
+        raise InvalidData(
+            f"the recipe is for a base with one scale a row, and {grouped} has groups: "
+            "make one with `peqa quantize … --group-size -1`"
+        )
 
 
 def start_tuning(tunable: TunableModel, kind: ScaleKind, sets: int = 1) -> dict[str, nn.Parameter]:
@@ -156,7 +195,7 @@ def logits_at(
         return (hidden.reshape(-1, hidden.shape[-1])[positions][None], *args[1:])
 
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    head = inner.get_output_embeddings()
+    head = cast(PreTrainedModel, inner).get_output_embeddings()
     packed = {} if position_ids is None else {"position_ids": position_ids}
     handle = head.register_forward_pre_hook(select)
     try:
@@ -164,13 +203,6 @@ def logits_at(
     finally:
         handle.remove()
     return logits[0].float()
-
-
-def batch_to(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    """The same batch on `device`."""
-    return TokenBatch(
-        *(getattr(batch, name).to(device) for name in ("input_ids", "positions", "targets", "owners"))
-    )
 
 
 def fast_compute_dtype(device: torch.device, compute: Compute = "auto") -> torch.dtype:

@@ -120,7 +120,8 @@ def test_train_says_what_is_wrong(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = peqa("train", tiny_base, rows, "--task", "t", "-o", "s.safetensors", "-q", *change, status=1)
+    given = change if "--task" in change else ["--task", "t", *change]
+    result = peqa("train", tiny_base, rows, "-o", "s.safetensors", "-q", *given, status=1)
     (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert message in error
     assert result.stdout == ""

@@ -13,7 +13,6 @@ from peqa_runtime.core import ScaleKind
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
-from peqa_runtime.training.data import Row
 from peqa_runtime.training.evaluate import (
     ExactMatch,
     Prediction,
@@ -24,6 +23,7 @@ from peqa_runtime.training.evaluate import (
     sample_rows,
     token_logprobs,
 )
+from peqa_runtime.training.rows import Row
 from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable
 
 TEXT = "The cat sat on the mat. " * 12

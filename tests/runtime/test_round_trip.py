@@ -13,8 +13,8 @@ from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model import quantize_folder
 from peqa_runtime.training.evaluate import RowLogprobs, completion_logprobs
-from peqa_runtime.training.run import TrainingFiles, train_file
-from peqa_runtime.training.trainer import TuneConfig
+from peqa_runtime.training.run import TrainingFiles, train_files
+from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.tuning import load_tunable
 
 ROWS = [{"prompt": f"{i} is", "completion": "odd" if i % 2 else "even"} for i in range(24)]
@@ -33,9 +33,9 @@ def test_trained_sets_of_every_kind_in_one_batch(
         ("base", row) for row in completion_logprobs(base, None, ROWS[:4])
     ]
     for i, kind in enumerate(SCALE_KINDS):
-        files = TrainingFiles(data, tmp_path / f"task{i}.safetensors")
-        config = TuneConfig(f"task{i}", kind=kind, steps=6, warmup_steps=1, learning_rate=3e-2, batch_rows=8)
-        train_file(load_tunable(base, device="cpu"), files, lambda rows, c=config: c, progress=False)
+        files = TrainingFiles(f"task{i}", data, tmp_path / f"task{i}.safetensors")
+        config = TuneConfig(kind=kind, steps=6, warmup_steps=1, learning_rate=3e-2, batch_rows=8)
+        train_files(load_tunable(base, device="cpu"), [files], lambda rows, c=config: c, progress=False)
         engine.tasks.upload(f"task{i}", files.output)
         expected += [(f"task{i}", row) for row in completion_logprobs(base, files.output, ROWS[:4])]
     moved = {name: [row.logprobs for task, row in expected if task == name] for name, _ in expected}

@@ -21,23 +21,21 @@ from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.text import encode
-from peqa_runtime.training import trainer as trainer_module
+from peqa_runtime.training.batches import held_out_batches
 from peqa_runtime.training.callbacks import KeepPositive
-from peqa_runtime.training.data import encode_rows, read_rows
+from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
+from peqa_runtime.training.data import encode_rows
 from peqa_runtime.training.evaluate import completion_logprobs
+from peqa_runtime.training.rows import read_rows
 from peqa_runtime.training.run import (
     FinishedRun,
     TrainingFiles,
+    checkpoints_of,
     read_training_data,
-    steps_for,
-    train_file,
+    train_files,
 )
-from peqa_runtime.training.trainer import (
-    TrainingInterrupted,
-    TuneConfig,
-    last_checkpoint,
-    prepare_folder,
-)
+from peqa_runtime.training.settings import TuneConfig, steps_for
+from peqa_runtime.training.trainer import TrainingInterrupted
 from peqa_runtime.training.tuning import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -48,9 +46,7 @@ from peqa_runtime.training.tuning import (
     start_tuning,
 )
 
-CONFIG = TuneConfig(
-    "answers", steps=12, learning_rate=2e-2, warmup_steps=2, batch_rows=4, check_every=4, seed=5
-)
+CONFIG = TuneConfig(steps=12, learning_rate=2e-2, warmup_steps=2, batch_rows=4, check_every=4, seed=5)
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +68,8 @@ def rows(tmp_path: Path) -> Path:
 def run(
     base: Path, files: TrainingFiles, config: TuneConfig = CONFIG, resume: bool | None = None
 ) -> FinishedRun:
-    return train_file(
-        load_tunable(base, device="cpu"), files, lambda rows: config, resume=resume, progress=False
-    )
+    tunable = load_tunable(base, device="cpu")
+    return train_files(tunable, [files], lambda rows: config, resume=resume, progress=False)[0]
 
 
 @pytest.mark.parametrize("kind", ["channel", "channel+input", "group"])
@@ -85,10 +80,10 @@ def test_the_loss_falls_and_only_scales_change(
     tunable = load_tunable(tiny_base, device="cpu")
     before = {name: p.clone() for name, p in tunable.model.named_parameters()}
     losses: list[float] = []
-    files = TrainingFiles(rows, output, held_out_fraction=0.2)
-    done = train_file(tunable, files, lambda n: replace(CONFIG, kind=kind), progress=False)
+    files = TrainingFiles("answers", rows, output, held_out_fraction=0.2)
+    (done,) = train_files(tunable, [files], lambda n: replace(CONFIG, kind=kind), progress=False)
     data = encode_rows(read_rows(rows), tunable.encode, tunable.eos_token_id)
-    batch = trainer_module.held_out_batches(data, rows=40, pad_token_id=0)[0]
+    batch = held_out_batches(data.examples, rows=40, pad_token_id=0)[0]
     for scaled in (False, True):
         fresh = load_tunable(tiny_base, device="cpu")
         if scaled:
@@ -105,12 +100,12 @@ def test_the_loss_falls_and_only_scales_change(
     assert {name: tuple(t.shape) for name, t in saved.tensors.items()} == expected_shapes(kind, manifest)
     assert all(t.dtype == torch.float16 for t in saved.tensors.values())
     assert all((t != 1).any() for t in saved.tensors.values()), "every linear was tuned"
-    assert not files.checkpoints.exists()
+    assert not checkpoints_of([files]).exists()
 
 
 def test_the_note_says_how_the_set_was_made(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     files = TrainingFiles(
-        rows, tmp_path / "s.safetensors", held_out_fraction=0.1, prompt_format="Q: {prompt}\nA: "
+        "answers", rows, tmp_path / "s.safetensors", held_out_fraction=0.1, prompt_format="Q: {prompt}\nA: "
     )
     note = run(tiny_base, files).scale_set.note
     assert (note["rows"], note["held_out_rows"], note["steps"], note["seed"]) == (36, 4, 12, 5)
@@ -128,7 +123,9 @@ def test_the_note_says_how_the_set_was_made(tiny_base: Path, rows: Path, tmp_pat
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_fraction: float
 ) -> None:
-    whole = TrainingFiles(rows, tmp_path / "whole.safetensors", held_out_fraction=held_out_fraction)
+    whole = TrainingFiles(
+        "answers", rows, tmp_path / "whole.safetensors", held_out_fraction=held_out_fraction
+    )
     cut = replace(whole, output=tmp_path / "cut.safetensors")
     expected = run(tiny_base, whole).scale_set
 
@@ -144,7 +141,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     with pytest.raises(TrainingInterrupted, match="after step 6 of 12"):
         run(tiny_base, cut)
     assert not cut.output.exists()
-    checkpoint = last_checkpoint(cut.checkpoints)
+    checkpoint = last_checkpoint(checkpoints_of([cut]))
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-6"
     masters = load_file(checkpoint / "scales.safetensors")
@@ -210,9 +207,9 @@ def test_settings_that_cannot_be_meant_are_refused(change: dict[str, object], me
 def test_contradicting_files_are_refused(tmp_path: Path) -> None:
     data, output = tmp_path / "d.jsonl", tmp_path / "s.safetensors"
     with pytest.raises(InvalidData, match="not both"):
-        TrainingFiles(data, output, held_out=data, held_out_fraction=0.1)
+        TrainingFiles("t", data, output, held_out=data, held_out_fraction=0.1)
     with pytest.raises(InvalidData, match=r"\.safetensors file"):
-        TrainingFiles(data, tmp_path / "s.bin")
+        TrainingFiles("t", data, tmp_path / "s.bin")
 
 
 def test_epochs_become_steps() -> None:
@@ -249,7 +246,7 @@ def test_a_prompt_begins_as_it_does_in_a_server(tiny_base: Path, rows: Path, tmp
     )
     tokenizer.save_pretrained(folder)
     tunable = load_tunable(folder, device="cpu")
-    data, _ = read_training_data(tunable, TrainingFiles(rows, tmp_path / "s.safetensors"), 0)
+    data, _ = read_training_data(tunable, TrainingFiles("answers", rows, tmp_path / "s.safetensors"), 0)
     first, row = data.examples[0], read_rows(rows)[0]
     served = encode(tunable.tokenizer, row.prompt)
     assert served[0] == 3

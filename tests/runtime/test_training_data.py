@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.data import (
-    Row,
-    collate,
-    encode_file,
-    encode_rows,
-    encode_text,
-    fill_prompt,
-    plan_batches,
-    read_rows,
-    split_held_out,
-)
+from peqa_runtime.training.batches import collate, plan_batches
+from peqa_runtime.training.data import encode_file, encode_rows, encode_text, split_held_out
+from peqa_runtime.training.rows import Row, fill_prompt, read_rows
 
 EOS = 0
 

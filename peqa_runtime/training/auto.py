@@ -1,0 +1,155 @@
+"""Which kind of set and which learning rate: each tried on a slice of the data, the lowest held-out loss wins."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from peqa_runtime.core import ScaleKind
+from peqa_runtime.errors import InvalidData, TrainingDiverged
+from peqa_runtime.training.checkpoints import prepare_folder
+from peqa_runtime.training.data import EncodedData, file_digest, split_held_out
+from peqa_runtime.training.run import Say, TrainingFiles, checkpoints_of, read_training_data, row_limit
+from peqa_runtime.training.settings import TuneConfig, Wanted
+from peqa_runtime.training.trainer import TaskData, tune
+from peqa_runtime.training.tuning import TunableModel
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SLICE_STEPS = 60
+"""Steps of a trial. The order of learning rates is seen by then; more would cost more than the run itself."""
+HELD_OUT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, its held-out loss after the slice (the mean over the tasks), and the base's."""
+
+    kind: ScaleKind
+    learning_rate: float
+    loss: float  # infinite where the run diverged
+    base_loss: float
+    steps: int
+    seconds: float
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The lowest loss. None that is a number: `InvalidData`."""
+    best = min(trials, key=lambda trial: trial.loss)
+    if not math.isfinite(best.loss):
+        raise InvalidData("every trial diverged; give a lower --lr")
+    return best
+
+
+def sweep(
+    tunable: TunableModel,
+    files: Sequence[TrainingFiles],
+    wanted: Wanted,
+    *,
+    text: bool = False,
+    progress: bool = True,
+    say: Say = lambda line: None,
+) -> list[Trial]:
+    """Try every kind (or the wanted one) at every rate (or the wanted one) on a seeded slice, and say the table.
+
+    Trials that an interrupted sweep has finished are not repeated. Raises as `train_files` does.
+    """
+    kinds: tuple[ScaleKind, ...] = (wanted.kind,) if wanted.kind else get_args(ScaleKind)
+    rates = (wanted.learning_rate,) if wanted.learning_rate else RATES
+    config = wanted.config(0, text=text)
+    tasks = [_slice(tunable, given, config) for given in files]
+    rows = max(len(task.train.examples) for task in tasks)
+    config = replace(
+        wanted.config(rows, text=text), distill=0.0, patience=0, warmup_steps=min(config.warmup_steps, 10)
+    )
+    config = replace(config, steps=min(config.steps, SLICE_STEPS), check_every=SLICE_STEPS)
+    folder = checkpoints_of(files).with_suffix(".sweep")
+    fingerprint = {
+        **asdict(config),
+        "data": [file_digest(given.data) for given in files],
+        "max_tokens": [row_limit(tunable, given) for given in files],
+        "base_digest": tunable.manifest.base_digest,
+    }
+    process = PartialState(cpu=tunable.model.device.type == "cpu")
+    file = folder / "trials.json"
+    done = _finished(file, fingerprint)
+    settings = [(kind, rate) for kind in kinds for rate in rates]
+    for kind, rate in tqdm(settings, desc="trials", disable=not (progress and process.is_main_process)):
+        if any((trial.kind, trial.learning_rate) == (kind, rate) for trial in done):
+            continue
+        done.append(_try(tunable, replace(config, kind=kind, learning_rate=rate), tasks, folder, fingerprint))
+        if process.is_main_process:
+            _write(file, fingerprint, done)
+        process.wait_for_everyone()
+    tried = [t for t in done if (t.kind, t.learning_rate) in settings]
+    if process.is_main_process:
+        _tell(tried, say)
+        shutil.rmtree(folder, ignore_errors=True)
+    return tried
+
+
+def _slice(tunable: TunableModel, files: TrainingFiles, config: TuneConfig) -> TaskData:
+    data, held_out = read_training_data(tunable, files, config.seed)
+    if held_out is None:
+        data, held_out = split_held_out(data, min(0.5, HELD_OUT_ROWS / len(data.examples)), config.seed)
+    count = SLICE_STEPS * config.batch_rows
+    if len(data.examples) > count:
+        _, data = split_held_out(data, min(0.5, count / len(data.examples)), config.seed)
+    return TaskData(files.task, data, _some(held_out, HELD_OUT_ROWS))
+
+
+def _some(data: EncodedData, count: int) -> EncodedData:
+    step = max(1, len(data.examples) // count)
+    return EncodedData(data.examples[::step][:count])
+
+
+def _try(
+    tunable: TunableModel,
+    config: TuneConfig,
+    tasks: Sequence[TaskData],
+    folder: Path,
+    fingerprint: dict[str, Any],
+) -> Trial:
+    own = folder / f"{config.kind}-{config.learning_rate:g}"
+    prepare_folder(own, fingerprint, resume=False if PartialState().is_main_process else None)
+    try:
+        results = tune(tunable, config, tasks, folder=own, progress=False)
+    except TrainingDiverged:
+        return Trial(config.kind, config.learning_rate, math.inf, math.nan, config.steps, 0.0)
+    loss = sum(result.held_out_loss or 0.0 for result in results) / len(results)
+    base = sum(result.base_loss or 0.0 for result in results) / len(results)
+    return Trial(config.kind, config.learning_rate, loss, base, config.steps, round(results[0].seconds, 1))
+
+
+def _finished(file: Path, fingerprint: dict[str, Any]) -> list[Trial]:
+    try:
+        found = json.loads(file.read_text())
+        if found["of"] != json.loads(json.dumps(fingerprint)):
+            return []
+        return [Trial(**trial) for trial in found["trials"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write(file: Path, fingerprint: dict[str, Any], trials: Sequence[Trial]) -> None:
+    staged = file.with_suffix(".tmp")
+    staged.write_text(json.dumps({"of": fingerprint, "trials": [asdict(trial) for trial in trials]}))
+    os.replace(staged, file)
+
+
+def _tell(trials: Sequence[Trial], say: Say) -> None:
+    best = best_of(trials)
+    say(f"{'kind':<14} {'lr':>8} {'held-out loss':>14} {'base':>8} {'s/step':>7}")
+    for trial in sorted(trials, key=lambda trial: trial.loss):
+        pace = trial.seconds / trial.steps
+        chosen = " *" if trial is best else ""
+        loss = f"{trial.loss:>14.4f} {trial.base_loss:>8.4f}"
+        say(f"{trial.kind:<14} {trial.learning_rate:>8g} {loss} {pace:>7.2f}{chosen}")

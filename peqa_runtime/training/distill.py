@@ -1,0 +1,62 @@
+"""A teacher: another model's (or the base's own) logits that a tuned model is drawn to, as a part of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from peqa_runtime.errors import InvalidCheckpoint, InvalidData
+from peqa_runtime.training.tuning import TunableModel, as_base, fast_compute_dtype, logits_at
+
+
+class Teacher:
+    """Gives logits at the loss's places. Without a model of its own it is the base that is being tuned, unscaled."""
+
+    def __init__(self, tunable: TunableModel, model: PreTrainedModel | None = None) -> None:
+        self._tunable, self._model = tunable, model
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """[loss tokens, vocab], fp32, without a gradient."""
+        given = (batch["input_ids"], batch["positions"], batch.get("position_ids"))
+        with torch.no_grad():
+            if self._model is not None:
+                return logits_at(self._model, *given)
+            with as_base(self._tunable, batch["input_ids"].numel()):
+                return logits_at(self._tunable.model, *given)
+
+
+def load_teacher(folder: Path | None, tunable: TunableModel) -> Teacher:
+    """A Hugging Face folder (a float model, or any base) as teacher; None is the tuned base itself.
+
+    Raises `InvalidCheckpoint` for a folder that cannot be loaded, `InvalidData` where its tokens are others.
+    """
+    if folder is None:
+        return Teacher(tunable)
+    device = tunable.model.device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=fast_compute_dtype(device), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"the teacher {folder} cannot be loaded: {error}") from error
+    if tokenizer.get_vocab() != tunable.tokenizer.get_vocab():
+        raise InvalidData(f"the teacher {folder} has other tokens than the base: it cannot be learned from")
+    model.requires_grad_(False)
+    return Teacher(tunable, model.to(device).eval())
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || model) of each row at `temperature`, times its square: [rows], from [rows, vocab] each.
+
+    The square keeps the gradient's size when the temperature changes (Hinton et al., arXiv 1503.02531). Vocabularies
+    that are padded to unlike sizes are cut to the smaller.
+    """
+    vocab = min(logits.shape[-1], teacher.shape[-1])
+    ours = functional.log_softmax(logits[:, :vocab] / temperature, -1)
+    theirs = functional.log_softmax(teacher[:, :vocab] / temperature, -1)
+    return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * temperature**2
