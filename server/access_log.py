@@ -30,12 +30,14 @@ class RequestNote:
     """What becomes known of a request while it is served. Moments are `time.perf_counter`'s.
 
     `received`: its first byte; `submitted`: handed to the engine; `started`: its first choice runs; then its first
-    and its last token so far. `key_id`: of the API key that it came with. `change`: what it does to a task.
+    and its last token so far. `key_id`: of the API key that it came with; `caller`: what that key may do (nothing,
+    until it is known). `change`: what it does to a task.
     """
 
     request_id: str
     received: float = field(default_factory=time.perf_counter)
     key_id: str | None = None
+    caller: Caller = field(default_factory=Caller)
     task: str | None = None
     revision: str | None = None
     change: str | None = None

@@ -13,16 +13,23 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
-from peqa_server import openai_routes, ops_routes, page_routes, task_routes
+from peqa_server import model_routes, openai_routes, ops_routes, page_routes, task_routes
+from peqa_server.access.door import Access, Door
+from peqa_server.access.route_roles import RouteRoles
 from peqa_server.access_log import Edge, Tracer, note_of, refused
 from peqa_server.api_document import DescribedApp
-from peqa_server.auth import ApiKeys
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.metrics import Metrics
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
 
-ROUTERS = (openai_routes.router, task_routes.router, ops_routes.router, page_routes.router)
+ROUTERS = (
+    openai_routes.router,
+    model_routes.router,
+    task_routes.router,
+    ops_routes.router,
+    page_routes.router,
+)
 
 
 def create_app(
@@ -32,17 +39,18 @@ def create_app(
     settings: ServerSettings | None = None,
     *,
     spool_folder: Path,
+    owners_folder: Path | None = None,
 ) -> FastAPI:
     """An app that serves at once. Uploads are written to `spool_folder` while they come: the store's volume, best."""
     app = create_loading_app(settings)
-    app.state.gate.open(Services(engine, tasks, model, spool_folder))
+    app.state.gate.open(Services(engine, tasks, model, spool_folder, owners_folder))
     return app
 
 
 def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
     """An app that answers 503 until `app.state.gate.open(services)` is called (in the event loop's thread).
 
-    `tracer` hears of each request that has ended.
+    `tracer` hears of each request that has ended. Raises `KeyFileError` for a key file that cannot be used.
     """
     settings = settings or ServerSettings()
     metrics = Metrics(settings.metric_tasks, settings.metrics_compat)
@@ -58,8 +66,9 @@ def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | 
         app.include_router(router)
     for kind in (PeqaError, ApiError, HTTPException, ClientDisconnect, ValidationError):
         app.add_exception_handler(kind, _refuse)
-    if settings.api_keys:
-        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    roles = RouteRoles(app, open_metrics=settings.open_metrics)
+    access = Access(settings.key_file, roles, metrics.registry)
+    app.add_middleware(Door, access=access, settings=settings)
     app.add_middleware(Edge, metrics=metrics, tracer=tracer)  # added last: the outermost layer
     return app
 

@@ -11,9 +11,11 @@ import typer
 
 from peqa_runtime.cli import app as offline_app
 from peqa_runtime.cli import wait_asleep
+from peqa_server.key_commands import app as keys_app
 from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
+    from peqa_server.entrance import Entrance
     from peqa_server.loading import ServeOptions
     from peqa_server.services import Services
     from peqa_server.start_report import Observing
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 app.registered_commands += offline_app.registered_commands
 app.add_typer(tasks_app, name="tasks")
+app.add_typer(keys_app, name="keys")
 
 
 Base = Annotated[
@@ -111,8 +114,23 @@ WatchSeconds = Annotated[
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="Keys, one per line; every route but /health and /ready then asks for one.",
+        help="Keys, as `peqa keys` makes them; every route but health and the page's files then asks for one. A file "
+        "of plain keys, one per line, makes each an admin.",
         envvar="PEQA_API_KEY_FILE",
+    ),
+]
+OpenMetrics = Annotated[
+    bool,
+    typer.Option(
+        "--open-metrics", help="/metrics asks for no key (else: an admin's).", envvar="PEQA_OPEN_METRICS"
+    ),
+]
+InsecureOpen = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-open-to-network",
+        help="Without keys, listen on other than loopback: whoever reaches the port may then do everything.",
+        envvar="PEQA_INSECURE_OPEN_TO_NETWORK",
     ),
 ]
 MaxUpload = Annotated[
@@ -171,6 +189,8 @@ def serve(
     host_cache_gib: HostCache = None,
     watch_seconds: WatchSeconds = 2.0,
     api_key_file: ApiKeyFile = None,
+    open_metrics: OpenMetrics = False,
+    insecure_open_to_network: InsecureOpen = False,
     max_upload_mb: MaxUpload = None,
     drain_seconds: DrainSeconds = 30.0,
     log_level: LogLevel = "info",
@@ -184,6 +204,7 @@ def serve(
     Example: peqa serve bases/smollm2 --port 8000 --store tasks
     """
     began = time.perf_counter()
+    from peqa_server.entrance import Entrance
     from peqa_server.loading import ServeOptions
     from peqa_server.log_format import set_up_logging
     from peqa_server.start_report import Observing
@@ -213,23 +234,21 @@ def serve(
         engine={name: value for name, value in sizes.items() if value is not None},
     )
     seen = Observing(log_format, metrics_compat, otlp_traces_endpoint, as_json, began)
-    raise typer.Exit(_serve(options, host, port, api_key_file, max_upload_mb, drain_seconds, seen))
+    entrance = Entrance(host, port, api_key_file, open_metrics, insecure_open_to_network)
+    raise typer.Exit(_serve(options, entrance, max_upload_mb, drain_seconds, seen))
 
 
 def _serve(
     options: ServeOptions,
-    host: str,
-    port: int,
-    api_key_file: Path | None,
+    entrance: Entrance,
     max_upload_mb: int | None,
     drain_seconds: float,
     seen: Observing,
 ) -> int:
     """Bind, then load beside the running server; the exit status."""
     from peqa_server.app import create_loading_app
-    from peqa_server.auth import read_key_file
     from peqa_server.loading import load_services
-    from peqa_server.run import CannotBind, is_loopback, listen, run
+    from peqa_server.run import CannotBind, run
     from peqa_server.settings import MIB, ServerSettings
     from peqa_server.start_report import announce
     from peqa_server.tracing import TracingUnavailable, open_tracer, tracing_wanted
@@ -237,29 +256,27 @@ def _serve(
     try:
         endpoint, environ = seen.traces_endpoint, os.environ
         tracer = open_tracer(endpoint, environ) if tracing_wanted(endpoint, environ) else None
-        keys = read_key_file(api_key_file) if api_key_file is not None else ()
-        listener = listen(host, port)
+        listener = entrance.listen()
     except (CannotBind, TracingUnavailable, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         return 1
-    if not is_loopback(host) and not keys:
+    if entrance.open_without_keys(listener):
         typer.echo(
-            f"warning: {host} can be reached from other machines, and no API key is asked for: anybody who reaches "
-            "this port can generate, upload and delete tasks. Give --api-key-file, or --host 127.0.0.1.",
-            err=True,
+            f"warning: whoever reaches {entrance.host} may do everything here, without a key", err=True
         )
     settings = ServerSettings(
-        api_keys=keys,
+        key_file=entrance.key_file,
+        open_metrics=entrance.open_metrics,
         max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
         drain_seconds=drain_seconds,
         metrics_compat=seen.metrics_compat,
     )
+    host = entrance.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def load() -> Services:
         services, report = load_services(options, lambda line: typer.echo(line, err=True))
-        asked = f"{len(keys)} API keys" if keys else "none asked for"
-        announce(report, url, asked, seen)
+        announce(report, url, entrance.keys_said(), seen)
         return services
 
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
 from peqa_runtime.errors import EngineDead, PromptTooLong
+from peqa_server.access.caller import Work
 from peqa_server.access_log import RequestNote
 from peqa_server.answers import Usage
 from peqa_server.choice import Choice, Piece, Prompt, TextRules
@@ -58,6 +59,7 @@ class Generation:
         self._meter = RequestMeter(metrics, lease, note)
         # Not the client's X-Request-Id alone: two requests may carry the same one.
         self._id = f"{note.request_id}/{uuid.uuid4().hex[:8]}"
+        self._work = Work()
         self._streams: list[TokenStream] = []
         tokenizer = services.model.tokenizer
         self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
@@ -81,6 +83,10 @@ class Generation:
     def submit(self) -> None:
         """Hand every choice to the engine; on a refusal of one, none stays."""
         complete = False
+        caller, prompt_tokens = self._note.caller, self.num_prompt_tokens
+        self._work = caller.begin(
+            self._lease, choices=self._job.num_choices, prompt_tokens=prompt_tokens, priority=self._job.priority
+        )
         self._meter.submitting()
         try:
             for index in range(self._job.num_choices):
@@ -89,6 +95,7 @@ class Generation:
         finally:
             if not complete:
                 self.cancel()
+        self._work.charge("prompt", prompt_tokens)
         self._meter.admitted(self.num_prompt_tokens, self._job.n, self._job.params.max_tokens)
 
     def _request(self, index: int) -> Request:
@@ -105,7 +112,7 @@ class Generation:
             revision=self._lease.revision,
             kind=self._lease.kind,
             priority=self._job.priority,
-            cache_salt=self._job.cache_salt,
+            cache_salt=self._note.caller.salt(self._job.cache_salt),
         )
 
     def cancel(self) -> None:
@@ -114,6 +121,7 @@ class Generation:
             if not choice.finished:
                 stream.cancel()
                 meter.end("abort")
+        self._work.close()
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """`(choice index, piece)` in the order in which tokens come. Raises the named error of a failed choice."""
@@ -160,6 +168,8 @@ class Generation:
         echoed = not self._job.rules.echo
         async for output in stream:
             meter.took(output)
+            if output.token_id is not None:
+                self._work.charge("generated", 1)
             if output.finish_reason in ("error", "abort"):
                 meter.end(output.finish_reason)
                 raise _failure(output)

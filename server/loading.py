@@ -95,7 +95,8 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
     )
     if options.watch_seconds:
         engine.tasks.watch(options.watch_seconds)
-    return Services(AsyncEngine(engine), engine.tasks, model, engine.tasks.store.spool_folder()), report
+    spool = engine.tasks.store.spool_folder()
+    return Services(AsyncEngine(engine), engine.tasks, model, spool, store / "owners"), report
 
 
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:

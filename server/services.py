@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import Request as HttpRequest
 
 from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
+from peqa_server.access.caller import Anybody, Caller
+from peqa_server.access.guarded_tasks import GuardedTasks
+from peqa_server.access.upload_ledger import UploadLedger
+from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
 from peqa_server.settings import ServerSettings
@@ -106,43 +111,80 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that exists once the model is loaded. `spool_folder`: where uploads are written while they come."""
+    """Everything that exists once the model is loaded.
+
+    `spool_folder`: where uploads are written while they come. `owners_folder`: where it is kept whose uploads take
+    how much of the disk, for servers with keys; default: in the spool folder, for as long as that stays.
+    """
 
     engine: EngineService
     tasks: TaskService
     model: ServedModel
     spool_folder: Path
+    owners_folder: Path | None = None
+
+    def seen_by(self, caller: Caller) -> Services:
+        """The same, with the tasks that the caller may use, and changes checked and recorded."""
+        ledger = UploadLedger(self.owners_folder or self.spool_folder / "owners")
+        return replace(self, tasks=GuardedTasks(self.tasks, caller, ledger))
+
+
+@dataclass
+class _Life:
+    """What changes while a server lives."""
+
+    phase: Phase = "starting"
+    failure: str | None = None
+    services: Services | None = None
+    running: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Gate:
-    """The app's one piece of changing state: its phase, its services, and how much work runs in it."""
+    """The app's one piece of changing state: its phase, its services, and how much work runs in it.
+
+    A request gets a view of it (`gate_of`), in which the services are those that its caller may use.
+    """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.phase: Phase = "starting"
-        self.failure: str | None = None
-        self._services: Services | None = None
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._caller: Caller = Anybody()
+        self._life = _Life()
+        self._life.idle.set()
+
+    def seen_by(self, caller: Caller) -> Gate:
+        """A view for one caller; all views share what changes."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
+
+    @property
+    def phase(self) -> Phase:
+        """Where in its life the server is."""
+        return self._life.phase
+
+    @property
+    def failure(self) -> str | None:
+        """Why loading, or the engine, has failed."""
+        return self._life.failure
 
     def open(self, services: Services) -> None:
         """The model is loaded: serve."""
-        self._services = services
+        self._life.services = services
         self.metrics.watch(services.engine, services.tasks, services.model.model_id)
         if self.phase == "starting":
-            self.phase = "ready"
+            self._life.phase = "ready"
 
     def fail(self, reason: str) -> None:
         """Loading ended with an error."""
-        self.phase, self.failure = "failed", reason
+        self._life.phase, self._life.failure = "failed", reason
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new work and wait for what runs; False when some still ran at the end."""
-        self.phase = "draining"
+        self._life.phase = "draining"
         try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            await asyncio.wait_for(self._life.idle.wait(), seconds)
         except asyncio.TimeoutError:
             return False
         return True
@@ -150,23 +192,24 @@ class Gate:
     @property
     def services(self) -> Services:
         """The services; 503 before the model is loaded."""
-        if self._services is None:
+        services = self._life.services
+        if services is None:
             raise ApiError(
                 503,
                 "the model is still loading; ask again shortly",
                 code="starting",
                 headers={"Retry-After": "2"},
             )
-        return self._services
+        return services if isinstance(self._caller, Anybody) else services.seen_by(self._caller)
 
     @property
     def healthy(self) -> bool:
         """False once the engine's thread is dead or loading failed."""
         if self.phase == "failed":
             return False
-        if self._services is None:
+        if self._life.services is None:
             return True
-        engine = self._services.engine
+        engine = self._life.services.engine
         return engine.alive and engine.failure is None
 
     def enter(self) -> Services:
@@ -179,15 +222,15 @@ class Gate:
                 code="draining",
                 headers={"Retry-After": "5", "Connection": "close"},
             )
-        self._running += 1
-        self._idle.clear()
+        self._life.running += 1
+        self._life.idle.clear()
         return services
 
     def leave(self) -> None:
         """End one generation or upload."""
-        self._running -= 1
-        if self._running == 0:
-            self._idle.set()
+        self._life.running -= 1
+        if self._life.running == 0:
+            self._life.idle.set()
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -200,6 +243,6 @@ class Gate:
 
 
 def gate_of(request: HttpRequest) -> Gate:
-    """The gate of the app that got this request."""
+    """The gate of the app that got this request, as its caller sees it."""
     gate: Gate = request.app.state.gate
-    return gate
+    return gate.seen_by(note_of(request.scope).caller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 MIB = 1 << 20
@@ -12,12 +13,15 @@ MIB = 1 << 20
 class ServerSettings:
     """Limits and keys of one app.
 
-    `api_keys` empty: no key is asked. `max_upload_bytes` None: the largest set that the base can have.
+    `key_file` None: no key is asked for. `open_metrics`: none for /metrics.
+    `max_upload_bytes` None: the largest set that the base can have.
     `metric_tasks`: how many task names become labels of their own; later ones count as "other".
+    `client_chat_templates`: clients may send a chat template of their own, a program that then runs here, sandboxed.
     `metrics_compat`: whose metric names `/metrics` has beside its own.
     """
 
-    api_keys: tuple[str, ...] = ()
+    key_file: Path | None = None
+    open_metrics: bool = False
     max_request_bytes: int = 8 * MIB
     max_upload_bytes: int | None = None
     body_idle_seconds: float = 30.0
@@ -29,3 +33,4 @@ class ServerSettings:
     metric_tasks: int = 64
     metrics_compat: Literal["vllm"] | None = None
     drain_seconds: float = 30.0
+    client_chat_templates: bool = False

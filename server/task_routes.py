@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import NoSuchRevision
+from peqa_server.access.upload_admission import admitted_upload
 from peqa_server.access_log import note_of
 from peqa_server.api_document import bytes_body, json_body, parameter, refusals
 from peqa_server.errors import ApiError
@@ -128,7 +129,10 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     if_match = _if_match(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():
-        async with spooled_body(request, gate.settings, limit, services.spool_folder) as file:
+        async with (
+            admitted_upload(request, gate.settings, services.tasks, task),
+            spooled_body(request, gate.settings, limit, services.spool_folder) as file,
+        ):
             received = time.perf_counter()
             info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)
             gate.metrics.upload_seconds.observe(time.perf_counter() - received)

@@ -125,7 +125,8 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
     assert "no server answers" in nobody.stderr
     missing = peqa("tasks", "push", str(tmp_path / "no-file"))
     assert (missing.exit_code, "cannot be read" in missing.stderr) == (1, True)
-    locked = live(settings=ServerSettings(api_keys=("k",)))
+    (tmp_path / "keys").write_text("k\n")
+    locked = live(settings=ServerSettings(key_file=tmp_path / "keys"))
     assert "API key" in peqa("tasks", "ls", "--server", locked.url).stderr
     assert peqa("tasks", "ls", "--server", locked.url, PEQA_API_KEY="k").exit_code == 0
 

@@ -26,11 +26,9 @@ from server_stubs import (
 
 from peqa_runtime.errors import Overloaded
 from peqa_server.app import create_app, create_loading_app
-from peqa_server.auth import OPEN_PATHS, read_key_file
 from peqa_server.log_format import JsonFormatter
 from peqa_server.metrics import Metrics
 from peqa_server.services import ServedModel, Services
-from peqa_server.settings import ServerSettings
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
 
@@ -270,35 +268,6 @@ def test_draining_gives_up_in_time(live: Any) -> None:
     drained = asyncio.run_coroutine_threadsafe(server.app.state.gate.drain(0.2), server.loop)
     assert drained.result(5) is False
     assert time.monotonic() - begin < 2
-
-
-def test_keys_guard_every_route_but_health(live: Any) -> None:
-    server = live(settings=ServerSettings(api_keys=("right", "other")))
-    paths = {route.path for route in server.app.routes if hasattr(route, "path")} | {
-        "/no/such",
-        "/v1/tasks/x",
-    }
-    paths |= set(server.app.openapi()["paths"])
-    assert len(paths) > 12
-    for path in paths:
-        for wrong in (None, "Bearer wrong", "right", "Basic right", "Bearer rightother", "Bearer"):
-            headers = {"Authorization": wrong} if wrong else {}
-            answer = server.client.get(path.replace("{task:path}", "x"), headers=headers)
-            if path in OPEN_PATHS:
-                assert answer.status_code == 200
-            else:
-                assert check_error(answer, 401)["code"] == "invalid_api_key"
-    for key in ("right", "other"):
-        assert server.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
-
-
-def test_key_file(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# ours\none\n\n  two \n")
-    assert read_key_file(path) == ("one", "two")
-    path.write_text("# none\n")
-    with pytest.raises(ValueError, match="no key"):
-        read_key_file(path)
 
 
 def test_two_apps_share_nothing(live: Any) -> None:

@@ -1,0 +1,142 @@
+"""The layer that every request passes before any route: who asks, and may they use this route at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from peqa_server.access.allowance import Allowances, Clock
+from peqa_server.access.api_key import ApiKey, Role
+from peqa_server.access.caller import Anybody, Caller, KeyHolder
+from peqa_server.access.key_metrics import KeyMetrics
+from peqa_server.access.key_ring import KeyRing
+from peqa_server.access.route_roles import RouteRoles
+from peqa_server.access_log import note_of, refused
+from peqa_server.errors import ApiError
+from peqa_server.settings import ServerSettings
+from peqa_server.streaming import discard
+
+_NEEDS = {Role.UPLOADER: "uploader or admin", Role.ADMIN: "admin"}
+
+
+class Access:
+    """The keys of one app, what is used of them, and the table of roles. `key_file` None: no key is asked for.
+
+    Raises `KeyFileError` for a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        key_file: Path | None,
+        roles: RouteRoles,
+        registry: CollectorRegistry,
+        *,
+        clock: Clock = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.ring = None if key_file is None else KeyRing(key_file, clock=clock)
+        self._roles = roles
+        self._allowances = Allowances(clock)
+        self._metrics = KeyMetrics(registry)
+        self._metrics.damaged.set_function(lambda: self.ring is not None and self.ring.damaged)
+        self._clock = clock
+        self._now = now
+
+    def caller(self, scope: Scope) -> Caller:
+        """Who asks, when the request may go on to the router. Raises the 401, 403 or 429 that it gets instead."""
+        route = self._roles.matched(scope)
+        if self.ring is None:
+            if route is not None and not self._roles.is_open(route):
+                self._roles.lowest(route)
+            return Anybody()
+        if self._roles.is_open(route):
+            return Caller()
+        key = self._key(self.ring, scope)
+        note_of(scope).key_id = key.id
+        holder = KeyHolder(key, self._allowances.of(key), self._metrics, self._clock)
+        note_of(scope).caller = holder  # also while it is refused: metrics and headers are this key's
+        holder.admit()
+        lowest = Role.USER if route is None else self._roles.lowest(route)
+        if key.role < lowest:
+            raise ApiError(
+                403, f"{route} needs the role {_NEEDS[lowest]}; this key's role is {key.role.word}",
+                code="role_not_allowed",
+            )  # fmt: skip
+        return holder
+
+    def _key(self, ring: KeyRing, scope: Scope) -> ApiKey:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not given:
+            raise _unauthorized(
+                "this server asks for an API key: send 'Authorization: Bearer <key>'", "missing_api_key"
+            )
+        scheme, _, text = given[0].partition(b" ")
+        key = ring.find(text.strip()) if len(given) == 1 and scheme.lower() == b"bearer" else None
+        if key is None:
+            raise _unauthorized(
+                "this is no key of this server; send one 'Authorization: Bearer <key>'", "invalid_api_key"
+            )
+        state = key.state(self._now())
+        if state != "valid":
+            raise _unauthorized(
+                f"this key is {state}; ask the server's admin for another", f"api_key_{state}"
+            )
+        return key
+
+
+def _unauthorized(message: str, code: str) -> ApiError:
+    challenge = "Bearer" if code == "missing_api_key" else 'Bearer error="invalid_token"'
+    return ApiError(401, message, code=code, headers={"WWW-Authenticate": challenge})
+
+
+class Door:
+    """ASGI middleware that lets a request through with its `Caller` in the note, or answers it."""
+
+    def __init__(self, app: ASGIApp, access: Access, settings: ServerSettings) -> None:
+        self._app = app
+        self._access = access
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no route speaks WebSocket
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        note = note_of(scope)
+
+        async def send_with_rates(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                rates = note.caller.headers()
+                pairs = [(name.encode(), value.encode()) for name, value in rates.items()]
+                message["headers"] = [*message.get("headers", []), *pairs]
+            await send(message)
+
+        try:
+            note.caller = self._access.caller(scope)
+        except ApiError as error:
+            refused(scope, error)
+            await _read_away(Request(scope, receive), self._settings)
+            await error.response()(scope, receive, send_with_rates)
+        else:
+            await self._app(scope, receive, send_with_rates)
+        if isinstance(note.caller, KeyHolder) and note.error_code is not None:
+            note.caller.refused(note.error_code)
+
+
+async def _read_away(request: Request, settings: ServerSettings) -> None:
+    """Take in the body of a refused request for a while: a client in the middle of sending would see a reset."""
+    if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
+        await discard(request, settings)
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent this request."""
+    return note_of(request.scope).caller
