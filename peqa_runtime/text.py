@@ -5,6 +5,7 @@ The engine speaks token ids only; this is the one place that knows text. `tokeni
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from peqa_runtime.errors import InvalidRequest
 
 REPLACEMENT = "\ufffd"
 """What a decoder shows for bytes that are no UTF-8 (yet)."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""A token that stands for one byte, in vocabularies that fall back to bytes."""
 
 _CONTEXT = 6
 """Prompt tokens that a decoder looks back on, so that the first generated token keeps its leading space."""
@@ -43,6 +47,27 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     """
     once = _decode(tokenizer, [token_id], False)
     return _decode(tokenizer, [token_id, token_id], False)[len(once) :]
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """One token's own bytes. Of a token that is part of a character the text cannot say them."""
+    text = token_text(tokenizer, token_id)
+    if REPLACEMENT not in text:
+        return text.encode()
+    name = str(tokenizer.convert_ids_to_tokens(token_id))
+    if (byte := _BYTE_TOKEN.fullmatch(name)) is not None:
+        return bytes.fromhex(byte[1])
+    letters = _byte_letters()
+    if all(letter in letters for letter in name):
+        return bytes(letters[letter] for letter in name)
+    return text.encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """How byte-level BPE writes bytes in names of tokens: printable Latin-1 as itself, the rest from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def apply_chat_template(
@@ -78,10 +103,16 @@ class IncrementalDecoder:
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Any,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._spaces = spaces_between_special_tokens
         self._ids = list(prompt_token_ids[-_CONTEXT:])
         self._prefix = 0
         self._read = len(self._ids)
@@ -110,7 +141,7 @@ class IncrementalDecoder:
         return piece
 
     def _text(self, start: int, stop: int) -> str:
-        return _decode(self._tokenizer, self._ids[start:stop], self._skip_special_tokens)
+        return _decode(self._tokenizer, self._ids[start:stop], self._skip_special_tokens, self._spaces)
 
 
 class StopStrings:
@@ -151,14 +182,18 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _decode(tokenizer: Any, token_ids: list[int], skip_special_tokens: bool) -> str:
+def _decode(
+    tokenizer: Any, token_ids: list[int], skip_special_tokens: bool, spaces: bool | None = None
+) -> str:
+    """`spaces` between special tokens (None: as the tokenizer does): tokenizers with a backend never put any."""
     if not token_ids:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # without transformers' wrapper, which costs more than the decoding
         fast: str = backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return fast
+    options = {} if spaces is None else {"spaces_between_special_tokens": spaces}
     slow: str = tokenizer.decode(
-        token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **options
     )
     return slow

@@ -1,4 +1,4 @@
-"""The JSON of completions and chat completions, whole and in chunks."""
+"""The JSON of completions, whole and in chunks; `chat_answer` has what is different in chats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peqa_runtime.core import Lease
+from peqa_runtime.core import Lease, TokenLogprobs
 from peqa_runtime.text import token_text
 from peqa_server.choice import Piece, TokenPiece
 from peqa_server.services import ServedModel
@@ -39,9 +39,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class AnswerStyle:
-    """What the client wants to see besides the text."""
+    """What the client wants to see besides the text. The numbers are of alternatives for each token."""
 
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
 
@@ -55,6 +56,7 @@ class Gathered:
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     def add(self, piece: Piece) -> None:
         """Append a piece."""
@@ -64,6 +66,7 @@ class Gathered:
             self.generated_ids += [t.token_id for t in piece.tokens]
         self.finish_reason = piece.finish_reason or self.finish_reason
         self.stop_reason = piece.stop_reason if piece.stop_reason is not None else self.stop_reason
+        self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
 
 
 class Answer:
@@ -72,6 +75,8 @@ class Answer:
     prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    prompt_on_top = False
+    """Whether the answer, and not each choice, tells of the prompt."""
 
     def __init__(
         self,
@@ -95,27 +100,36 @@ class Answer:
 
     def whole(self, choices: Sequence[Gathered], prompts: Sequence[tuple[int, ...]], usage: Usage) -> Json:
         """The complete answer; `prompts[i]` are the prompt tokens of choice i."""
-        rows = []
+        rows: list[Json] = []
+        top: Json = {}
         for index, (gathered, prompt) in enumerate(zip(choices, prompts, strict=True)):
-            row: Json = {"index": index, **self.whole_choice(gathered)}
-            row["finish_reason"] = gathered.finish_reason
-            row["stop_reason"] = gathered.stop_reason
+            row = {"index": index, **self.whole_choice(gathered), "stop_reason": gathered.stop_reason}
             if self._style.token_ids:
                 row["token_ids"] = gathered.generated_ids
-                row["prompt_token_ids"] = list(prompt)
+            (top if self.prompt_on_top else row).update(self._about_prompt(gathered, prompt))
             rows.append(row)
-        return self._head | {"choices": rows, "usage": usage.json()}
+        return self._head | {"choices": rows, "usage": usage.json()} | top
 
-    def chunk(self, index: int, piece: Piece, prompt: tuple[int, ...] | None) -> Json:
-        """One streamed piece; `prompt` is given with the first chunk of a choice."""
-        row: Json = {"index": index, **self.chunk_choice(piece)}
-        row["finish_reason"] = piece.finish_reason
-        row["stop_reason"] = piece.stop_reason
+    def chunk(self, index: int, piece: Piece, prompt: tuple[int, ...] | None, *, always: bool) -> Json | None:
+        """One streamed piece; `prompt` is given with the first chunk of a choice.
+
+        None, but for `always`: the piece has nothing to tell, as text held back for a possible stop string has not.
+        """
+        row = self.chunk_choice(index, piece)
+        wants_tokens = self._style.logprobs is not None or self._style.token_ids
+        if row is None:
+            if not always and not (wants_tokens and piece.tokens):
+                return None
+            row = self.empty_choice(piece)
+        row = {"index": index, **row, "stop_reason": piece.stop_reason}
         if self._style.token_ids:
             row["token_ids"] = [] if piece.is_prompt else [t.token_id for t in piece.tokens]
-            if prompt is not None:
+            if prompt is not None and not self.prompt_on_top:
                 row["prompt_token_ids"] = list(prompt)
-        return self._head | {"object": self.chunk_object, "choices": [row]}
+        chunk = self._head | {"object": self.chunk_object, "choices": [row]}
+        if self._style.token_ids and prompt is not None and self.prompt_on_top:
+            chunk["prompt_token_ids"] = list(prompt)
+        return chunk
 
     def last(self, usage: Usage) -> Json:
         """The chunk that `stream_options.include_usage` adds at the end."""
@@ -127,16 +141,52 @@ class Answer:
 
     def whole_choice(self, gathered: Gathered) -> Json:
         """The choice's own fields in a complete answer."""
-        return {"text": gathered.text, "logprobs": self._logprobs(gathered.tokens)}
+        return {
+            "text": gathered.text,
+            "logprobs": self._logprobs(gathered.tokens),
+            "finish_reason": gathered.finish_reason,
+        }
 
-    def chunk_choice(self, piece: Piece) -> Json:
-        """The choice's own fields in a chunk."""
-        return {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
+    def chunk_choice(self, index: int, piece: Piece) -> Json | None:
+        """The choice's own fields in a chunk; None when they say nothing (but its tokens may)."""
+        return self.empty_choice(piece) if piece.text or piece.finish_reason else None
 
-    def shows(self, piece: Piece) -> bool:
-        """Whether a piece has anything to tell: text held back for a possible stop string has not."""
-        wants_tokens = self._style.logprobs is not None or self._style.token_ids
-        return bool(piece.text or piece.finish_reason or (wants_tokens and piece.tokens))
+    def empty_choice(self, piece: Piece) -> Json:
+        """The choice's own fields in a chunk whose tokens, or usage, are what it tells."""
+        return {
+            "text": piece.text,
+            "logprobs": self._logprobs(piece.tokens),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _about_prompt(self, gathered: Gathered, prompt: tuple[int, ...]) -> Json:
+        """What a choice tells of its prompt."""
+        told: Json = {"prompt_token_ids": list(prompt)} if self._style.token_ids else {}
+        if self._style.prompt_logprobs is not None:
+            told["prompt_logprobs"] = self._prompt_logprobs(gathered, self._style.prompt_logprobs)
+        return told
+
+    def _prompt_logprobs(self, gathered: Gathered, count: int) -> list[Json | None]:
+        """vLLM's form: per prompt token its own value and the likeliest ones by token id; the first has none.
+
+        `rank` is null where the prompt's token is not among the likeliest.
+        """
+        entries: list[Json | None] = []
+        for token in gathered.prompt_logprobs or ():
+            if token is None:
+                entries.append(None)
+                continue
+            listed: dict[int, tuple[float, int | None]] = {
+                t: (value, rank) for rank, (t, value) in enumerate(token.top[:count], start=1)
+            }
+            listed.setdefault(token.token_id, (token.logprob, None))
+            entries.append(
+                {
+                    str(t): {"logprob": finite(value), "rank": rank, "decoded_token": self._name(t)}
+                    for t, (value, rank) in listed.items()
+                }
+            )
+        return entries
 
     def _name(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._style.tokens_as_ids else token_text(self._tokenizer, token_id)
@@ -167,53 +217,6 @@ class Answer:
             "top_logprobs": tops,
             "text_offset": [t.offset for t in tokens],
         }
-
-
-class ChatAnswer(Answer):
-    """The chat forms: `message` whole, `delta` in chunks, and chat's own logprobs format."""
-
-    prefix = "chatcmpl-"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def whole_choice(self, gathered: Gathered) -> Json:
-        """`message` and `logprobs`."""
-        return {
-            "message": {"role": "assistant", "content": gathered.text},
-            "logprobs": self._chat_logprobs(gathered.tokens),
-        }
-
-    def chunk_choice(self, piece: Piece) -> Json:
-        """`delta` and `logprobs`."""
-        return {"delta": {"content": piece.text}, "logprobs": self._chat_logprobs(piece.tokens)}
-
-    def opening(self, index: int) -> Json:
-        """The first chunk of a choice, which names the role."""
-        row = {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return self._head | {"object": self.chunk_object, "choices": [row]}
-
-    def _chat_logprobs(self, tokens: Sequence[TokenPiece]) -> Json | None:
-        if self._style.logprobs is None:
-            return None
-        content = []
-        for token in tokens:
-            if token.logprobs is None:
-                continue
-            top = token.logprobs.top[: self._style.logprobs]
-            content.append(
-                self._entry(token.token_id, token.logprobs.logprob)
-                | {"top_logprobs": [self._entry(t, value) for t, value in top]}
-            )
-        return {"content": content}
-
-    def _entry(self, token_id: int, logprob: float) -> Json:
-        name = self._name(token_id)
-        return {"token": name, "logprob": finite(logprob), "bytes": list(name.encode())}
 
 
 def finite(logprob: float) -> float:

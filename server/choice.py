@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peqa_runtime.core import TokenLogprobs, TokenOutput
@@ -25,6 +25,7 @@ class TextRules:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool | None = None
     echo: bool = False
     min_tokens: int = 0
 
@@ -40,13 +41,28 @@ class TokenPiece:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to a choice. `text` may be empty while a possible stop string is held back."""
+    """What a step adds to a choice. `text` may be empty while a possible stop string is held back.
+
+    `prompt_logprobs`, where asked for, come with the first one.
+    """
 
     text: str = ""
     tokens: tuple[TokenPiece, ...] = ()
     is_prompt: bool = False
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    def then(self, later: Piece) -> Piece:
+        """Both in one."""
+        assert self.is_prompt == later.is_prompt
+        assert self.finish_reason is None, "nothing comes after the end"
+        return replace(
+            later,
+            text=self.text + later.text,
+            tokens=self.tokens + later.tokens,
+            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
+        )
 
 
 class Choice:
@@ -57,7 +73,10 @@ class Choice:
         self._prompt = prompt
         self._rules = rules
         self._decoder = IncrementalDecoder(
-            tokenizer, prompt.token_ids, skip_special_tokens=rules.skip_special_tokens
+            tokenizer,
+            prompt.token_ids,
+            skip_special_tokens=rules.skip_special_tokens,
+            spaces_between_special_tokens=rules.spaces_between_special_tokens,
         )
         self._stop = StopStrings(rules.stop, include=rules.include_stop)
         self._length = 0  # characters decoded so far, held-back ones included
@@ -90,6 +109,11 @@ class Choice:
 
     def feed(self, output: TokenOutput) -> Piece:
         """Take one output. After a stop string is found (`finished` with the engine still running): cancel."""
+        piece = self._decoded(output)
+        prompt = output.prompt_logprobs
+        return piece if prompt is None else replace(piece, prompt_logprobs=prompt)
+
+    def _decoded(self, output: TokenOutput) -> Piece:
         text = ""
         tokens: tuple[TokenPiece, ...] = ()
         stopped_by: int | str | None = None

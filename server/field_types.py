@@ -83,6 +83,18 @@ def _task_choice(value: object) -> object:
         raise PydanticCustomError("task", "must have weights that sum to 1") from None
 
 
+def one_of(*allowed: str) -> BeforeValidator:
+    """A check that a value is one of these words. (A `Literal` of pydantic refuses in words of Python's.)"""
+
+    def check(value: object) -> object:
+        if value is not None and (not isinstance(value, str) or value not in allowed):
+            raise PydanticCustomError("one_of", "must be {words}", {"words": " or ".join(map(repr, allowed))})
+        return value
+
+    return BeforeValidator(check)
+
+
+Side = Annotated[str, one_of("left", "right")]
 TaskChoice = Annotated[str | dict[str, float], BeforeValidator(_task_choice), BeforeValidator(valid_text)]
 Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), BeforeValidator(valid_text)]
 StopStringList = Annotated[tuple[str, ...], BeforeValidator(_stops), BeforeValidator(valid_text)]

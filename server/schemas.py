@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from peqa_runtime.core import SamplingParams
 from peqa_server.errors import ApiError, show
-from peqa_server.field_types import Prompts, StopStringList, TaskChoice, TokenIdList
+from peqa_server.field_types import Prompts, Side, StopStringList, TaskChoice, TokenIdList
 from peqa_server.foreign_fields import is_neutral
 
 
@@ -68,12 +68,16 @@ class GenerationFields(Strict):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: int | None = None
+    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Side | None = None
     user: str | None = None
     priority: int | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None

@@ -333,10 +333,10 @@ def test_a_token_that_shares_its_text_does_not_pass_for_the_likeliest() -> None:
     model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
     answer = Answer(model, Lease("base", ""), AnswerStyle(logprobs=1), None)
     half = TokenLogprobs(195, -3.0, ((169, -0.5), (97, -1.0)))  # 195 and 169 are both half a character: "�"
-    row = answer.chunk_choice(Piece("", (TokenPiece(195, 0, half),)))["logprobs"]
+    row = answer.empty_choice(Piece("", (TokenPiece(195, 0, half),)))["logprobs"]
     assert row["token_logprobs"] == [-3.0]
     assert max(row["top_logprobs"][0].values()) == -0.5
     never = TokenLogprobs(98, float("-inf"), ())
-    assert answer.chunk_choice(Piece("b", (TokenPiece(98, 0, never),)))["logprobs"]["token_logprobs"] == [
+    assert answer.empty_choice(Piece("b", (TokenPiece(98, 0, never),)))["logprobs"]["token_logprobs"] == [
         -9999.0
     ]

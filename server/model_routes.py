@@ -1,0 +1,83 @@
+"""The base and its tasks as OpenAI's list of models."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from peqa_runtime.core import BASE_TASK, TaskInfo
+from peqa_runtime.errors import TaskUnusable, UnknownTask
+from peqa_server.listing import list_response
+from peqa_server.services import ServedModel, gate_of
+from peqa_server.task_choice import chosen_task, unknown
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The base and every task, as models; `?limit=` and `?after=` give a page."""
+    services = gate_of(request).services
+    model = services.model
+    return await list_response(
+        request, services.tasks, lambda info: _task_row(model, info), first=[_base_row(model)]
+    )
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(request: Request, model: str) -> JSONResponse:
+    """The base, or one task, by any name that `model` of a completion may have."""
+    services = gate_of(request).services
+    try:
+        task = chosen_task(services.model, model_name=model, names=())
+        if task == BASE_TASK:
+            return JSONResponse(_base_row(services.model))
+        assert isinstance(task, str), "a model's name is no blend"
+        info = await asyncio.to_thread(services.tasks.info, task)
+    except TaskUnusable:
+        raise
+    except UnknownTask:
+        raise unknown("model", model) from None
+    return JSONResponse(_task_row(services.model, info))
+
+
+def _base_row(model: ServedModel) -> dict[str, Any]:
+    return _row(model, model.model_id, model.created) | {"parent": None}
+
+
+def _task_row(model: ServedModel, info: TaskInfo) -> dict[str, Any]:
+    row = _row(model, info.task, int(info.created))
+    return row | {"parent": model.model_id, "revision": info.revision}
+
+
+def _row(model: ServedModel, name: str, created: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "peqa",
+        "root": model.model_id,
+        "max_model_len": model.max_model_len,
+        "permission": [_permission(name, created)],
+    }
+
+
+def _permission(name: str, created: int) -> dict[str, Any]:
+    """What old clients of OpenAI's list read: it says what can be done with the model, to everybody alike."""
+    return {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }

@@ -1,0 +1,90 @@
+"""Which functions a chat may call and how: `tools`, `tool_choice` and `parallel_tool_calls` made into one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peqa_runtime.errors import InvalidRequest
+from peqa_server.chat_schemas import ChatFields, Tool, ToolChoice
+
+Json = dict[str, Any]
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The functions of a request. `named`: the one that must be called; `required`: one at least must be.
+
+    `parallel`: an answer may hold several calls.
+    """
+
+    tools: tuple[Tool, ...]
+    required: bool = False
+    named: str | None = None
+    parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the functions."""
+        return frozenset(tool.function.name for tool in self.tools)
+
+    def templated(self) -> list[Json]:
+        """The tools as chat templates read them, `parameters` always there."""
+        return [_templated(tool) for tool in self.tools]
+
+    def answer_schema(self) -> Json | None:
+        """The JSON schema that the answer must match; None: it is free.
+
+        A named function: its arguments. `required`: an array of calls, or one call where only one is allowed.
+        """
+        if self.named is not None:
+            return self._arguments(self.named)
+        if not self.required:
+            return None
+        calls = [self._call(tool.function.name) for tool in self.tools]
+        call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        return {"type": "array", "items": call, "minItems": 1} if self.parallel else call
+
+    def _call(self, name: str) -> Json:
+        return {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": self._arguments(name)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+
+    def _arguments(self, name: str) -> Json:
+        tool = next(tool for tool in self.tools if tool.function.name == name)
+        return dict(tool.function.parameters or ANY_OBJECT)
+
+
+def tool_use(wanted: ChatFields, parallel: bool | None = None) -> ToolUse | None:
+    """The request's use of tools; None when it has none to call. Raises `InvalidRequest`."""
+    choice = wanted.tool_choice
+    if not wanted.tools:
+        if choice not in (None, "none"):
+            raise InvalidRequest("tool_choice needs tools to choose from", param="tool_choice")
+        return None
+    if choice == "none":
+        return None
+    use = ToolUse(tuple(wanted.tools), required=choice == "required", parallel=parallel is not False)
+    if not isinstance(choice, ToolChoice):
+        return use
+    named = choice.function.name
+    if named not in use.names:
+        raise InvalidRequest(
+            f"tool_choice names the function {named!r}, which is not among tools", param="tool_choice"
+        )
+    return ToolUse(use.tools, named=named, parallel=use.parallel)
+
+
+def _templated(tool: Tool) -> Json:
+    function = tool.function
+    described: Json = {"name": function.name}
+    if function.description is not None:
+        described["description"] = function.description
+    described["parameters"] = function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": described}
