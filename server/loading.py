@@ -79,7 +79,7 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
     from peqa_runtime.model import read_manifest
 
     manifest = read_manifest(base)
-    store = options.store or options.home / "stores" / manifest.base_digest[:16]
+    store = options.store or default_store(options.home, manifest.base_digest)
     engine = Engine(
         base, store, device=options.device, dtype=options.dtype, config=EngineConfig(**options.engine)
     )
@@ -97,6 +97,11 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
         engine.tasks.watch(options.watch_seconds)
     spool = engine.tasks.store.spool_folder()
     return Services(AsyncEngine(engine), engine.tasks, model, spool, store / "owners"), report
+
+
+def default_store(home: Path, base_digest: str) -> Path:
+    """Where the tasks of a base rest when nobody says otherwise."""
+    return home / "stores" / base_digest[:16]
 
 
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:
