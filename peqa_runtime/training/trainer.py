@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from peqa_runtime.errors import InvalidData, StoreError
@@ -249,7 +249,7 @@ def tune(
     if arguments.world_size > 1:
         _keep_frozen_at_home(tunable.model)
     if config.checkpoint_activations:
-        tunable.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(tunable.model, True)
     stop.install()
     start = time.monotonic()
     try:
@@ -258,7 +258,7 @@ def tune(
         stop.restore()
         tunable.parts.parts = ()
         if config.checkpoint_activations:
-            tunable.model.gradient_checkpointing_disable()
+            _checkpoint_activations(tunable.model, False)
     if stop.stopped and trainer.state.global_step < config.steps:
         raise TrainingInterrupted(f"stopped after step {trainer.state.global_step} of {config.steps}")
     return [_result(trainer, task, time.monotonic() - start) for task in range(len(tasks))]
@@ -317,6 +317,14 @@ def _trainer(
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     return trainer
+
+
+def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
+    """By the name that this transformers has for it: the old one is deprecated in 5.23, the new one not in 5.17."""
+    verb = "enable" if on else "disable"
+    settings = [{"use_reentrant": False}] if on else []
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{prefix}_checkpointing_{verb}")(*settings)
 
 
 def _longest(tasks: Sequence[TaskData]) -> int:

@@ -1,0 +1,316 @@
+"""Whole runs: tasks together as apart, distillation, early stopping, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.training import trainer as trainer_module
+from peqa_runtime.training.auto import Trial, best_of, sweep
+from peqa_runtime.training.batches import collate
+from peqa_runtime.training.checkpoints import last_checkpoint
+from peqa_runtime.training.distill import divergence, load_teacher
+from peqa_runtime.training.guards import count_clamped, count_zero_codes
+from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of, train_files
+from peqa_runtime.training.settings import TuneConfig, Wanted
+from peqa_runtime.training.trainer import ScaleTrainer
+from peqa_runtime.training.tuning import (
+    TunableModel,
+    load_tunable,
+    logits_at,
+    quantized_linears,
+    refuse_groups,
+    start_tuning,
+)
+
+CONFIG = TuneConfig(
+    steps=6, learning_rate=2e-2, warmup_steps=1, batch_rows=4, check_every=3, seed=5, compute="float32"
+)
+Rows = Callable[[str, int], Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tunable(tiny_base: Path) -> TunableModel:
+    return load_tunable(tiny_base, device="cpu")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    def write(word: str, count: int) -> Path:
+        file = tmp_path / f"{word}.jsonl"
+        pairs = ({"prompt": f"{i} is" + "?" * (i % 5), "completion": f"{word} {i % 3}"} for i in range(count))
+        file.write_text("\n".join(map(json.dumps, pairs)))
+        return file
+
+    return write
+
+
+def run(
+    tunable: TunableModel, *files: TrainingFiles, config: TuneConfig = CONFIG, **more: Any
+) -> list[FinishedRun]:
+    return train_files(tunable, files, lambda rows: config, progress=False, **more)
+
+
+def worst(a: ScaleSet, b: ScaleSet) -> float:
+    return max((a.tensors[n].float() - b.tensors[n].float()).abs().max().item() for n in a.tensors)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_tasks_tuned_together_become_what_they_become_apart(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, pack: bool
+) -> None:
+    files = [
+        TrainingFiles(
+            task, rows(task, count), tmp_path / f"{task}.safetensors", held_out_fraction=0.2, dtype="float32"
+        )
+        for task, count in (("odd", 20), ("many", 33))
+    ]
+    config = replace(CONFIG, pack=pack)
+    together = run(tunable, *files, config=config)
+    for given, mixed in zip(files, together, strict=True):
+        (apart,) = run(tunable, given, config=config)
+        assert worst(apart.scale_set, mixed.scale_set) < 2e-4 < worst_change(mixed.scale_set)
+        assert mixed.result.held_out_loss == pytest.approx(apart.result.held_out_loss, rel=1e-3)
+        assert mixed.scale_set.task == given.task
+        assert mixed.rows == apart.rows
+    assert worst(together[0].scale_set, together[1].scale_set) > 1e-2
+
+
+def worst_change(scale_set: ScaleSet) -> float:
+    return max((t.float() - 1).abs().max().item() for t in scale_set.tensors.values())
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 2}, {"checkpoint_activations": True}, {"pack": True}])
+def test_ways_to_save_memory_do_not_change_the_result(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors", dtype="float32")
+    (plain,) = run(tunable, files)
+    (other,) = run(tunable, files, config=replace(CONFIG, **change))
+    assert worst(plain.scale_set, other.scale_set) < 2e-4 < worst_change(plain.scale_set)
+
+
+def test_a_teacher_draws_the_model_to_itself(
+    tunable: TunableModel, tiny_base: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """Trained on nothing but its probabilities, the model comes nearer to a teacher with other scales."""
+    other = tmp_path / "teacher"
+    shutil.copytree(tiny_base, other)
+    tensors = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        factors = 0.7 + 0.6 * torch.rand(tensors[name].shape[0], 1, generator=generator)
+        tensors[name] = tensors[name] * factors
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    data = tunable.encode_file(rows("t", 20))
+    batch = collate(data.examples, 0)
+    inputs = {"input_ids": batch.input_ids, "positions": batch.positions}
+    teacher = load_teacher(other, tunable)
+
+    def distance() -> float:
+        with torch.no_grad():
+            logits = logits_at(tunable.model, batch.input_ids, batch.positions)
+        return divergence(logits, teacher.logits(inputs), 1.0).mean().item()
+
+    before = distance()
+    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors")
+    config = replace(CONFIG, steps=20, distill=1.0, temperature=2.0)
+    run(tunable, files, config=config, teacher=str(other))
+    assert distance() < before / 2
+    own = divergence(
+        logits_at(tunable.model, batch.input_ids, batch.positions),
+        load_teacher(None, tunable).logits(inputs),
+        1.0,
+    )
+    start_tuning(tunable, "channel")
+    base = logits_at(tunable.model, batch.input_ids, batch.positions).log_softmax(-1)
+    assert own.mean() > 0, "the base as its own teacher is unscaled while the model is tuned"
+    torch.testing.assert_close(load_teacher(None, tunable).logits(inputs).log_softmax(-1), base)
+    with pytest.raises(InvalidData, match="belong together"):
+        run(tunable, files, teacher="base")
+
+
+def test_the_divergence_is_that_of_the_formula() -> None:
+    """T^2 sum_i p_i log(p_i / q_i) at temperature T; vocabularies of unlike padding are cut to the smaller."""
+    ours, theirs = torch.randn(3, 7), torch.randn(3, 5)
+    p, q = (theirs / 2).softmax(-1), (ours[:, :5] / 2).softmax(-1)
+    torch.testing.assert_close(divergence(ours, theirs, 2.0), 4 * (p * (p / q).log()).sum(-1))
+
+
+def test_a_teacher_of_other_tokens_is_refused(
+    tunable: TunableModel, tiny_base: Path, rows: Rows, tmp_path: Path
+) -> None:
+    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors")
+    config = replace(CONFIG, distill=0.5, steps=1)
+    run(tunable, files, config=config, teacher=str(tiny_base))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(InvalidData, match="other tokens"):
+        run(tunable, files, config=config, teacher=str(other))
+
+
+def test_a_run_stops_early_and_keeps_its_best(tunable: TunableModel, rows: Rows, tmp_path: Path) -> None:
+    """Held-out rows that contradict the training rows: the base stays the best, and the run ends after `patience`."""
+    contrary = tmp_path / "contrary.jsonl"
+    contrary.write_text(
+        rows("t", 20).read_text().replace("t 0", "~~").replace("t 1", "||").replace("t 2", "^^")
+    )
+    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors", held_out=contrary)
+    config = replace(CONFIG, steps=200, check_every=4, patience=2, learning_rate=5e-2)
+    (done,) = run(tunable, files, config=config)
+    assert done.result.last_step < 200
+    assert done.result.last_step == done.result.best_step + 8
+    assert done.result.held_out_loss is not None
+    assert done.result.base_loss is not None
+    assert done.result.held_out_loss <= done.result.base_loss
+    with pytest.raises(InvalidData, match="needs held-out rows"):
+        run(tunable, replace(files, held_out=None), config=config)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors")
+    losses = ScaleTrainer._losses
+    steps = iter(range(1, 100))
+
+    def poisoned(self: ScaleTrainer, *args: Any) -> torch.Tensor:
+        found = losses(self, *args)
+        return found * float("nan") if next(steps) == 5 else found
+
+    monkeypatch.setattr(ScaleTrainer, "_losses", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"NaN or infinite at step 5; .*checkpoint-3 is kept"):
+        run(tunable, files)
+    checkpoint = last_checkpoint(checkpoints_of([files]))
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-3"
+    assert all(torch.isfinite(p).all() for p in tunable.model.parameters())
+    assert not files.output.exists()
+
+
+def test_a_full_disk_says_what_is_safe_and_the_same_command_goes_on(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TrainingFiles("t", rows("t", 20), tmp_path / "whole.safetensors")
+    (expected,) = run(tunable, whole)
+    files = replace(whole, output=tmp_path / "t.safetensors")
+    save, full = trainer_module.save_file, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_room(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "checkpoint-6" in str(path):
+            raise full
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "save_file", no_room)
+        with pytest.raises(
+            StoreError, match=r"step 6 could not be written .*No space left.*checkpoint-3 is kept"
+        ):
+            run(tunable, files)
+
+    def unwritten(self: ScaleSet, path: Path) -> None:
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleSet, "save", unwritten)
+        with pytest.raises(StoreError, match=r"t\.safetensors could not be written .*same command"):
+            run(tunable, files)
+    (done,) = run(tunable, files)  # from the checkpoint of the last step: nothing is left to compute
+    assert done.scale_set.revision == expected.scale_set.revision
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fractions", "message"),
+    [
+        (("a", "a"), (0.1, 0.1), "a name and an output of its own"),
+        (("a", "b"), (0.1, 0.0), "either all tasks"),
+    ],
+)
+def test_tasks_that_cannot_be_tuned_together(
+    tunable: TunableModel,
+    rows: Rows,
+    tmp_path: Path,
+    outputs: tuple[str, str],
+    fractions: tuple[float, float],
+    message: str,
+) -> None:
+    files = [
+        TrainingFiles(f"t{i}", rows("t", 20), tmp_path / f"{name}.safetensors", held_out_fraction=fraction)
+        for i, (name, fraction) in enumerate(zip(outputs, fractions, strict=True))
+    ]
+    with pytest.raises(InvalidData, match=message):
+        run(tunable, *files)
+
+
+def test_zero_codes_and_rows_that_no_scale_moves_are_found(tunable: TunableModel) -> None:
+    before = count_zero_codes(tunable)
+    name, linear = next(iter(quantized_linears(tunable.model, tunable.manifest).items()))
+    linear.qweight.data[3] = 0
+    linear.zeros.data[3] = 0
+    found = count_zero_codes(tunable)
+    assert found.dead_rows == (*before.dead_rows, f"{name}[3]")
+    dense = linear.in_features
+    assert before.zeros < found.zeros <= before.zeros + dense
+    assert 0 < found.share < 1
+    assert count_clamped({"a": torch.tensor([1 / 16, 1.0, 16.0, 2.0])}) == 2
+
+
+def test_the_papers_recipe_wants_one_scale_a_row(tunable: TunableModel) -> None:
+    config = Wanted("peqa-paper").config(1000)
+    assert (config.kind, config.schedule, config.batch_rows, config.steps) == ("channel", "linear", 128, 24)
+    assert Wanted("peqa-paper", batch_rows=8).config(16, text=True).steps == 30
+    with pytest.raises(InvalidData, match="--group-size -1"):
+        refuse_groups(tunable)
+
+
+def test_a_sweep_tries_all_on_a_slice_and_goes_on_where_it_stopped(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [TrainingFiles("t", rows("t", 40), tmp_path / "t.safetensors")]
+    wanted = Wanted(steps=3, batch_rows=4, others={"compute": "float32"})
+    monkeypatch.setattr("peqa_runtime.training.auto.RATES", (1e-3, 3e-2))
+    tune, calls = trainer_module.tune, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["folder"].name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return tune(*args, **kwargs)
+
+    monkeypatch.setattr("peqa_runtime.training.auto.tune", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tunable, files, wanted, progress=False)
+    told: list[str] = []
+    trials = sweep(tunable, files, wanted, progress=False, say=told.append)
+    assert calls[:3] + calls[4:] == [
+        f"{kind}-{rate}" for kind in ("channel", "channel+input", "group") for rate in ("0.001", "0.03")
+    ]
+    assert len(told) == 7
+    best = best_of(trials)
+    assert told[1].endswith("*")
+    assert f"{best.loss:.4f}" in told[1]
+    assert best.loss < best.base_loss
+    assert list(tmp_path.glob("*.sweep")) == []
+    with pytest.raises(InvalidData, match="every trial diverged"):
+        best_of([Trial("channel", 1.0, float("inf"), 1.0, 3, 0.0)])
