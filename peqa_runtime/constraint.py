@@ -59,7 +59,10 @@ class Constraint:
                 schema = json.loads(schema)
             except (ValueError, RecursionError) as error:
                 raise _refused(f"the JSON schema is not valid JSON: {str(error)[:200]}") from None
-        if not isinstance(schema, Mapping | bool):
+        if schema is False:
+            raise _refused("the JSON schema is false, which nothing fulfils")
+        schema = {} if schema is True else schema
+        if not isinstance(schema, Mapping):
             raise _refused(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
         _check_depth(schema)
         try:
@@ -81,12 +84,13 @@ class Constraint:
     @classmethod
     def choice(cls, choices: Iterable[str]) -> Constraint:
         """One of some texts."""
-        options = tuple(dict.fromkeys(choices))
-        if not 1 <= len(options) <= MAX_CHOICES:
-            raise _refused(f"choices must be 1 to {MAX_CHOICES} different texts, got {len(options)}")
+        options = list(choices)
         if not all(isinstance(option, str) for option in options):
             raise _refused("choices must be texts")
-        return cls("choice", json.dumps(options, ensure_ascii=False))
+        different = list(dict.fromkeys(options))
+        if not 1 <= len(different) <= MAX_CHOICES:
+            raise _refused(f"choices must be 1 to {MAX_CHOICES} different texts, got {len(different)}")
+        return cls("choice", json.dumps(different, ensure_ascii=False))
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:

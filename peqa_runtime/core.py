@@ -139,6 +139,7 @@ class TokenOutput:
     `prompt_logprobs` comes once, with the first output: one entry per prompt token, the first one None. `error` (a
     sentence) and `error_code` stand where `finish_reason` is "error". `num_cached_tokens`: tokens of the prompt that
     were found computed. `started`: when the request first left the queue, on `time.perf_counter`'s clock; None: never.
+    `complete`: the form that the request asked for ended it, and `token_id` belongs to the answer.
     """
 
     request_id: str
@@ -151,6 +152,7 @@ class TokenOutput:
     error_code: ErrorCode | None = None
     num_cached_tokens: int = 0
     started: float | None = None
+    complete: bool = False
 
     @property
     def finished(self) -> bool:

@@ -102,25 +102,25 @@ class SamplingParams:
         """The fields of `ruled`, of which most requests have none."""
         ids = [token for token, _ in self.logit_bias]
         checks: tuple[tuple[str, bool, str], ...] = (
-            ("logit_bias", len(ids) <= MAX_BIASES, f"for at most {MAX_BIASES} tokens"),
-            ("logit_bias", len(set(ids)) == len(ids), "one number for each token"),
+            ("logit_bias", len(ids) <= MAX_BIASES, f"name at most {MAX_BIASES} tokens"),
+            ("logit_bias", len(set(ids)) == len(ids), "name each token once"),
             (
                 "logit_bias",
                 all(math.isfinite(value) and -100 <= value <= 100 for _, value in self.logit_bias),
-                "numbers between -100 and 100",
+                "have numbers between -100 and 100",
             ),
-            ("allowed_token_ids", self.allowed_token_ids != (), "at least one token id"),
+            ("allowed_token_ids", self.allowed_token_ids != (), "name at least one token"),
             (
                 "bad_words",
                 len(self.bad_words) <= MAX_BAD_WORDS,
-                f"at most {MAX_BAD_WORDS} sequences of tokens",
+                f"have at most {MAX_BAD_WORDS} sequences of tokens",
             ),
             (
                 "bad_words",
                 all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words),
-                f"sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+                f"have sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
             ),
         )
         for name, ok, allowed in checks:
             if not ok:
-                raise InvalidRequest(f"{name} must be {allowed}", param=name)
+                raise InvalidRequest(f"{name} must {allowed}", param=name)

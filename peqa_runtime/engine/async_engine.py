@@ -17,10 +17,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
+from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.engine.form_compiler import FormCompiler
 from peqa_runtime.errors import EngineDead, Overloaded
 
 logger = logging.getLogger(__name__)
@@ -107,6 +110,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._forms = FormCompiler(engine.guidance)
         self._streams: dict[str, TokenStream] = {}
         self._prompt_tokens = 0  # of all streams together
         self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
@@ -154,6 +158,10 @@ class AsyncEngine:
             self.engine.unpin(own)
             raise
         return stream
+
+    def prepare(self, constraint: Constraint) -> Future[None]:
+        """Compile the form of a request, so that `submit` finds it at hand; see `FormCompiler.submit`."""
+        return self._forms.submit(constraint)
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens when it has ended. Its stream gets no output from this."""
@@ -295,6 +303,7 @@ class AsyncEngine:
             command = self._commands.get()
             if isinstance(command, _Add):
                 self.engine.unpin(command.lease)
+        self._forms.close()
         self.engine.close()
 
 

@@ -22,6 +22,7 @@ from peqa_runtime.core import (
 )
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
@@ -104,12 +105,13 @@ class Engine:
         self.tasks.arrange = self.bank.arranged
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):
             linear.module.attach(bank, model.step_rows)
+        self.guidance = Guidance(model.tokenizer, model.vocab_size, model.eos_token_ids)
         self.scheduler = self._new_scheduler()
         self.runner = ModelRunner(
             model,
             self.bank,
             self.tasks.scale_set,
-            Sampler(model.eos_token_ids),
+            Sampler(model.eos_token_ids, self.guidance),
             config.block_size,
             row_invariant=config.row_invariant,
         )
@@ -129,9 +131,14 @@ class Engine:
         return self.scheduler.has_work
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe."""
+        """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe.
+
+        The form of its answer is compiled here, unless it is known: see `Guidance.compile_carefully`.
+        """
         blocks = self.scheduler.blocks
         check_request(request, self.model, min(self.max_model_len, blocks.num_blocks * blocks.block_size))
+        if request.params.structured is not None:
+            self.guidance.compile(request.params.structured)
 
     def pin(self, request: Request) -> Lease | None:
         """A lease on the request's revision, which somebody holds one on; None for the base. Thread-safe."""

@@ -18,8 +18,8 @@ class LogitRows:
     """Which row of the logits belongs to whom. Rows of one sequence are adjacent, the sampled one last.
 
     `rows` and `prompt` are in the order of the batch: all rows of a sequence, and those of them for prompt
-    log-probabilities. `sampled`: the last row of each sequence that gets a token. `reports`: some want
-    log-probabilities.
+    log-probabilities. `sampled`: the last row of each sequence that gets a token. `ruled`: those of them with rules
+    for single tokens, behind the sequence's place in the batch. `reports`: some want log-probabilities.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -27,9 +27,10 @@ class LogitRows:
         self.rows: list[range] = []
         self.prompt: list[range] = []
         self.sampled: list[tuple[int, Sequence]] = []
+        self.ruled: list[tuple[int, int, Sequence]] = []
         self.reports = False
         row = 0
-        for item in batch.scheduled:
+        for place, item in enumerate(batch.scheduled):
             params = item.sequence.request.params
             end = row + len(logit_positions(item))
             prompt = row if params.prompt_logprobs is None else row + len(item.prompt_logprob_positions)
@@ -37,6 +38,8 @@ class LogitRows:
             self.prompt.append(range(row, prompt))
             if end > prompt:
                 self.sampled.append((prompt, item.sequence))
+                if params.ruled:
+                    self.ruled.append((place, prompt, item.sequence))
             self.reports |= prompt > row or (end > prompt and params.logprobs is not None)
             row = end
         self.num_rows = row

@@ -106,7 +106,7 @@ def _completion(engine: Engine, request: Request, outputs: list[TokenOutput]) ->
     tokens = tuple(o.token_id for o in outputs if o.token_id is not None)
     logprobs = tuple(o.logprobs for o in outputs if o.logprobs is not None)
     decoder = IncrementalDecoder(engine.model.tokenizer, request.prompt_token_ids)
-    shown = tokens[:-1] if last.finish_reason == "stop" else tokens
+    shown = tokens[:-1] if last.finish_reason == "stop" and not last.complete else tokens
     return Completion(
         prompt_token_ids=request.prompt_token_ids,
         token_ids=tokens,

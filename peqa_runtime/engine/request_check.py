@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
-from peqa_runtime.core import Request
+from peqa_runtime.core import Request, SamplingParams
 from peqa_runtime.errors import InvalidRequest, PromptTooLong
 
 
@@ -25,7 +26,7 @@ def check_request(request: Request, model: Vocabulary, limit: int) -> None:
     prompt, params, vocab_size = request.prompt_token_ids, request.params, model.vocab_size
     if not prompt:
         raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
-    for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids), *_ids_of_rules(params)):
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             wrong = next(i for i in ids if not 0 <= i < vocab_size)
             raise InvalidRequest(
@@ -37,9 +38,31 @@ def check_request(request: Request, model: Vocabulary, limit: int) -> None:
             "stop_token_ids hold the whole vocabulary, so min_tokens leaves no token to choose",
             param="stop_token_ids",
         )
+    if params.allowed_token_ids is not None:
+        _check_allowed(params, params.allowed_token_ids, model.eos_token_ids)
     if len(prompt) + params.max_tokens > limit:
         raise PromptTooLong(
             f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
             f"{limit} tokens that fit; shorten one of them",
             param="prompt" if len(prompt) >= limit else "max_tokens",
+        )
+
+
+def _ids_of_rules(params: SamplingParams) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Token ids of the fields that most requests do not have, with the fields' names."""
+    if params.ruled:
+        yield "logit_bias", tuple(token for token, _ in params.logit_bias)
+        yield "allowed_token_ids", params.allowed_token_ids or ()
+        yield "bad_words", tuple(token for word in params.bad_words for token in word)
+
+
+def _check_allowed(params: SamplingParams, allowed: tuple[int, ...], eos: tuple[int, ...]) -> None:
+    """Raise `InvalidRequest` when nothing that is allowed can be chosen first."""
+    left = set(allowed) - {word[0] for word in params.bad_words if len(word) == 1}
+    if params.min_tokens:
+        left -= {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
+    if not left:
+        raise InvalidRequest(
+            "allowed_token_ids holds only tokens that bad_words or min_tokens forbid; allow another one",
+            param="allowed_token_ids",
         )

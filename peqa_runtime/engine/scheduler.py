@@ -320,6 +320,11 @@ class Scheduler:
         if not result.finite:
             return self.fail([sequence], NOT_FINITE, "numerical_error")[0]
         self.blocks.computed(sequence)
+        if result.refusal is not None:
+            self._end(sequence)
+            return TokenOutput(
+                sequence.request_id, finish_reason="error", error=result.refusal, error_code="no_token_left"
+            )
         if result.prompt_logprobs:
             if not sequence.prompt_logprobs:
                 sequence.prompt_logprobs.append(None)  # nothing predicts the first token
@@ -329,7 +334,7 @@ class Scheduler:
         first = sequence.num_generated_tokens == 0
         if result.token_id is not None:
             sequence.token_ids.append(result.token_id)
-        finish_reason, stop_reason = self._end_of(sequence, result.token_id)
+        finish_reason, stop_reason = self._end_of(sequence, result)
         if finish_reason is not None:
             self._end(sequence)
         reports_prompt = first and sequence.request.params.prompt_logprobs is not None
@@ -341,17 +346,20 @@ class Scheduler:
             stop_reason=stop_reason,
             prompt_logprobs=tuple(sequence.prompt_logprobs or (None,)) if reports_prompt else None,
             num_cached_tokens=sequence.num_cached_tokens,
+            complete=result.form == "complete",
             started=sequence.started,
         )
 
-    def _end_of(self, sequence: Sequence, token_id: int | None) -> tuple[FinishReason | None, int | None]:
+    def _end_of(self, sequence: Sequence, result: StepResult) -> tuple[FinishReason | None, int | None]:
         """Why the sequence ends with this token, and the stop token id that the client named, if it was one."""
-        params = sequence.request.params
+        params, token_id = sequence.request.params, result.token_id
         if token_id is not None and sequence.num_generated_tokens > params.min_tokens:
             if token_id in params.stop_token_ids:
                 return "stop", token_id
             if token_id in self._eos_token_ids and not params.ignore_eos:
                 return "stop", None
+        if result.form != "open":
+            return "stop", None
         return ("length", None) if sequence.num_generated_tokens >= params.max_tokens else (None, None)
 
 
