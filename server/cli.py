@@ -12,6 +12,7 @@ import typer
 from peqa_runtime.cli import app as offline_app
 from peqa_runtime.cli import wait_asleep
 from peqa_server.key_commands import app as keys_app
+from peqa_server.doctor_command import doctor
 from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.registered_commands += offline_app.registered_commands
 app.add_typer(tasks_app, name="tasks")
+app.command("doctor")(doctor)
 app.add_typer(keys_app, name="keys")
 
 

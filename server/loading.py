@@ -77,6 +77,7 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
     from peqa_runtime.engine.config import EngineConfig
     from peqa_runtime.engine.engine import Engine
     from peqa_runtime.model import read_manifest
+    from peqa_runtime.scales.scale_store import default_store
 
     manifest = read_manifest(base)
     store = options.store or default_store(options.home, manifest.base_digest)
@@ -97,11 +98,6 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
         engine.tasks.watch(options.watch_seconds)
     spool = engine.tasks.store.spool_folder()
     return Services(AsyncEngine(engine), engine.tasks, model, spool, store / "owners"), report
-
-
-def default_store(home: Path, base_digest: str) -> Path:
-    """Where the tasks of a base rest when nobody says otherwise."""
-    return home / "stores" / base_digest[:16]
 
 
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:

@@ -48,6 +48,11 @@ from peqa_runtime.scales.task_shelf import TaskShelf
 logger = logging.getLogger(__name__)
 
 
+def default_store(home: Path, base_digest: str) -> Path:
+    """Where the tasks of a base rest when nobody says otherwise."""
+    return home / "stores" / base_digest[:16]
+
+
 class ScaleStore:
     """The tasks of one base on disk. Thread-safe; several processes may share the folder.
 
@@ -225,6 +230,13 @@ class ScaleStore:
     def rollback_target(self, task: str, revision: str | None = None) -> HistoryEntry:
         """Return the entry that `rollback` would make current. Raises `UnknownTask`, `NoSuchRevision`."""
         return self._history(task).rolled_back(revision).current
+
+    def kept(self, task: str, prefix: str) -> HistoryEntry:
+        """Return the kept revision that begins with `prefix`.
+
+        Raises `UnknownTask`, `NoSuchRevision`, `InvalidRequest` (several do), `StoreError`.
+        """
+        return self._history(task).beginning_with(prefix)
 
     def load(self, task: str, revision: str | None = None) -> ScaleSet:
         """Read the task's current (or named) set and check it against its digest.
