@@ -131,8 +131,8 @@ def test_a_route_that_is_not_listed_is_refused(start: Any, tmp_path: Path) -> No
 
 
 def test_what_does_not_exist_tells_strangers_nothing(server: Any) -> None:
-    for method, path in [("GET", "/no/such"), ("GET", "/v1/tasks/nope"), ("OPTIONS", "/v1/tasks"), ("HEAD", "/v1/models"),
-                         ("PATCH", "/v1/tasks/acme-sql"), ("BREW", "/health/x"), ("POST", "/v1/models"),
+    for method, path in [("GET", "/no/such"), ("GET", "/v1/tasks/nope"), ("OPTIONS", "/v1/tasks"),
+                         ("HEAD", "/v1/models"), ("PATCH", "/v1/tasks/acme-sql"), ("BREW", "/health/x"), ("POST", "/v1/models"),
                          ("TRACE", "/metrics"), ("HEAD", "/openapi.json")]:  # fmt: skip
         assert server.client.request(method, path).status_code == 401, (method, path)
         assert server.client.request(method, path, headers=bearer("user")).status_code != 401
@@ -174,8 +174,12 @@ def test_no_spelling_of_a_path_or_host_opens_a_door(server: Any, line: str, host
     method, target = line.split(" ", 1)
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80), timeout=5) as connection:
-        request = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nX-Original-URL: /health\r\nX-Forwarded-Prefix: /health\r\n"
-        connection.sendall((request + "Content-Length: 0\r\nConnection: close\r\n\r\n").encode())
+        request = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nX-Original-URL: /health\r\n"
+        connection.sendall(
+            (
+                request + "X-Forwarded-Prefix: /health\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            ).encode()
+        )
         answer = b""
         while part := connection.recv(65536):
             answer += part
