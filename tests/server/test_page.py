@@ -1,0 +1,359 @@
+"""The page in headless Chromium, as a person uses it. $PEQA_SCREENSHOTS: a folder that gets pictures of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from server_stubs import Script, StubEngine, StubTasks, wait_until
+
+from peqa_runtime.core import Request
+from peqa_runtime.model import read_manifest
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_server.app import create_loading_app
+from peqa_server.loading import ServeOptions, load_services
+from peqa_server.settings import ServerSettings
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = os.environ.get("PEQA_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
+ADMIN = "admin-key-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium, or name one in $PEQA_CHROMIUM")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # No sandbox: it needs a user that is not root. The rest: calls to its maker's hosts of the browser's own.
+        options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        options += ["--disable-component-update", "--disable-sync", "--disable-quic"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One tab, and everything that went wrong in it."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.url = url
+        self.context = browser.new_context(**{"viewport": {"width": 1440, "height": 1000}, **options})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(10_000)
+        self.outside: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", self._requested)
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _requested(self, request: Any) -> None:
+        if not request.url.startswith((self.url + "/", "data:", "blob:")):
+            self.outside.append(request.url)
+
+    def _said(self, message: Any) -> None:
+        if (
+            message.type in ("error", "warning")
+            and "the server responded with a status of 4" not in message.text
+        ):
+            self.complaints.append(message.text)  # a refusal that a test asks for is no fault of the page
+
+    def open(self, path: str = "/") -> Any:
+        self.page.goto(self.url + path)
+        return self.page
+
+    def task(self, name: str) -> Any:
+        return self.page.locator(f'[data-task="{name}"]')
+
+    def column(self, name: str) -> Any:
+        return self.page.locator(".column").filter(
+            has=self.page.get_by_role("heading", name=name, exact=True)
+        )
+
+    def answered(self, name: str, state: str = "Done|Stopped at max tokens") -> str:
+        """The text of a column, once its answer is complete."""
+        column = self.column(name)
+        column.locator(".state").filter(has_text=re.compile(f"^({state})$")).wait_for()
+        return str(column.locator(".text").last.text_content())
+
+    def upload(self, name: str, content: bytes) -> Any:
+        """Choose a file, and send it; its row."""
+        file = {"name": f"{name}.safetensors", "mimeType": "application/octet-stream", "buffer": content}
+        self.page.locator("#files").set_input_files(file)
+        row = self.page.locator("#uploads > li").first
+        row.get_by_role("button", name=re.compile("Upload|Replace")).click()
+        return row
+
+    def confirm(self, button: str) -> None:
+        self.page.get_by_role("dialog").get_by_role("button", name=button, exact=True).click()
+
+    def photograph(self, name: str) -> None:
+        if folder := os.environ.get("PEQA_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Open tabs; at the end none has asked another host for anything, nor complained."""
+    visits: list[Visit] = []
+
+    def visit(url: str, **options: Any) -> Visit:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield visit
+    for tab in visits:
+        tab.context.close()
+        assert tab.outside == []
+        assert tab.complaints == []
+
+
+@pytest.fixture(scope="module")
+def served(run_app: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tiny model behind a key."""
+    folder = tmp_path_factory.mktemp("page")
+    keys = folder / "keys"
+    keys.write_text(ADMIN + "\n")
+    keys.chmod(0o600)
+    engine = {"num_blocks": 64, "task_rows": 4}
+    options = ServeOptions(tiny_base, home=folder, store=folder / "store", engine=engine)
+    services, _ = load_services(options, lambda line: None)
+    app = create_loading_app(ServerSettings(key_file=keys))
+    url, loop = run_app(app)
+    loop.call_soon_threadsafe(app.state.gate.open, services)
+    wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+    yield url
+    services.engine.stop()
+
+
+def scale_set(base: Path, seed: int) -> bytes:
+    """A scale set that changes the tiny model's answers."""
+    manifest = read_manifest(base)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"{name}.out_scale": 1 + 0.4 * torch.rand(shape.out_features, generator=generator)
+        for name, shape in manifest.linears.items()
+    }
+    return bytes(ScaleSet.build("channel", tensors, manifest).to_bytes())
+
+
+def enter_key(page: Any, key: str) -> None:
+    page.get_by_role("dialog").get_by_label("Key").fill(key)
+    page.get_by_role("button", name="Use this key").click()
+
+
+def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: Callable[..., Visit]) -> None:
+    first, second = (scale_set(tiny_base, seed) for seed in (1, 2))
+    api = httpx.Client(base_url=served, headers={"Authorization": f"Bearer {ADMIN}"})
+    tab = visit(served)
+    page = tab.open()
+    enter_key(page, "not-the-key")
+    page.locator("#key-problem").filter(has_text="key").wait_for()
+    enter_key(page, ADMIN)
+    page.get_by_text("The model without a task's scales").wait_for()
+
+    tab.upload("Desk One", first).get_by_text("desk-one is live").wait_for()
+    revision = api.get("/v1/tasks/desk-one").json()["revision"]
+    tab.task("desk-one").get_by_role("checkbox").check()
+    page.get_by_label("Prompt").fill("the cat and the dog")
+    page.get_by_label("Max tokens").fill("12")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_role("button", name="Run").click()
+    texts = {name: tab.answered(name) for name in ("base", "desk-one")}
+    body = {"prompt": "the cat and the dog", "max_tokens": 12, "temperature": 0}
+    for name, text in texts.items():
+        assert text == api.post("/v1/completions", json=body | {"task": name}).json()["choices"][0]["text"]
+    assert texts["base"] != texts["desk-one"]
+    facts = tab.column("desk-one").locator(".facts dd").all_text_contents()
+    assert re.fullmatch(r"\d+ ms|\d+\.\d\d s", facts[0])
+    assert float(facts[1]) > 0
+    assert facts[2] == "12"
+    assert tab.column("desk-one").locator(".revision").text_content() == revision[:12]
+
+    tab.upload("desk-one", second).get_by_text("desk-one is live").wait_for()
+    assert api.get("/v1/tasks/desk-one").json()["revision"] != revision
+    tab.task("desk-one").get_by_text("Details").click()
+    tab.task("desk-one").get_by_role("button", name="Roll back").click()
+    tab.confirm("Roll back")
+    tab.task("desk-one").get_by_text(revision[:8], exact=True).wait_for()
+    assert api.get("/v1/tasks/desk-one").json()["revision"] == revision
+
+    refused = tab.upload("desk-one", b"no scale set at all")
+    refused.get_by_role("alert").wait_for()
+    assert len(refused.get_by_role("alert").text_content()) > 20
+    assert api.get("/v1/tasks/desk-one").json()["revision"] == revision
+
+    tab.task("desk-one").get_by_role("button", name="Delete").click()
+    tab.confirm("Cancel")
+    assert api.get("/v1/tasks/desk-one").status_code == 200
+    tab.task("desk-one").get_by_role("button", name="Delete").click()
+    tab.confirm("Delete")
+    tab.task("desk-one").wait_for(state="detached")
+    assert api.get("/v1/tasks/desk-one").status_code == 404
+    assert tab.column("desk-one").count() == 0
+
+    kept = page.evaluate("[location.href, JSON.stringify(localStorage), document.cookie]")
+    assert all(ADMIN not in text for text in kept)
+    assert page.evaluate("sessionStorage.getItem('peqa.key')") == ADMIN
+
+
+def test_text_from_outside_is_never_markup(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tasks = StubTasks({HOSTILE: [b"SET one"]}, set_aside={HOSTILE: HOSTILE})
+    server = live(engine=StubEngine(lambda request: Script(list(HOSTILE.encode()))), tasks=tasks)
+    tab = visit(server.url)
+    page = tab.open()
+    row = page.locator("#task-list .task").nth(1)
+    assert row.locator(".name").text_content() == HOSTILE
+    row.get_by_role("checkbox").check()
+    page.get_by_label("Prompt").fill(HOSTILE)
+    page.get_by_label("Max tokens").fill("100")
+    page.get_by_role("button", name="Run").click()
+    assert tab.answered("base") == HOSTILE
+    tab.column("base").locator(".token").first.hover()
+    page.locator("#alternatives").wait_for()
+    row.get_by_text("Details").click()
+    row.get_by_role("alert").wait_for()  # the server refuses such a name
+    tab.upload(HOSTILE, b"no set").get_by_role("alert").wait_for()
+    assert page.evaluate("window.hit") is None
+    assert page.locator("main img, main script, aside img, aside script, dialog img").count() == 0
+
+
+def test_a_stopped_answer_ends_on_the_server_too(
+    live: Callable[..., Any], visit: Callable[..., Visit]
+) -> None:
+    server = live(engine=StubEngine(lambda request: Script(list(b"tick " * 500), delay=0.02)))
+    tab = visit(server.url)
+    page = tab.open()
+    page.get_by_label("Prompt").fill("hello")
+    page.get_by_label("Prompt").press("Control+Enter")
+    tab.column("base").locator(".token").nth(3).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    assert len(tab.answered("base", "Stopped")) >= 4
+    wait_until(lambda: len(server.engine.cancelled) == 1)
+    page.get_by_label("Prompt").press("Control+Enter")
+    tab.column("base").locator(".token").nth(3).wait_for()
+    page.keyboard.press("Escape")
+    tab.answered("base", "Stopped")
+    wait_until(lambda: server.idle)
+
+
+def test_a_chat_keeps_its_turns(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    prompts: list[str] = []
+
+    def script(request: Request) -> Script:
+        prompts.append(bytes(request.prompt_token_ids).decode())
+        return Script(list(f"answer {len(prompts)}".encode()))
+
+    server = live(engine=StubEngine(script))
+    tab = visit(server.url)
+    page = tab.open()
+    page.get_by_text("Chat", exact=True).click()
+    page.get_by_label("System message").fill("be kind")
+    page.get_by_label("Max tokens").fill("30")
+    for message in ("first", "second"):
+        page.get_by_label("Message", exact=True).fill(message)
+        page.get_by_role("button", name="Send").click()
+        tab.column("base").get_by_text(f"answer {len(prompts) or 1}").wait_for()
+        page.get_by_role("button", name="Send").wait_for()
+    assert prompts[0] == "[system]be kind[user]first[assistant]"
+    assert prompts[1] == "[system]be kind[user]first[assistant]answer 1[user]second[assistant]"
+    page.get_by_role("button", name="New conversation").click()
+    assert tab.column("base").locator(".text").count() == 0
+
+
+def test_keyboard_and_screen_readers(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tab = visit(live().url)
+    page = tab.open()
+    page.get_by_text("The model without a task's scales").wait_for()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("input, textarea, button, summary")].filter(node => node.checkVisibility() &&
+            !node.labels?.length && !node.getAttribute("aria-label") && !node.textContent.trim())
+            .map(node => node.outerHTML)"""
+    )
+    assert nameless == []
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the prompt"
+    page.keyboard.press("Enter")
+    page.keyboard.type("hello")
+    page.keyboard.press("Control+Enter")
+    text = tab.answered("base")
+    page.locator("#said").filter(has_text="base: ").wait_for(state="attached")
+    tab.column("base").locator(".text").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".pointed").text_content() == text[1]
+    assert page.locator("#said").text_content().startswith(f"{text[1]} ")
+    assert page.locator("#alternatives tr.chosen").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#alternatives").is_visible()
+
+
+def test_finding_one_of_many_tasks(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tasks = StubTasks({f"task-{number:04}": [b"SET one"] for number in range(300)})
+    tab = visit(live(tasks=tasks).url)
+    page = tab.open()
+    tab.task("task-0049").wait_for()
+    assert tab.task("task-0050").count() == 0
+    page.get_by_role("button", name="Show more").click()
+    tab.task("task-0050").wait_for()
+    page.get_by_label("Find a task").fill("task-027")
+    tab.task("task-0279").wait_for()
+    tab.task("task-0000").wait_for(state="detached")
+    assert page.locator("#task-list > li").count() == 10
+    page.get_by_label("Find a task").fill("nothing")
+    page.get_by_text("No task has such a name.").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("light", {"color_scheme": "light"}),
+        ("dark", {"color_scheme": "dark"}),
+        ("phone", {"viewport": {"width": 360, "height": 740}, "has_touch": True}),
+    ],
+)
+def test_how_it_looks(
+    name: str, options: dict[str, Any], live: Callable[..., Any], visit: Callable[..., Visit]
+) -> None:
+    tasks = StubTasks({"sql": [b"SET one", b"SET two"], "intents": [b"SET one"]})
+    tab = visit(live(tasks=tasks).url, **options)
+    page = tab.open()
+    tab.task("sql").get_by_role("checkbox").check()
+    page.get_by_label("Prompt").fill("hello")
+    page.get_by_role("button", name="Run").click()
+    for column in ("base", "sql"):
+        tab.answered(column)
+    wide = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide[0] <= wide[1], "the page scrolls sideways"
+    ink, ground = (
+        page.evaluate(f"getComputedStyle(document.body).{what}") for what in ("color", "backgroundColor")
+    )
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, ground)]
+    assert (lightness[0] > lightness[1]) is (name == "dark")
+    tab.photograph(name)
+
+
+def test_the_documentation_shows_every_operation(served: str, visit: Callable[..., Visit]) -> None:
+    tab = visit(served)
+    page = tab.open("/docs")
+    page.get_by_label("API key").fill(ADMIN)
+    page.get_by_role("button", name="Use").click()
+    page.locator(".opblock").first.wait_for()
+    paths = httpx.get(f"{served}/openapi.json", headers={"Authorization": f"Bearer {ADMIN}"}).json()["paths"]
+    assert page.locator(".opblock").count() == sum(len(operations) for operations in paths.values())
+    assert page.locator(".errors-wrapper").count() == 0
+    version = page.locator(".opblock").filter(has_text="/version")
+    version.get_by_role("button").first.click()
+    version.get_by_role("button", name="Execute").click()
+    version.get_by_text('"base_digest"').first.wait_for()
+    tab.photograph("docs")
