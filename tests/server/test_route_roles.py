@@ -132,7 +132,8 @@ def test_a_route_that_is_not_listed_is_refused(start: Any, tmp_path: Path) -> No
 
 def test_what_does_not_exist_tells_strangers_nothing(server: Any) -> None:
     for method, path in [("GET", "/no/such"), ("GET", "/v1/tasks/nope"), ("OPTIONS", "/v1/tasks"),
-                         ("HEAD", "/v1/models"), ("PATCH", "/v1/tasks/acme-sql"), ("BREW", "/health/x"), ("POST", "/v1/models"),
+                         ("HEAD", "/v1/models"), ("PATCH", "/v1/tasks/acme-sql"), ("BREW", "/health/x"),
+                         ("POST", "/v1/models"),
                          ("TRACE", "/metrics"), ("HEAD", "/openapi.json")]:  # fmt: skip
         assert server.client.request(method, path).status_code == 401, (method, path)
         assert server.client.request(method, path, headers=bearer("user")).status_code != 401
