@@ -21,6 +21,7 @@ async function open() {
       dom_id: "#docs",
       spec,
       requestInterceptor: withKey,
+      showMutatedRequest: false, // the key stays out of the shown curl line
       validatorUrl: null,
       queryConfigEnabled: false,
       docExpansion: "list",

@@ -96,9 +96,11 @@ export function startGauges() {
       draw(sums(await (await call("metrics", { quiet: true })).text()));
       period = PERIOD;
       list.classList.remove("stale");
-    } catch {
-      period = Math.min(LONGEST_PERIOD, 2 * period); // no key yet, or the server is away
+      list.title = "";
+    } catch (error) {
+      period = Math.min(LONGEST_PERIOD, 2 * period); // no key yet, a key that may not, or the server is away
       list.classList.add("stale");
+      list.title = error.message;
     }
     busy = false;
     if (!document.hidden) timer = setTimeout(poll, period);

@@ -93,6 +93,19 @@ class Visit:
         row.get_by_role("button", name=re.compile("Upload|Replace")).click()
         return row
 
+    def drop(self, name: str, content: bytes) -> Any:
+        """Let a file fall on the page, and send it; its row."""
+        make = """([name, bytes]) => {
+            const moved = new DataTransfer();
+            moved.items.add(new File([new Uint8Array(bytes)], name));
+            return moved;
+        }"""
+        moved = self.page.evaluate_handle(make, [f"{name}.safetensors", list(content)])
+        self.page.dispatch_event("#drop", "drop", {"dataTransfer": moved})
+        row = self.page.locator("#uploads > li").first
+        row.get_by_role("button", name="Replace").click()
+        return row
+
     def confirm(self, button: str) -> None:
         self.page.get_by_role("dialog").get_by_role("button", name=button, exact=True).click()
 
@@ -180,7 +193,7 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     assert facts[2] == "12"
     assert tab.column("desk-one").locator(".revision").text_content() == revision[:12]
 
-    tab.upload("desk-one", second).get_by_text("desk-one is live").wait_for()
+    tab.drop("desk-one", second).get_by_text("desk-one is live").wait_for()
     assert api.get("/v1/tasks/desk-one").json()["revision"] != revision
     tab.task("desk-one").get_by_text("Details").click()
     tab.task("desk-one").get_by_role("button", name="Roll back").click()
@@ -296,6 +309,30 @@ def test_keyboard_and_screen_readers(live: Callable[..., Any], visit: Callable[.
     assert page.locator("#alternatives tr.chosen").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator("#alternatives").is_visible()
+
+
+def test_the_load_is_asked_for_gently(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tab = visit(live().url)
+    tab.page.clock.install()
+    asked: list[float] = []
+    tab.page.on("requestfinished", lambda request: "/metrics" in request.url and asked.append(1))
+
+    def look(seconds: int) -> int:
+        before = len(asked)
+        for _ in range(seconds):
+            tab.page.clock.run_for(1000)
+            tab.page.wait_for_timeout(20)
+        return len(asked) - before
+
+    page = tab.open()
+    page.locator(".gauge").filter(has_text="KV cache").get_by_text("25 %").wait_for()
+    assert 3 <= look(10) <= 5
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.evaluate(hide % "true" + tell)
+    assert look(60) <= 1
+    page.evaluate(hide % "false" + tell)
+    assert 3 <= look(10) <= 6
 
 
 def test_finding_one_of_many_tasks(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
