@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import BASE_TASK, TaskInfo
-from peqa_runtime.errors import TaskUnusable, UnknownTask
+from peqa_runtime.errors import NoSuchRevision, TaskUnusable, UnknownTask
+from peqa_runtime.scales.revision_name import matching, split_revision
+from peqa_server.errors import ApiError
 from peqa_server.listing import list_response
-from peqa_server.services import ServedModel, gate_of
+from peqa_server.services import ServedModel, TaskService, gate_of
 from peqa_server.task_choice import chosen_task, unknown
 
 router = APIRouter()
@@ -36,12 +39,25 @@ async def get_model(request: Request, model: str) -> JSONResponse:
         if task == BASE_TASK:
             return JSONResponse(_base_row(services.model))
         assert isinstance(task, str), "a model's name is no blend"
-        info = await asyncio.to_thread(services.tasks.info, task)
+        name, prefix = split_revision(task)
+        info = await asyncio.to_thread(services.tasks.info, name)
+        if prefix is not None:
+            info = await asyncio.to_thread(_kept, services.tasks, info, prefix)
+    except NoSuchRevision as error:
+        raise ApiError(404, str(error), code="revision_not_found", param="model") from None
     except TaskUnusable:
         raise
     except UnknownTask:
         raise unknown("model", model) from None
     return JSONResponse(_task_row(services.model, info))
+
+
+def _kept(tasks: TaskService, info: TaskInfo, prefix: str) -> TaskInfo:
+    """The kept revision that begins so, by the name that asks for it."""
+    rows = tasks.revisions(info.task)
+    revision = matching(info.task, [row.revision for row in rows], prefix)
+    row = next(row for row in rows if row.revision == revision)
+    return replace(info, task=f"{info.task}@{prefix}", revision=revision, created=row.created)
 
 
 def _base_row(model: ServedModel) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Which task a request means: `task` (a name or a blend), `adapter_id`, `model="task"`, `model="base:task"`."""
+"""Which task a request means: `task` (a name or a blend), `adapter_id`, `model="task"`, `model="base:task"`.
+
+A name may go on with a revision, "sql@1a2b": the kept one that begins so, whatever is current.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Blend, Lease, check_task_name
-from peqa_runtime.errors import InvalidTaskName, TaskUnusable, UnknownTask
+from peqa_runtime.errors import InvalidRequest, InvalidTaskName, NoSuchRevision, TaskUnusable, UnknownTask
+from peqa_runtime.scales.revision_name import split_revision
 from peqa_server.errors import ApiError
 from peqa_server.services import Gate, ServedModel, Services, TaskService
 
@@ -21,7 +25,8 @@ def chosen_task(
     """The task, or blend of tasks, that the fields agree on. Contradiction: 400; a name that cannot exist: 404.
 
     `names` are (field, value) of the fields that name a task directly. The base's own id as `model` says nothing
-    about the task, because existing clients must always send it. Raises `InvalidRequest` for a blend's weights.
+    about the task, because existing clients must always send it. Raises `InvalidRequest` for a blend's weights and for
+    what cannot be a revision.
     """
     found = {field: value for field, value in names if value is not None}
     if model_name is not None and model_name != model.model_id:
@@ -33,12 +38,12 @@ def chosen_task(
             400, f"the fields name different tasks: {said}; send one, or the same in all", code="task_conflict",
             param=next(iter(found)),
         )  # fmt: skip
-    for task in [first] if isinstance(first, str) else first:
-        if task != BASE_TASK:
+    for name in [first] if isinstance(first, str) else first:
+        if name != BASE_TASK:
             try:
-                check_task_name(task)
+                check_task_name(split_revision(name)[0])
             except InvalidTaskName:
-                raise unknown(next(iter(found)), task) from None
+                raise unknown(next(iter(found)), name) from None
     return first if isinstance(first, str) else Blend.of(first)
 
 
@@ -59,7 +64,10 @@ def unknown(field: str, name: str) -> ApiError:
 
 
 async def acquire(tasks: TaskService, choice: str | Blend, field: str) -> Lease:
-    """Pin the choice's current revision; wait where its set must be read from disk first, for that alone."""
+    """Pin the revision that the choice means; wait where the disk must be read first, for that alone.
+
+    No such task or revision: 404. Several revisions with the same beginning: 400.
+    """
     if choice == BASE_TASK:
         return Lease(BASE_TASK, BASE_REVISION)
     try:
@@ -69,6 +77,10 @@ async def acquire(tasks: TaskService, choice: str | Blend, field: str) -> Lease:
         raise
     except UnknownTask as error:
         raise _not_found(choice, field, error) from None
+    except NoSuchRevision as error:
+        raise ApiError(404, str(error), code="revision_not_found", param=field) from None
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=field) from None
 
 
 async def _arrived(tasks: TaskService, coming: Future[Lease]) -> Lease:

@@ -7,11 +7,14 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from peqa_runtime.scales.scale_set import ScaleSet
 
 _THREADS = 16
 """Loads at once. Each is a read and a digest, done without the interpreter's lock; many only where a disk hangs."""
+
+Result = TypeVar("Result")
 
 
 class HostCache:
@@ -64,6 +67,10 @@ class HostCache:
                 return done
             self._loads[revision] = self._threads.submit(self._load, revision, read)
             return self._loads[revision]
+
+    def later(self, work: Callable[[], Result]) -> Future[Result]:
+        """Do what may wait for the disk, in a thread of the loads."""
+        return self._threads.submit(work)
 
     def shrink(self) -> None:
         """Drop the least recently used sets that nobody uses, down to the limit."""

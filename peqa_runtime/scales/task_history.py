@@ -16,6 +16,7 @@ from typing import Any
 
 from peqa_runtime.core import SCALE_KINDS, RevisionInfo, ScaleKind, TaskInfo
 from peqa_runtime.errors import NoSuchRevision, RevisionConflict
+from peqa_runtime.scales.revision_name import matching
 
 FORMAT_VERSION = 1
 _REVISION = re.compile(r"[0-9a-f]{64}")
@@ -87,6 +88,12 @@ class TaskHistory:
                 return replace(self, position=position)
         kept = ", ".join(dict.fromkeys(entry.revision[:12] for entry in reversed(self.entries)))
         raise NoSuchRevision(f"task {self.task!r} has no revision {str(revision)[:80]!r}; kept: {kept}")
+
+    def beginning_with(self, prefix: str) -> HistoryEntry:
+        """Return the newest entry of the one revision that begins so. Raises `NoSuchRevision`, `InvalidRequest`."""
+        newest_first = self.entries[::-1]
+        revision = matching(self.task, [entry.revision for entry in newest_first], prefix)
+        return next(entry for entry in newest_first if entry.revision == revision)
 
     def info(self) -> TaskInfo:
         """Return what is told of the current entry."""

@@ -23,15 +23,12 @@ from peqa_runtime.core import (
     check_task_name,
 )
 from peqa_runtime.errors import (
-    InvalidRequest,
     InvalidScaleSet,
     InvalidTaskName,
     NoSuchRevision,
-    StoreError,
-    UnknownTask,
 )
-from peqa_runtime.scales.blend import blend_revision, mix
 from peqa_runtime.scales.host_cache import HostCache
+from peqa_runtime.scales.lease_desk import LeaseDesk
 from peqa_runtime.scales.scale_set import DEFAULT_MAX_RATIO, ScaleSet, read_set_file
 from peqa_runtime.scales.scale_store import ScaleStore, unusable
 from peqa_runtime.scales.store_watch import StoreWatch
@@ -67,6 +64,14 @@ class TaskLibrary:
         self._max_ratio = max_ratio
         self._change_lock = threading.Lock()  # held while a change goes to disk and registry
         self._host = HostCache(host_bytes, registry.holders)
+        self._desk = LeaseDesk(
+            store,
+            registry,
+            self._host,
+            arranged=self._arranged,
+            moved=self._has_moved,
+            unusable=self.unusable,
+        )
         self._watch: StoreWatch | None = None
         self._unplaceable: dict[str, str] = {}
         for task in store.tasks():
@@ -168,40 +173,16 @@ class TaskLibrary:
         return self.store.content(task, revision)
 
     def acquire(self, choice: str | Blend) -> Lease:
-        """Pin the current revision of a task or blend; `scale_set` then gives it from memory until `release`.
+        """Pin a task's or blend's current revision, or the kept one that "task@1a2b" names.
 
-        May read the disk when the set was not used for long. Raises as `acquire_soon` does, and `StoreError`.
+        `scale_set` then gives it from memory until `release`. May read the disk when the set was not used for long.
+        Raises as `acquire_soon` does, and what its future may fail with.
         """
         return self.acquire_soon(choice).result()
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]:
-        """Pin the current revision now; the result is there once its set is in memory, often at once.
-
-        Cancelled before that, it releases the lease by itself. Raises `UnknownTask`, `TaskUnusable`; of a blend
-        `InvalidRequest` when one of its tasks is not of kind "channel". The future may fail with `StoreError`.
-        """
-        lease, members = self._pin(choice)
-        result: Future[Lease] = Future()
-        if lease.revision == BASE_REVISION or self._host.hit(lease.revision):
-            self._release_all(members)
-            result.set_result(lease)
-            return result
-
-        def loaded(load: Future[ScaleSet]) -> None:
-            self._release_all(members)
-            error = load.exception()
-            if error is None and result.set_running_or_notify_cancel():
-                result.set_result(lease)
-                return
-            self.release(lease)
-            if error is not None and result.set_running_or_notify_cancel():
-                self._try_again(choice, members or [lease], error, result)
-
-        def read() -> ScaleSet:
-            return self._mixed(lease.blend, members) if lease.blend else self._read(lease)
-
-        self._host.load(lease.revision, read).add_done_callback(loaded)
-        return result
+        """Pin a revision now; the result is there once its set is in memory, often at once. See `LeaseDesk`."""
+        return self._desk.acquire_soon(choice)
 
     def read_file(self, path: Path) -> ScaleSet:
         """A scale set file that is not to become a task. Raises `InvalidScaleSet`, `WrongBase`."""
@@ -242,28 +223,6 @@ class TaskLibrary:
         """Numbers for metrics, by name; counters end in `_total`."""
         return {"tasks": self.registry.counts().tasks, **self._host.stats()}
 
-    def _pin(self, choice: str | Blend) -> tuple[Lease, list[Lease]]:
-        """A lease, and for a blend the leases of its members, which are needed until it is mixed."""
-        if isinstance(choice, str):
-            return self._acquire_named(choice), []
-        members: list[Lease] = []
-        try:
-            for task, _ in choice.shares:
-                members.append(self._acquire_named(task))
-                if members[-1].kind != "channel":
-                    raise InvalidRequest(
-                        f"task {task!r} is of kind {members[-1].kind!r}; only sets of kind 'channel' can be blended",
-                        param="task",
-                    )
-        except BaseException:
-            self._release_all(members)
-            raise
-        tuned = [member for member in members if member.revision != BASE_REVISION]
-        revision = blend_revision(_shares(choice, members)) if tuned else BASE_REVISION
-        formats = {member.prompt_format for member in tuned} or {""}
-        prompt_format = formats.pop() if len(formats) == 1 else None
-        return self.registry.hold(Lease(choice.name, revision, "channel", prompt_format, choice)), members
-
     def _bytes_of(self, data: bytes | Path) -> bytes:
         if not isinstance(data, Path):
             return data
@@ -278,48 +237,8 @@ class TaskLibrary:
         self._check_kind(scale_set.kind)
         return scale_set
 
-    def _acquire_named(self, task: str) -> Lease:
-        try:
-            return self.registry.acquire(task)
-        except UnknownTask:
-            reason = self.unusable().get(task)
-            if reason is None:
-                raise
-            raise unusable(task, reason) from None
-
-    def _release_all(self, leases: list[Lease]) -> None:
-        for lease in leases:
-            self.release(lease)
-
-    def _read(self, lease: Lease) -> ScaleSet:
-        return self._arranged(self.store.load(lease.task, lease.revision))
-
-    def _mixed(self, blend: Blend, members: list[Lease]) -> ScaleSet:
-        sets = [None if m.revision == BASE_REVISION else self._held_or_read(m) for m in members]
-        return mix(_shares(blend, members), sets)
-
-    def _held_or_read(self, lease: Lease) -> ScaleSet:
-        held = self._host.get(lease.revision)
-        return self._read(lease) if held is None else self._arranged(held)
-
     def _arranged(self, scale_set: ScaleSet) -> ScaleSet:
         return scale_set if self.arrange is None else self.arrange(scale_set)
-
-    def _try_again(
-        self, choice: str | Blend, leases: list[Lease], error: BaseException, result: Future[Lease]
-    ) -> None:
-        """After a failed load: again when a task concerned has changed or left meanwhile, else that error."""
-        try:
-            if not isinstance(error, StoreError | NoSuchRevision | UnknownTask):
-                raise error
-            moved = [lease for lease in leases if self._has_moved(lease)]
-            if not moved:
-                raise error
-            again = self.acquire_soon(choice)
-        except BaseException as final:  # noqa: BLE001  it must reach whoever waits for the result
-            result.set_exception(final)
-            return
-        again.add_done_callback(lambda done: _pass_on(done, result))
 
     def _has_moved(self, lease: Lease) -> bool:
         """True when the task has another revision, or none that can be used, since the lease."""
@@ -359,15 +278,3 @@ class TaskLibrary:
                 f"a set of kind {kind!r} finds no place here: this server has {counts.rows} task rows and "
                 f"{counts.group_rows} for kind 'group'; start it with more"
             )
-
-
-def _shares(blend: Blend, members: list[Lease]) -> list[tuple[str, float]]:
-    return [(member.revision, share) for member, (_, share) in zip(members, blend.shares, strict=True)]
-
-
-def _pass_on(done: Future[Lease], result: Future[Lease]) -> None:
-    error = done.exception()
-    if error is None:
-        result.set_result(done.result())
-    else:
-        result.set_exception(error)

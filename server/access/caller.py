@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peqa_runtime.core import BASE_TASK, MAX_CACHE_SALT, Blend, Lease
 from peqa_runtime.errors import InvalidRequest, UnknownTask
+from peqa_runtime.scales.revision_name import task_of
 from peqa_server.access.allowance import Allowance, Clock
 from peqa_server.access.api_key import ApiKey, Role
 from peqa_server.access.key_metrics import KeyMetrics
@@ -14,8 +15,9 @@ from peqa_server.errors import ApiError
 
 
 def names_of(choice: str | Blend) -> tuple[str, ...]:
-    """Every task that a choice names."""
-    return (choice,) if isinstance(choice, str) else tuple(name for name, _ in choice.shares)
+    """Every task that a choice names, in whatever revision."""
+    names = [choice] if isinstance(choice, str) else [name for name, _ in choice.shares]
+    return tuple(task_of(name) for name in names)
 
 
 def absent(task: str) -> UnknownTask:
