@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from peqa_runtime.constraint import Constraint
 from peqa_runtime.errors import InvalidRequest
 from peqa_server.chat_answer import ChatAnswer
 from peqa_server.chat_prompt import chat_prompt
@@ -19,8 +20,9 @@ from peqa_server.plan import (
     common_job,
     truncated,
 )
-from peqa_server.services import ServedModel
+from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
+from peqa_server.structured import AnswerForm, compiled, form_of, wanted_form
 from peqa_server.task_choice import Admission
 from peqa_server.tool_parser import MARKERS, CallReader, NamedCall, ToolCallParser
 from peqa_server.tool_use import ToolUse, tool_use
@@ -44,6 +46,7 @@ async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, setting
         logprobs=logprobs,
         # Markers of calls are special tokens in some vocabularies: without their text no call would be found.
         skip_special_tokens=False if use is not None and _marks_by_special_token(model) else None,
+        form=await _form(admission.services, wanted, use),
     )
     job = common_job(model, wanted, outline)
     answer = ChatAnswer(
@@ -56,6 +59,20 @@ async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, setting
         begun=_begun(wanted),
     )
     return Plan(job, answer, wanted)
+
+
+async def _form(services: Services, wanted: ChatCompletionRequest, use: ToolUse | None) -> AnswerForm | None:
+    """The form of the answer: the call of a function that must be called, or what the request's fields say."""
+    form = await wanted_form(services, wanted)
+    schema = None if use is None else use.answer_schema()
+    if schema is None:
+        return form
+    if form is not None:
+        raise InvalidRequest(
+            f"{form.field} and tool_choice both say what form the answer has; send one of them",
+            param="tool_choice",
+        )
+    return await compiled(services, form_of("tools", Constraint.json_schema, schema))
 
 
 def _logprobs(wanted: ChatCompletionRequest) -> int | None:

@@ -120,7 +120,7 @@ class Choice:
         if output.token_id is not None:
             self.num_tokens += 1
             tokens = (TokenPiece(output.token_id, self._length, output.logprobs),)
-            ends = output.finish_reason == "stop" and not self._rules.include_stop
+            ends = output.finish_reason == "stop" and not (self._rules.include_stop or output.complete)
             text = "" if ends else self._decoder.push(output.token_id)
         if output.finished:
             text += self._decoder.flush()

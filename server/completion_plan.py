@@ -19,6 +19,7 @@ from peqa_server.plan import (
 from peqa_server.schemas import CompletionRequest
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
+from peqa_server.structured import wanted_form
 from peqa_server.task_choice import Admission
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -39,6 +40,7 @@ async def plan_completion(admission: Admission, wanted: CompletionRequest, setti
         max_tokens=max_tokens,
         logprobs=wanted.logprobs,
         shown_prompt=bool(wanted.echo),
+        form=await wanted_form(admission.services, wanted),
     )
     job = common_job(model, wanted, outline)
     style = answer_style(wanted, outline)

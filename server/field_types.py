@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 64
+
+
+class Strict(BaseModel):
+    """Exact types, finite numbers, known fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 def _prompts(value: object) -> list[str | list[int]]:

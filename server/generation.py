@@ -197,4 +197,6 @@ def _failure(output: TokenOutput) -> ApiError:
     reason = output.error or "the engine could not compute this request"
     if output.error_code == "engine_restarted":
         return ApiError(503, reason, code="engine_restarted", headers={"Retry-After": "1"})
+    if output.error_code == "no_token_left":
+        return ApiError(400, reason, code="no_token_left")
     return ApiError(500, reason, code=output.error_code or "generation_failed")

@@ -14,7 +14,9 @@ from peqa_server.generation import Job, check_length
 from peqa_server.schemas import GenerationFields
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
+from peqa_server.structured import AnswerForm
 from peqa_server.task_choice import Admission
+from peqa_server.token_controls import with_controls
 
 MAX_N = 128
 LONG_TEXT = 8192  # characters; a longer prompt is encoded in a thread, so that the event loop stays free
@@ -34,7 +36,7 @@ class Outline:
     """What a route has found out by itself: prompts, choices for each, length, and what is told of the tokens.
 
     `logprobs`: alternatives to show for each token (None: nothing is shown). `shown_prompt`: the prompt is part of
-    the answer's text. `skip_special_tokens` None: as the request says.
+    the answer's text. `skip_special_tokens` None: as the request says. `form`: what every answer keeps to.
     """
 
     prompts: tuple[Prompt, ...]
@@ -43,6 +45,7 @@ class Outline:
     logprobs: int | None
     shown_prompt: bool = False
     skip_special_tokens: bool | None = None
+    form: AnswerForm | None = None
 
 
 def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -> Job:
@@ -55,6 +58,7 @@ def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -
         logprobs=outline.logprobs,
         prompt_logprobs=max(given) if given and min(given) >= 0 else min(given, default=None),
     )
+    params = with_controls(model, wanted, outline.form, params)
     check_ids(model, params.stop_token_ids, "stop_token_ids")
     for prompt in outline.prompts:
         check_length(model, len(prompt.token_ids), outline.max_tokens)

@@ -9,19 +9,14 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_core import from_json
 
 from peqa_runtime.core import SamplingParams
 from peqa_server.errors import ApiError, show
-from peqa_server.field_types import Prompts, Side, StopStringList, TaskChoice, TokenIdList
+from peqa_server.field_types import Prompts, Side, StopStringList, Strict, TaskChoice, TokenIdList
 from peqa_server.foreign_fields import is_neutral
-
-
-class Strict(BaseModel):
-    """Exact types, finite numbers, known fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+from peqa_server.form_fields import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
 
 
 class StreamOptions(Strict):
@@ -63,6 +58,15 @@ class GenerationFields(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    logit_bias: LogitBias = ()
+    allowed_token_ids: list[int] | None = None
+    bad_words: Texts | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: Text | None = None
     stop: StopStringList = ()
     stop_token_ids: TokenIdList = ()
     ignore_eos: bool | None = None

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from fastapi import Request as HttpRequest
 
+from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
 from peqa_server.access.caller import Anybody, Caller
 from peqa_server.access.guarded_tasks import GuardedTasks
@@ -46,6 +47,8 @@ class EngineService(Protocol):
 
     @property
     def failure(self) -> str | None: ...
+
+    def prepare(self, constraint: Constraint) -> Future[None]: ...
 
     def submit(self, request: Request) -> TokenStream: ...
 

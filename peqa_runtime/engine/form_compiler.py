@@ -10,7 +10,7 @@ from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.errors import Overloaded
 
 THREADS = 2
-WAITING = 64
+WAITING = 16
 """Forms in work or waiting; more are refused."""
 
 

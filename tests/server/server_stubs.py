@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import (
     BaseManifest,
     Blend,
@@ -136,6 +137,11 @@ class StubEngine:
         self.running: set[str] = set()
         self.refuse: Exception | None = None
         self.failure: str | None = None
+
+    def prepare(self, constraint: Constraint) -> Future[None]:
+        ready: Future[None] = Future()
+        ready.set_result(None)
+        return ready
 
     def submit(self, request: Request) -> StubStream:
         if self.refuse is not None:
