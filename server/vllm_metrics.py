@@ -6,6 +6,7 @@ is a task of ours. Buckets are ours.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -104,7 +105,7 @@ class VllmCollector(Collector):
 
     def _over_tasks(self, name: str, histogram: Histogram) -> HistogramMetricFamily:
         """One histogram of all tasks together."""
-        buckets: Counter[float] = Counter()
+        buckets: Counter[float] = Counter({math.inf: 0})  # before any task was asked for
         total, text = 0.0, ""
         for metric in histogram.collect():
             text = metric.documentation

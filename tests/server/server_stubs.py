@@ -57,7 +57,7 @@ class ByteTokenizer:
 
 @dataclass
 class Script:
-    """What the engine says to a request: tokens, seconds between them, and how it ends."""
+    """What the engine says to a request: seconds in its queue, tokens, seconds between them, and how it ends."""
 
     tokens: list[int]
     delay: float = 0.0
@@ -65,6 +65,7 @@ class Script:
     error: str | None = None
     dies: bool = False
     cached: int = 0
+    queued: float = 0.0
 
 
 def reply(request: Request) -> Script:
@@ -88,6 +89,8 @@ class StubStream:
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:
         request, params, script = self.request, self.request.params, self.script
+        await asyncio.sleep(script.queued)
+        started = time.perf_counter()
         prompt_logprobs = None
         if params.prompt_logprobs is not None:
             rest = [_logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:]]
@@ -120,6 +123,7 @@ class StubStream:
                 prompt_logprobs=prompt_logprobs if i == 0 else None,
                 error=script.error if reason == "error" else None,
                 num_cached_tokens=script.cached,
+                started=started,
             )
 
 

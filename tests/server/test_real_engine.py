@@ -310,3 +310,10 @@ def test_usage_and_metrics_say_what_was_found_computed(real: Real) -> None:
     with real.client.stream("POST", "/v1/completions", json=body | options) as answer:
         last = [line for line in answer.iter_lines() if line.startswith("data: {")][-1]
     assert '"prompt_tokens_details":{"cached_tokens":32}' in last
+
+
+def test_every_number_of_the_engine_is_explained(real: Real) -> None:
+    from peqa_server.engine_metrics import HELP
+
+    missing = set(real.services.engine.stats()) - set(HELP)
+    assert not missing, f"server/engine_metrics.py says nothing about {missing}"
