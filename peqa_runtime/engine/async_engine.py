@@ -18,13 +18,14 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.form_compiler import FormCompiler
-from peqa_runtime.errors import EngineDead, Overloaded
+from peqa_runtime.errors import EngineDead, InvalidScaleSet, Overloaded
+from peqa_runtime.scales.scale_set import ScaleSet
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,13 @@ class _Stop:
     deadline: float  # time.monotonic()
 
 
-_Command = _Add | _Abort | _Stop
+@dataclass(frozen=True)
+class _Trial:
+    scale_set: ScaleSet
+    verdict: Future[None] = field(default_factory=Future)
+
+
+_Command = _Add | _Abort | _Stop | _Trial
 
 
 class AsyncEngine:
@@ -111,6 +118,7 @@ class AsyncEngine:
         self.engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._forms = FormCompiler(engine.guidance)
+        self._trials: deque[_Trial] = deque()  # one between two steps
         self._streams: dict[str, TokenStream] = {}
         self._prompt_tokens = 0  # of all streams together
         self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
@@ -120,6 +128,7 @@ class AsyncEngine:
         self._rejected = 0
         self._recent_seconds = 1.0  # time from submit to the end, smoothed; for Retry-After only
         self._started: dict[str, float] = {}
+        engine.tasks.check = self.try_out
         self._thread = threading.Thread(target=self._run, name="peqa-engine", daemon=True)
         self._thread.start()
 
@@ -168,6 +177,18 @@ class AsyncEngine:
         with self._lock:
             self._forget(request_id)
         self._commands.put(_Abort(request_id))
+
+    def try_out(self, scale_set: ScaleSet) -> None:
+        """Compute with a set that is no task's yet, between two steps; see `Canary`. Blocks meanwhile.
+
+        Raises `InvalidScaleSet`, `EngineDead`.
+        """
+        trial = _Trial(scale_set)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._commands.put(trial)
+        trial.verdict.result()
 
     def stats(self) -> dict[str, float]:
         """The engine's numbers (see `Engine.stats`), with requests that have not reached it counted as waiting."""
@@ -225,6 +246,8 @@ class AsyncEngine:
         try:
             while not self._finished():
                 self._take_commands()
+                if self._trials:
+                    self._judge(self._trials.popleft())
                 if self.engine.has_work:
                     outputs = self.engine.step()
                     self._deliver(outputs)
@@ -244,12 +267,12 @@ class AsyncEngine:
     def _finished(self) -> bool:
         if self._deadline is None:
             return False
-        idle = not self.engine.has_work and self._commands.empty()
+        idle = not self.engine.has_work and not self._trials and self._commands.empty()
         return idle or time.monotonic() >= self._deadline
 
     def _take_commands(self) -> None:
         """Carry out what was asked meanwhile; wait for a command when there is nothing else to do."""
-        idle = not self.engine.has_work and self._deadline is None
+        idle = not self.engine.has_work and not self._trials and self._deadline is None
         while idle or not self._commands.empty():
             command = self._commands.get()
             idle = False
@@ -260,6 +283,19 @@ class AsyncEngine:
                     self.engine.abort(request_id)
                 case _Stop(deadline):
                     self._deadline = deadline
+                case _Trial():
+                    self._trials.append(command)
+
+    def _judge(self, trial: _Trial) -> None:
+        try:
+            self.engine.canary.try_out(trial.scale_set)
+        except InvalidScaleSet as error:
+            trial.verdict.set_exception(error)
+        except BaseException as error:
+            trial.verdict.set_exception(EngineDead(f"the engine died of {type(error).__name__}: {error}"))
+            raise
+        else:
+            trial.verdict.set_result(None)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """Hand a step's outputs over: one call per loop, whatever the number of its requests."""
@@ -303,6 +339,10 @@ class AsyncEngine:
             command = self._commands.get()
             if isinstance(command, _Add):
                 self.engine.unpin(command.lease)
+            elif isinstance(command, _Trial):
+                self._trials.append(command)
+        while self._trials:
+            self._trials.popleft().verdict.set_exception(error)
         self._forms.close()
         self.engine.close()
 

@@ -21,6 +21,7 @@ from peqa_runtime.core import (
     TokenOutput,
 )
 from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.canary import Canary, blocks_needed
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
@@ -93,6 +94,7 @@ class Engine:
         self.kv_cache = KVCache(
             model.kv_spec,
             num_blocks=num_blocks,
+            spare_blocks=blocks_needed(config.block_size),
             block_size=config.block_size,
             device=model.device,
             dtype=model.dtype,
@@ -114,6 +116,14 @@ class Engine:
             Sampler(model.eos_token_ids, self.guidance),
             config.block_size,
             row_invariant=config.row_invariant,
+        )
+        self.canary = Canary(
+            self.runner,
+            self.bank,
+            self.tasks.registry,
+            self.tasks.scale_set,
+            vocab_size=model.vocab_size,
+            blocks=self.kv_cache.spare,
         )
         make_ready(model, config)
         self._leases: dict[

@@ -33,23 +33,28 @@ class LayerShape(Protocol):
 
 
 class KVCache:
-    """Keys and values of every layer: `layers[i]` = (key_cache [blocks, block_size, kv_heads, d_k], value_cache)."""
+    """Keys and values of every layer: `layers[i]` = (key_cache [blocks, block_size, kv_heads, d_k], value_cache).
+
+    Behind the `num_blocks` that requests get lie `spare_blocks` more, for who computes beside them; `spare`: their ids.
+    """
 
     def __init__(
         self,
         layers: Sequence[LayerShape],
         *,
         num_blocks: int,
+        spare_blocks: int = 0,
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.num_blocks = num_blocks
+        self.spare = range(num_blocks, num_blocks + spare_blocks)
         self.block_size = block_size
         self.layers: list[tuple[Tensor, Tensor]] = [
             (
-                _zeros((num_blocks, block_size, layer.kv_heads, layer.d_k), device, dtype),
-                _zeros((num_blocks, block_size, layer.kv_heads, layer.d_v), device, dtype),
+                _zeros((self.spare.stop, block_size, layer.kv_heads, layer.d_k), device, dtype),
+                _zeros((self.spare.stop, block_size, layer.kv_heads, layer.d_v), device, dtype),
             )
             for layer in layers
         ]

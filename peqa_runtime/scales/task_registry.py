@@ -42,6 +42,19 @@ class RegistryCounts:
     group_rows_used: int
 
 
+@dataclass(frozen=True)
+class BorrowedRow:
+    """A row to write to for a moment. `owner`: the revision whose row it is, to be put back; None: nobody's.
+
+    `owner_group_row`: the owner's, which is not always the borrowed one.
+    """
+
+    row: int
+    group_row: int = 0
+    owner: str | None = None
+    owner_group_row: int = 0
+
+
 class TaskRegistry:
     """Names, leases and rows. `rows` and `group_rows` count row 0, which is the base and never given away."""
 
@@ -175,6 +188,21 @@ class TaskRegistry:
         """Have the next `place` of this revision (None: of every one) ask for the write again, into the same row."""
         with self._lock:
             self._unwritten.update(r for r in self._resident if revision in (None, r))
+
+    def borrow(self, kind: ScaleKind) -> BorrowedRow:
+        """A row for a set of a kind that can be placed at all: a free one, or the least recently used of those that
+        nobody leases, or of all. The caller's for a moment, in the thread that calls `place`."""
+        with self._lock:
+            assert self._rows > 1
+            assert kind != "group" or self._group_rows > 1
+            group_row = self._free_group[-1] if kind == "group" and self._free_group else 0
+            wants_group_row = kind == "group" and not group_row
+            if self._free and not wants_group_row:
+                return BorrowedRow(self._free[-1], group_row)
+            candidates = [r for r, (_, own) in self._resident.items() if own or not wants_group_row]
+            owner = next((r for r in candidates if not self._holders.get(r)), candidates[0])
+            row, owner_group_row = self._resident[owner]
+            return BorrowedRow(row, owner_group_row if wants_group_row else group_row, owner, owner_group_row)
 
     def can_ever_place(self, kind: ScaleKind) -> bool:
         """True when a set of this kind gets a row once nobody else holds one."""

@@ -1,0 +1,187 @@
+"""A set is tried out between two steps before it is a task's: nobody notices, and one that overflows is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.async_engine import AsyncEngine
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.engine import Engine
+from peqa_runtime.errors import EngineDead, InvalidScaleSet
+from peqa_runtime.model.quantize import quantize_folder
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.set_layout import expected_shapes
+from peqa_runtime.scales.task_registry import TaskRegistry
+
+KINDS = ("channel", "channel+input", "group")
+
+
+def random_set(engine: Engine, kind: Any, seed: int) -> ScaleSet:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expected_shapes(kind, engine.model.manifest)
+    tensors = {n: 0.7 + 0.6 * torch.rand(s, generator=generator) for n, s in shapes.items()}
+    return ScaleSet.build(kind, tensors, engine.model.manifest)
+
+
+def answers(engine: Engine, between: Callable[[], None]) -> dict[str, list[int]]:
+    """Two requests on every task, together; `between` runs between the steps."""
+    for number, info in enumerate(engine.tasks.page()):
+        lease = engine.tasks.acquire(info.task)
+        prompt = tuple(range(5 + number, 25 + number))
+        request = Request(
+            info.task,
+            prompt,
+            SamplingParams(max_tokens=12, temperature=0.0),
+            info.task,
+            lease.revision,
+            lease.kind,
+        )
+        engine.add_request(request, lease)
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        between()
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output.token_id or -1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "group_rows"), [(8, 4), (4, 2), (3, 2)], ids=["free", "all used", "too few"]
+)
+def test_what_runs_does_not_notice(tiny_base: Path, rows: int, group_rows: int) -> None:
+    config = EngineConfig(num_blocks=32, task_rows=rows, group_rows=group_rows, prefix_cache=False)
+    with Engine(tiny_base, config=config, device="cpu") as engine:
+        for seed, kind in enumerate(KINDS):
+            engine.tasks.upload(kind.replace("+", "-"), random_set(engine, kind, seed).to_bytes())
+        undisturbed = answers(engine, lambda: None)
+        assert len({tuple(ids) for ids in undisturbed.values()}) == 3
+        sets = itertools.cycle([random_set(engine, kind, 10 + seed) for seed, kind in enumerate(KINDS)])
+        counts = engine.tasks.registry.counts()
+        used: list[int] = []
+
+        def try_one() -> None:
+            used.append(engine.scheduler.blocks.num_used)
+            engine.canary.try_out(next(sets))
+            assert engine.scheduler.blocks.num_used == used[-1]
+
+        assert answers(engine, try_one) == undisturbed
+        assert len(used) >= 12
+        assert engine.tasks.registry.counts() == counts
+
+
+def test_an_idle_row_is_written_again_before_it_is_used(tiny_base: Path) -> None:
+    config = EngineConfig(num_blocks=32, task_rows=2, host_cache_bytes=1)
+    with Engine(tiny_base, config=config, device="cpu") as engine:
+        engine.tasks.upload("only", random_set(engine, "channel", 0).to_bytes())
+        before = answers(engine, lambda: None)
+        engine.canary.try_out(random_set(engine, "channel", 1))  # the only row there is
+        assert answers(engine, lambda: None) == before
+
+
+def test_a_borrowed_row_is_the_one_that_is_missed_least() -> None:
+    registry = TaskRegistry(rows=3, group_rows=2)
+    assert registry.borrow("group").owner is None
+    for task, kind in (("a", "group"), ("b", "channel")):
+        registry.set_current(task, task, kind)  # type: ignore[arg-type]
+        lease = registry.acquire(task)
+        assert registry.place(task, lease.kind) is not None
+    rows = registry.resident()
+    assert registry.borrow("channel").owner == "a", "all are leased: the least recently used"
+    of_group = registry.borrow("group")
+    assert (of_group.owner, of_group.row, of_group.group_row) == ("a", rows["a"].row, rows["a"].group_row)
+    registry.release(lease)
+    idle = registry.borrow("channel")
+    assert (idle.owner, idle.row, idle.group_row) == ("b", rows["b"].row, 0)
+    assert registry.borrow("group").owner == "a", "there is only one row for groups"
+
+
+@pytest.fixture(scope="module")
+def steep_base(tiny_hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its second layer multiplies by 1e36 and divides again: sixteen times that is beyond fp32."""
+    folder = tmp_path_factory.mktemp("steep")
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1e36
+        model.model.layers[1].mlp.down_proj.weight *= 1e-34
+    model.save_pretrained(folder / "hf")
+    AutoTokenizer.from_pretrained(tiny_hf_folder).save_pretrained(folder / "hf")
+    quantize_folder(folder / "hf", folder / "base", bits=4, group_size=32, progress=False)
+    return folder / "base"
+
+
+def test_a_set_that_overflows_is_refused_and_nothing_changes(steep_base: Path, tmp_path: Path) -> None:
+    engine = Engine(steep_base, tmp_path / "store", EngineConfig(num_blocks=16, task_rows=2), device="cpu")
+    runner = AsyncEngine(engine)
+    shapes = expected_shapes("channel", engine.model.manifest)
+
+    def set_of(value: float) -> bytes:
+        tensors = {name: torch.full(shape, value) for name, shape in shapes.items()}
+        return ScaleSet.build("channel", tensors, engine.model.manifest).to_bytes()
+
+    try:
+        good = engine.tasks.upload("t", set_of(1.5))
+        with pytest.raises(InvalidScaleSet, match="NaN or infinity"):
+            engine.tasks.upload("t", set_of(16.0))
+        with pytest.raises(InvalidScaleSet):
+            engine.tasks.upload("other", set_of(16.0))
+        assert [info.task for info in engine.tasks.page()] == ["t"]
+        assert engine.tasks.info("t") == good
+        assert engine.tasks.registry.counts().leases == 0
+    finally:
+        runner.stop()
+    with pytest.raises(EngineDead):
+        engine.tasks.upload("t", set_of(1.25))
+
+
+def test_a_forward_that_raises_refuses_the_set_alone(fake_engine: Any, make_fake_set: Any) -> None:
+    engine = AsyncEngine(fake_engine())
+    model: Any = engine.engine.model
+    try:
+        model.broken = True
+        with pytest.raises(InvalidScaleSet, match="cannot be computed"):
+            engine.engine.tasks.upload("t", make_fake_set(2.0))
+        model.broken = False
+        assert engine.alive
+        engine.engine.tasks.upload("t", make_fake_set(2.0))
+    finally:
+        engine.stop()
+
+
+def test_uploads_beside_running_streams(fake_engine: Any, make_fake_set: Any) -> None:
+    """At most one trial between two steps, in the engine's thread, while requests run."""
+    engine = AsyncEngine(fake_engine(tasks={"a": 1.5}))
+    model: Any = engine.engine.model
+
+    async def work() -> None:
+        lease = engine.engine.tasks.acquire("a")
+        params = SamplingParams(max_tokens=120, temperature=0.0)
+        stream = engine.submit(Request("r", (5, 6, 7), params, "a", lease.revision, lease.kind), lease)
+        uploads = [
+            asyncio.to_thread(engine.engine.tasks.upload, f"t{i}", make_fake_set(2.0 + i / 10))
+            for i in range(8)
+        ]
+        reading = asyncio.ensure_future(_tokens(stream))
+        await asyncio.gather(*uploads)
+        assert await reading == model.expected([5, 6, 7], 120, 1.5)
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 30))
+        sizes = "".join("c" if size == 8 else "." for size in model.forwards)
+        assert sizes.count("c") == 8
+        first, last = sizes.index("."), sizes.rindex(".")
+        assert "cc" not in sizes[first : last + 1]
+    finally:
+        engine.stop()
+
+
+async def _tokens(stream: Any) -> list[int]:
+    return [output.token_id async for output in stream]
