@@ -39,9 +39,10 @@ def refusals(*statuses: int) -> dict[int | str, Json]:
     return {s: {"model": ErrorAnswer, "description": _MEANINGS[s]} for s in statuses}
 
 
-def json_body(schema: type[BaseModel], *, required: bool = True) -> Json:
-    """`openapi_extra` of a route that reads a JSON body as `schema` by itself."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
+def json_body(*schemas: type[BaseModel], required: bool = True) -> Json:
+    """`openapi_extra` of a route that reads a JSON body by itself, as one of `schemas`."""
+    forms = [schema.model_json_schema() for schema in schemas]
+    content = {"application/json": {"schema": forms[0] if len(forms) == 1 else {"anyOf": forms}}}
     return {"requestBody": {"required": required, "content": content}}
 
 

@@ -13,7 +13,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
-from peqa_server import model_routes, openai_routes, ops_routes, page_routes, task_routes
+from peqa_server import (
+    model_routes,
+    openai_routes,
+    ops_routes,
+    page_routes,
+    task_routes,
+    tokenizer_routes,
+)
 from peqa_server.access.door import Access, Door
 from peqa_server.access.route_roles import RouteRoles
 from peqa_server.access_log import Edge, Tracer, note_of, refused
@@ -23,12 +30,9 @@ from peqa_server.metrics import Metrics
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
 
-ROUTERS = (
-    openai_routes.router,
-    model_routes.router,
-    task_routes.router,
-    ops_routes.router,
-    page_routes.router,
+ROUTERS = tuple(
+    part.router
+    for part in (openai_routes, model_routes, tokenizer_routes, task_routes, ops_routes, page_routes)
 )
 
 

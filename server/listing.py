@@ -14,13 +14,22 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from peqa_runtime.core import TaskInfo
+from peqa_server.api_document import parameter
 from peqa_server.errors import ApiError
 from peqa_server.services import TaskService
 
 Json = Mapping[str, Any]
 
-_PIECE = 250  # rows: a few milliseconds of work, between which other requests get their turn
 MAX_LIMIT = 10_000
+PAGE_PARAMETERS = [
+    parameter(
+        "limit", "query", "At most so many rows.", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
+    ),
+    parameter("after", "query", "Rows whose names come after this one.", {"type": "string"}),
+]
+"""The queries, for /openapi.json."""
+
+_PIECE = 250  # rows: a few milliseconds of work, between which other requests get their turn
 
 
 async def list_response(

@@ -12,15 +12,21 @@ from starlette.responses import JSONResponse, Response
 from peqa_runtime.core import BASE_TASK, TaskInfo
 from peqa_runtime.errors import NoSuchRevision, TaskUnusable, UnknownTask
 from peqa_runtime.scales.revision_name import matching, split_revision
+from peqa_server.api_document import refusals
 from peqa_server.errors import ApiError
-from peqa_server.listing import list_response
+from peqa_server.listing import PAGE_PARAMETERS, list_response
+from peqa_server.openai_answers import ModelAnswer, ModelListAnswer
 from peqa_server.services import ServedModel, TaskService, gate_of
 from peqa_server.task_choice import chosen_task, unknown
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get(
+    "/v1/models",
+    openapi_extra={"parameters": PAGE_PARAMETERS},
+    responses={200: {"model": ModelListAnswer}, **refusals(400)},
+)
 async def list_models(request: Request) -> Response:
     """The base and every task, as models; `?limit=` and `?after=` give a page."""
     services = gate_of(request).services
@@ -30,7 +36,7 @@ async def list_models(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelAnswer}, **refusals(400, 404, 409)})
 async def get_model(request: Request, model: str) -> JSONResponse:
     """The base, or one task, by any name that `model` of a completion may have."""
     services = gate_of(request).services

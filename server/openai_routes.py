@@ -11,11 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from peqa_server.access_log import note_of
 from peqa_server.answers import Gathered
+from peqa_server.api_document import json_body, refusals
 from peqa_server.chat_plan import plan_chat
 from peqa_server.chat_schemas import ChatCompletionRequest
 from peqa_server.choice import Piece
 from peqa_server.completion_plan import plan_completion
 from peqa_server.generation import Generation
+from peqa_server.openai_answers import ChatAnswerWhole, CompletionAnswer, stream_of
 from peqa_server.plan import Plan
 from peqa_server.schemas import CompletionRequest, GenerationFields, StreamOptions, parse
 from peqa_server.services import gate_of
@@ -25,15 +27,14 @@ from peqa_server.task_choice import Admission, chosen_task
 router = APIRouter()
 
 
-def _json_body(schema: type[GenerationFields]) -> dict[str, Any]:
-    """The OpenAPI entry of a body that the route parses itself."""
-    content = {
-        "application/json": {"schema": schema.model_json_schema(ref_template="#/components/schemas/{model}")}
-    }
-    return {"requestBody": {"required": True, "content": content}}
+_REFUSALS = refusals(403, 404, 409, 429, 500, 503)
 
 
-@router.post("/v1/completions", openapi_extra=_json_body(CompletionRequest))
+@router.post(
+    "/v1/completions",
+    openapi_extra=json_body(CompletionRequest),
+    responses={200: {"model": CompletionAnswer, "content": stream_of("a completion's chunk")}, **_REFUSALS},
+)
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     gate = gate_of(request)
@@ -48,7 +49,11 @@ async def completions(request: Request) -> Response:
         raise
 
 
-@router.post("/v1/chat/completions", openapi_extra=_json_body(ChatCompletionRequest))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=json_body(ChatCompletionRequest),
+    responses={200: {"model": ChatAnswerWhole, "content": stream_of("a chat's chunk")}, **_REFUSALS},
+)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, written as the task's prompt format or the model's chat template says."""
     gate = gate_of(request)

@@ -1,4 +1,4 @@
-"""Operating the server: health, readiness, metrics, version, and the tokenizer."""
+"""Operating the server: health, readiness, load, metrics and version."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from peqa_runtime.errors import InvalidRequest
-from peqa_runtime.text import decode, encode, token_text
 from peqa_server.api_document import refusals
-from peqa_server.chat_schemas import DetokenizeRequest, TokenizeRequest
 from peqa_server.errors import ApiError
-from peqa_server.schemas import parse
+from peqa_server.openai_answers import LoadAnswer, VersionAnswer
 from peqa_server.services import gate_of
-from peqa_server.streaming import read_body
 from peqa_server.task_answers import StatusAnswer
-from peqa_server.task_choice import chosen_task
 
 router = APIRouter()
 
@@ -43,6 +38,26 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready"})
 
 
+_PING = {
+    200: {"description": "As /health, without a body.", "content": {}},
+    **refusals(503),
+}
+
+
+@router.get("/ping", response_class=Response, responses=_PING)
+@router.post("/ping", response_class=Response, responses=_PING)
+async def ping(request: Request) -> Response:
+    """/health for probes that want an empty body."""
+    await health(request)
+    return Response()
+
+
+@router.get("/load", responses={200: {"model": LoadAnswer}})
+async def load(request: Request) -> JSONResponse:
+    """Generations and uploads in work."""
+    return JSONResponse({"server_load": gate_of(request).running})
+
+
 @router.get(
     "/metrics",
     response_class=Response,
@@ -55,7 +70,7 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
+@router.get("/version", responses={200: {"model": VersionAnswer}})
 async def version(request: Request) -> JSONResponse:
     """The server's version and what it serves."""
     gate = gate_of(request)
@@ -64,34 +79,3 @@ async def version(request: Request) -> JSONResponse:
         model = gate.services.model
         answer |= {"model": model.model_id, "base_digest": model.manifest.base_digest, **model.description}
     return JSONResponse(answer)
-
-
-@router.post("/tokenize")
-async def tokenize(request: Request) -> JSONResponse:
-    """Text to token ids."""
-    gate = gate_of(request)
-    wanted = parse(TokenizeRequest, await read_body(request, gate.settings))
-    model = gate.services.model
-    chosen_task(model, model_name=wanted.model, names=())
-    special = wanted.add_special_tokens is not False
-    ids = list(await asyncio.to_thread(encode, model.tokenizer, wanted.prompt, add_special_tokens=special))
-    answer: dict[str, object] = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids}
-    if wanted.return_token_strs:
-        answer["token_strs"] = [token_text(model.tokenizer, i) for i in ids]
-    return JSONResponse(answer)
-
-
-@router.post("/detokenize")
-async def detokenize(request: Request) -> JSONResponse:
-    """Token ids to text."""
-    gate = gate_of(request)
-    wanted = parse(DetokenizeRequest, await read_body(request, gate.settings))
-    model = gate.services.model
-    chosen_task(model, model_name=wanted.model, names=())
-    for token_id in wanted.tokens:
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidRequest(
-                f"tokens holds the id {token_id}; ids go from 0 to {model.vocab_size - 1}", param="tokens"
-            )
-    text = await asyncio.to_thread(decode, model.tokenizer, wanted.tokens)
-    return JSONResponse({"prompt": text})

@@ -122,8 +122,8 @@ class RollbackRequest(Strict):
 Model = TypeVar("Model", bound=Strict)
 
 
-def parse(schema: type[Model], body: bytes) -> Model:
-    """Read a JSON body as `schema`; everything wrong with it is an `ApiError` 400 (or pydantic's, with the field)."""
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Anything else: `ApiError` 400."""
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -131,6 +131,12 @@ def parse(schema: type[Model], body: bytes) -> Model:
         raise ApiError(400, f"the body is not valid JSON: {detail[:200]}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object, got {show(value)}", code="invalid_json")
+    return value
+
+
+def parse(schema: type[Model], body: bytes | dict[str, Any]) -> Model:
+    """Read a JSON body as `schema`; everything wrong with it is an `ApiError` 400 (or pydantic's, with the field)."""
+    value = parse_object(body) if isinstance(body, bytes) else body
     fields = schema.model_fields
     if issubclass(schema, GenerationFields):
         value = {name: v for name, v in value.items() if name in fields or not is_neutral(name, v)}

@@ -215,6 +215,11 @@ class Gate:
         engine = self._life.services.engine
         return engine.alive and engine.failure is None
 
+    @property
+    def running(self) -> int:
+        """Generations and uploads in work."""
+        return self._life.running
+
     def enter(self) -> Services:
         """Begin one generation or upload; pair with `leave`. 503 while draining."""
         services = self.services

@@ -17,7 +17,7 @@ from peqa_server.access.upload_admission import admitted_upload
 from peqa_server.access_log import note_of
 from peqa_server.api_document import bytes_body, json_body, parameter, refusals
 from peqa_server.errors import ApiError
-from peqa_server.listing import MAX_LIMIT, list_response
+from peqa_server.listing import PAGE_PARAMETERS, list_response
 from peqa_server.schemas import RollbackRequest, parse
 from peqa_server.services import Gate, ServedModel, Services, TaskService, gate_of
 from peqa_server.streaming import read_body
@@ -36,16 +36,12 @@ router = APIRouter(prefix="/v1/tasks")
 _IF_MATCH = parameter(
     "If-Match", "header", "The revision that must be current, quoted, or *.", {"type": "string"}
 )
-_PAGE = [
-    parameter(
-        "limit", "query", "At most so many rows.", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
-    ),
-    parameter("after", "query", "Rows whose names come after this one.", {"type": "string"}),
-]
 
 
 @router.get(
-    "", responses={200: {"model": TaskListAnswer}, **refusals(400)}, openapi_extra={"parameters": _PAGE}
+    "",
+    responses={200: {"model": TaskListAnswer}, **refusals(400)},
+    openapi_extra={"parameters": PAGE_PARAMETERS},
 )
 async def list_tasks(request: Request) -> Response:
     """Every task, without its note, and the sets in the store that this base cannot use.
