@@ -39,7 +39,7 @@ export function showKeyState() {
 
 /** The button in the page's head, and the question on a 401; `changed()` runs after the button brought a change. */
 export function watchKey(changed) {
-  onUnauthorized((problem) => askKey(problem ?? "This server asks for an API key."));
+  onUnauthorized(askKey);
   byId("key-button").addEventListener("click", async () => {
     const before = key.get();
     await askKey(null);

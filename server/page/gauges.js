@@ -96,11 +96,11 @@ export function startGauges() {
       draw(sums(await (await call("metrics", { quiet: true })).text()));
       period = PERIOD;
       list.classList.remove("stale");
-      list.title = "";
+      list.hidden = false;
     } catch (error) {
-      period = Math.min(LONGEST_PERIOD, 2 * period); // no key yet, a key that may not, or the server is away
+      period = Math.min(LONGEST_PERIOD, 2 * period); // no key yet, or the server is away
       list.classList.add("stale");
-      list.title = error.message;
+      list.hidden = error.status === 403; // nothing to see for this key
     }
     busy = false;
     if (!document.hidden) timer = setTimeout(poll, period);

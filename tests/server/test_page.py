@@ -170,6 +170,7 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     api = httpx.Client(base_url=served, headers={"Authorization": f"Bearer {ADMIN}"})
     tab = visit(served)
     page = tab.open()
+    page.get_by_role("dialog").wait_for()
     enter_key(page, "not-the-key")
     page.locator("#key-problem").filter(has_text="key").wait_for()
     enter_key(page, ADMIN)
@@ -201,6 +202,13 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     tab.task("desk-one").get_by_text(revision[:8], exact=True).wait_for()
     assert api.get("/v1/tasks/desk-one").json()["revision"] == revision
 
+    tab.task("desk-one").get_by_role("button", name=re.compile("^Compare desk-one@")).click()
+    page.get_by_role("button", name="Run").click()
+    older = page.locator(".column h3").last.text_content()
+    assert tab.answered(older) not in (texts["base"], tab.answered("desk-one"))
+    assert tab.answered("desk-one") == texts["desk-one"]
+    tab.photograph("task")
+
     refused = tab.upload("desk-one", b"no scale set at all")
     refused.get_by_role("alert").wait_for()
     assert len(refused.get_by_role("alert").text_content()) > 20
@@ -213,7 +221,7 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     tab.confirm("Delete")
     tab.task("desk-one").wait_for(state="detached")
     assert api.get("/v1/tasks/desk-one").status_code == 404
-    assert tab.column("desk-one").count() == 0
+    assert page.locator(".column h3").all_text_contents() == ["base"]
 
     kept = page.evaluate("[location.href, JSON.stringify(localStorage), document.cookie]")
     assert all(ADMIN not in text for text in kept)
