@@ -100,10 +100,10 @@ export function startGauges() {
     } catch (error) {
       period = Math.min(LONGEST_PERIOD, 2 * period); // no key yet, or the server is away
       list.classList.add("stale");
-      list.hidden = error.status === 403; // nothing to see for this key
+      list.hidden = error.status === 403; // nothing to see, or to ask again, with this key
     }
     busy = false;
-    if (!document.hidden) timer = setTimeout(poll, period);
+    if (!document.hidden && !list.hidden) timer = setTimeout(poll, period);
   }
 
   document.addEventListener("visibilitychange", () => {
