@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from peqa_runtime.core import BASE_TASK, TaskInfo
 from peqa_runtime.errors import NoSuchRevision, TaskUnusable, UnknownTask
 from peqa_runtime.scales.revision_name import matching, split_revision
+from peqa_server.access_log import note_of
 from peqa_server.api_document import refusals
 from peqa_server.errors import ApiError
 from peqa_server.listing import PAGE_PARAMETERS, list_response
@@ -31,9 +32,8 @@ async def list_models(request: Request) -> Response:
     """The base and every task, as models; `?limit=` and `?after=` give a page."""
     services = gate_of(request).services
     model = services.model
-    return await list_response(
-        request, services.tasks, lambda info: _task_row(model, info), first=[_base_row(model)]
-    )
+    base = [_base_row(model)] if note_of(request.scope).caller.may_use(BASE_TASK) else []
+    return await list_response(request, services.tasks, lambda info: _task_row(model, info), first=base)
 
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelAnswer}, **refusals(400, 404, 409)})
