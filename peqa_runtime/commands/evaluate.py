@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +11,9 @@ import typer
 
 from peqa_runtime.commands.options import AsJson, Base, Device, OptionalSet, Quiet, Seed
 from peqa_runtime.commands.terminal import progress_bar, quiet_libraries, reported
-from peqa_runtime.errors import InvalidData
 
 
-class Metric(str, Enum):
+class MetricName(str, Enum):
     """What `peqa eval` measures."""
 
     perplexity = "perplexity"
@@ -23,14 +21,24 @@ class Metric(str, Enum):
     bleu = "bleu"
     final_number = "final-number"
     multiple_choice = "multiple-choice"
+    slot_f1 = "slot-f1"
 
 
 @reported
 def evaluate(
     base: Base,
-    data: Annotated[Path, typer.Argument(help="Rows (.jsonl), or text for perplexity.", envvar="PEQA_DATA")],
-    metric: Annotated[Metric, typer.Option(help="What to measure.", envvar="PEQA_METRIC")],
+    data: Annotated[
+        Path, typer.Argument(help="Rows (.jsonl, .json), or text for perplexity.", envvar="PEQA_DATA")
+    ],
+    metric: Annotated[MetricName, typer.Option(help="What to measure.", envvar="PEQA_METRIC")],
     scale_set: OptionalSet = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Another set, or `base`, measured on the same rows too: the paired difference.",
+            envvar="PEQA_AGAINST",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="A seeded sample of so many rows (or the first windows).", envvar="PEQA_LIMIT"),
@@ -38,65 +46,66 @@ def evaluate(
     filter_nonempty: Annotated[
         bool, typer.Option(help='Leave out rows whose answer is {}, [] or "".', envvar="PEQA_FILTER_NONEMPTY")
     ] = False,
+    ignore_case: Annotated[
+        bool, typer.Option(help="exact-match: case does not count.", envvar="PEQA_IGNORE_CASE")
+    ] = False,
     prompt_format: Annotated[
         str | None,
         typer.Option(
-            help="Text around each prompt; default: what the set notes.", envvar="PEQA_PROMPT_FORMAT"
+            help="Text around each prompt, or chat; default: what the set notes.", envvar="PEQA_PROMPT_FORMAT"
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Window of perplexity.", envvar="PEQA_CONTEXT")] = 1024,
+    batch: Annotated[int, typer.Option(help="Rows answered together.", envvar="PEQA_BATCH")] = 25,
     predictions: Annotated[
-        Path | None, typer.Option(help="Write every answer here (.jsonl).", envvar="PEQA_PREDICTIONS")
+        Path | None,
+        typer.Option(
+            help="Write every answer here (.jsonl); an interrupted evaluation goes on from it.",
+            envvar="PEQA_PREDICTIONS",
+        ),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the base, or the base under a scale set, in fp32.
+    """Measure the base, or the base under a scale set, in fp32, with 95 % intervals by bootstrap.
 
-    perplexity: whole text, non-overlapping windows. exact-match: greedy answers equal to the completion.
+    perplexity: whole text, non-overlapping windows. exact-match: greedy answers equal to the completion. bleu: by
+    sacrebleu, against all references. final-number: the number after ####, else the last. multiple-choice: the option
+    with the highest log-probability per token. slot-f1: keys and values of JSON objects.
 
     Example: peqa eval bases/smollm2 test.jsonl --scale-set sql.safetensors --metric exact-match --limit 200
     """
-    from peqa_runtime.training.data import read_text
-    from peqa_runtime.training.evaluate import exact_match, perplexity, sample_rows
-    from peqa_runtime.training.rows import read_rows
-    from peqa_runtime.training.tuning import apply_scale_set, load_tunable
+    from peqa_runtime.errors import InvalidData
+    from peqa_runtime.training import evaluation
+    from peqa_runtime.training.metrics import metric_named
+    from peqa_runtime.training.tuning import load_tunable
 
-    if metric not in (Metric.perplexity, Metric.exact_match):
-        raise InvalidData(f"--metric {metric.value} is not there yet; use perplexity or exact-match")
+    if batch < 1:
+        raise InvalidData(f"--batch must be at least 1, got {batch}")
+    measured = metric_named(metric.value, ignore_case=ignore_case)
     quiet_libraries()
     tunable = load_tunable(base, device=device)
-    tuned = apply_scale_set(tunable, scale_set) if scale_set else None
-    report: dict[str, Any] = {
-        "metric": metric.value,
-        "data": data.name,
-        "base_digest": tunable.manifest.base_digest,
-        "revision": tuned.revision if tuned else None,
-    }
-    with progress_bar(quiet, "windows" if metric is Metric.perplexity else "rows") as progress:
-        if metric is Metric.perplexity:
-            found = perplexity(tunable, read_text(data), context=context, limit=limit, progress=progress)
-            report |= {"perplexity": found.perplexity, "tokens": found.tokens, "context": context}
-        else:
-            rows = sample_rows(read_rows(data), limit, seed, skip_empty=filter_nonempty)
-            if prompt_format is None:
-                prompt_format = tuned.prompt_format if tuned else ""
-            match = exact_match(tunable, rows, prompt_format=prompt_format, progress=progress)
-            report |= {
-                "exact_match": match.percent,
-                "correct": match.correct,
-                "rows": len(rows),
-                "seed": seed,
-            }
-            if predictions:
-                lines = (
-                    json.dumps(asdict(p) | {"correct": p.correct}, ensure_ascii=False)
-                    for p in match.predictions
-                )
-                predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    question = evaluation.Question(
+        data, measured, limit, seed, filter_nonempty, prompt_format, context, batch
+    )
+    with progress_bar(quiet, "windows" if measured.asks == "window" else "rows") as progress:
+        report = evaluation.evaluate(
+            tunable, question, scale_set, against=against, predictions=predictions, progress=progress
+        )
     if as_json:
         typer.echo(json.dumps(report))
-    else:
-        typer.echo("\n".join(f"{key}: {value}" for key, value in report.items()))
+        return
+    for line in _lines(report):
+        typer.echo(line)
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{key} {inner}: {shown}" for inner, shown in value.items()]
+        else:
+            lines.append(f"{key}: {value}")
+    return lines

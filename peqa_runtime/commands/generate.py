@@ -23,7 +23,7 @@ def generate(
 
     Example: peqa generate bases/smollm2 --scale-set sql.safetensors --prompt 'table t(a, b)\\nHow many a?'
     """
-    from peqa_runtime.training.evaluate import greedy
+    from peqa_runtime.training.answers import greedy
     from peqa_runtime.training.rows import Row
     from peqa_runtime.training.tuning import apply_scale_set, load_tunable
 

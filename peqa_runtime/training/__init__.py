@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from peqa_runtime.training.evaluate import completion_logprobs, exact_match, perplexity, token_logprobs
+from peqa_runtime.training.evaluation import Question, evaluate
+from peqa_runtime.training.logprobs import completion_logprobs, token_logprobs
+from peqa_runtime.training.metrics import metric_named
 from peqa_runtime.training.run import FinishedRun, TrainingFiles, train_files
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.trainer import TaskData, TrainingInterrupted, TuneResult
@@ -10,6 +12,7 @@ from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tun
 
 __all__ = [
     "FinishedRun",
+    "Question",
     "TaskData",
     "TrainingFiles",
     "TrainingInterrupted",
@@ -18,9 +21,9 @@ __all__ = [
     "TuneResult",
     "apply_scale_set",
     "completion_logprobs",
-    "exact_match",
+    "evaluate",
     "load_tunable",
-    "perplexity",
+    "metric_named",
     "token_logprobs",
     "train_files",
 ]

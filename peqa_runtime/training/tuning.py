@@ -140,6 +140,13 @@ def start_tuning(tunable: TunableModel, kind: ScaleKind, sets: int = 1) -> dict[
     return tuned_scales(tunable.model)
 
 
+def drop_scales(tunable: TunableModel) -> None:
+    """Make the model the base again."""
+    tunable.parts.parts = ()
+    for linear in quantized_linears(tunable.model, tunable.manifest).values():
+        linear.tune(None)
+
+
 def tuned_scales(model: nn.Module, index: int = 0) -> dict[str, nn.Parameter]:
     """The scales of set `index` that are being tuned, by their name in a scale set file."""
     found: dict[str, nn.Parameter] = {}

@@ -130,7 +130,8 @@ def test_train_says_what_is_wrong(
 
 def test_errors_of_eval_and_generate(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     evaluate = ("eval", tiny_base, rows, "--metric")
-    assert "not there yet" in peqa(*evaluate, "bleu", status=1).stderr
+    assert "needs 'options'" in peqa(*evaluate, "multiple-choice", status=1).stderr
+    assert "only exact-match can ignore case" in peqa(*evaluate, "bleu", "--ignore-case", status=1).stderr
     assert "limit must be at least 1" in peqa(*evaluate, "exact-match", "--limit", 0, status=1).stderr
     assert "perplexity" in peqa(*evaluate, "nonsense", status=2).stderr
     assert "no model folder" in peqa("eval", tmp_path, rows, "--metric", "exact-match", status=1).stderr

@@ -1,11 +1,14 @@
-"""Perplexity, exact match and log-probabilities, each against a plain computation of its own."""
+"""Metrics and log-probabilities, each against a plain computation of its own; and how an evaluation goes on."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,16 +16,12 @@ from peqa_runtime.core import ScaleKind
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
-from peqa_runtime.training.evaluate import (
-    ExactMatch,
-    Prediction,
-    completion_logprobs,
-    exact_match,
-    greedy,
-    perplexity,
-    sample_rows,
-    token_logprobs,
-)
+from peqa_runtime.training import answers as answers_module
+from peqa_runtime.training.answers import greedy, sample_rows
+from peqa_runtime.training.compare import interval, paired
+from peqa_runtime.training.evaluation import Question, evaluate
+from peqa_runtime.training.logprobs import completion_logprobs, token_logprobs
+from peqa_runtime.training.metrics import final_number, metric_named
 from peqa_runtime.training.rows import Row
 from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable
 
@@ -50,20 +49,29 @@ def random_set(tunable: TunableModel, kind: ScaleKind) -> ScaleSet:
     return ScaleSet.build(kind, tensors, tunable.manifest)
 
 
-def test_perplexity_is_over_windows_that_do_not_overlap(tunable: TunableModel) -> None:
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_perplexity_is_over_windows_that_do_not_overlap(tunable: TunableModel, tmp_path: Path) -> None:
     ids = tunable.encode(TEXT)
     losses: list[float] = []
     for start in range(0, len(ids), 40):
         window = ids[start : start + 40]
         logprobs = plain_logprobs(tunable, window)
         losses += [-logprobs[i - 1, window[i]].item() for i in range(1, len(window))]
-    found = perplexity(tunable, TEXT, context=40)
-    assert found.windows == math.ceil(len(ids) / 40) > 2
-    assert found.tokens == len(losses) == len(ids) - found.windows
-    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert perplexity(tunable, TEXT, context=40, limit=1).tokens == 39
+    file = tmp_path / "t.txt"
+    file.write_text(TEXT)
+    question = Question(file, metric_named("perplexity"), context=40)
+    found = evaluate(tunable, question)
+    assert found["rows"] == math.ceil(len(ids) / 40) > 2
+    assert found["tokens"] == len(losses) == len(ids) - found["rows"]
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found["low"] <= found["perplexity"] <= found["high"]
+    assert evaluate(tunable, replace(question, limit=1))["tokens"] == 39
     with pytest.raises(InvalidData, match="context must be between 2 and the model's 512"):
-        perplexity(tunable, TEXT, context=600)
+        evaluate(tunable, replace(question, context=600))
 
 
 @pytest.mark.parametrize("kind", [None, "channel", "channel+input", "group"])
@@ -111,27 +119,192 @@ def test_greedy_takes_the_most_likely_token_whatever_is_in_the_batch(tunable: Tu
         assert answer == tunable.tokenizer.decode(new)
 
 
-def test_exact_match_counts_equal_answers_only(
-    tunable: TunableModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = {"ab": "yes", "cd": "no\n", "longer prompt": "yes!"}
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What `greedy` answers to each prompt."""
+    answers: dict[str, str] = {}
 
-    def scripted(model: TunableModel, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
-        assert max_new_tokens > len("yes")
+    def answer(model: TunableModel, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
         return [answers[str(model.tokenizer.decode(p)).removeprefix("Q: ")] for p in prompts]
 
-    monkeypatch.setattr("peqa_runtime.training.evaluate.greedy", scripted)
-    rows = [Row("longer prompt", "yes", 3), Row("ab", "yes", 4), Row("cd", "no", 5)]
-    match = exact_match(tunable, rows, prompt_format="Q: {prompt}", batch_rows=2)
-    assert [(p.line, p.correct) for p in match.predictions] == [(3, False), (4, True), (5, True)]
-    assert match.percent == pytest.approx(200 / 3)
+    monkeypatch.setattr(answers_module, "greedy", answer)
+    return answers
 
 
-def test_white_space_around_an_answer_does_not_count() -> None:
-    pairs = [("a b", " a b\n"), ("a b", "a  b"), ("A", "a")]
-    match = ExactMatch(tuple(Prediction(i, "p", want, got) for i, (want, got) in enumerate(pairs)))
-    assert [p.correct for p in match.predictions] == [True, False, False]
-    assert match.percent == pytest.approx(100 / 3)
+@pytest.mark.parametrize(
+    ("ignore_case", "right"), [(False, [False, True, True, False]), (True, [False, True, True, True])]
+)
+def test_exact_match_counts_equal_answers_only(
+    tunable: TunableModel, tmp_path: Path, scripted: dict[str, str], ignore_case: bool, right: list[bool]
+) -> None:
+    scripted |= {"ab": "yes", "cd": " no\n", "longer prompt": "yes!", "up": "YES"}
+    wanted = {"longer prompt": "yes", "ab": "yes", "cd": "no", "up": "yes"}
+    file = write_rows(tmp_path / "r.jsonl", *({"prompt": p, "completion": c} for p, c in wanted.items()))
+    out = tmp_path / "answers.jsonl"
+    metric = metric_named("exact-match", ignore_case=ignore_case)
+    question = Question(file, metric, prompt_format="Q: {prompt}", batch_rows=2)
+    report = evaluate(tunable, question, predictions=out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["correct"] for row in rows] == right
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert report["exact_match"] == pytest.approx(25 * sum(right))
+    assert report["correct"] == sum(right)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so\n#### 1,234", "1234"),
+        ("#### $-3.50", "-3.50"),
+        ("it is 7 or 8.", "8"),
+        ("none", None),
+        ("####", None),
+    ],
+)
+def test_the_final_number(text: str, number: str | None) -> None:
+    found = final_number(text)
+    assert (None if found is None else str(found)) == number
+    stats = metric_named("final-number").stats
+    assert stats(Row("p", "#### 18", 1), "is 18.00") == (1.0, 1.0)
+    assert stats(Row("p", "#### 18", 1), "is 18 or 19") == (0.0, 1.0)
+    with pytest.raises(InvalidData, match="line 3: final-number needs a number"):
+        stats(Row("p", "eighteen", 3), "18")
+
+
+def test_slots_are_keys_with_their_values() -> None:
+    metric = metric_named("slot-f1")
+    pairs = [
+        ('{"a": "1", "b": "2"}', '{"a": "1", "b": "3"}'),  # 1 right of 2 found, 2 wanted
+        ('{"c": 1}', "no object"),
+        ("{}", "{}"),
+    ]
+    stats = np.array([metric.stats(Row("p", wanted, 1), found) for wanted, found in pairs])
+    assert stats.tolist() == [[1, 2, 2], [0, 0, 1], [0, 0, 0]]
+    assert metric.value(stats.sum(0)) == pytest.approx(200 * 1 / 5)
+    assert metric.value(stats[2]) == 100
+    with pytest.raises(InvalidData, match="JSON object"):
+        metric.stats(Row("p", "text", 1), "{}")
+
+
+def test_bleu_is_sacrebleus_over_the_whole_corpus() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    metric = metric_named("bleu")
+    answers = ["the cat sat on the mat", "a dog ran home fast", "nothing of it is there"]
+    references = [
+        ("the cat sat on a mat", "a cat sat on the mat"),
+        ("the dog ran home",),
+        ("something else is here now",),
+    ]
+    stats = np.array(
+        [metric.stats(Row("p", r[0], 1, references=r), a) for a, r in zip(answers, references, strict=True)]
+    )
+    streams = [[r[min(i, len(r) - 1)] for r in references] for i in range(2)]
+    assert metric.value(stats.sum(0)) == pytest.approx(sacrebleu.corpus_bleu(answers, streams).score)
+
+
+def test_the_likeliest_option_per_token_is_chosen(tunable: TunableModel, tmp_path: Path) -> None:
+    options = ["cat", "a much longer option", "xy"]
+    row = {"prompt": "the", "completion": "cat", "options": options}
+    file = write_rows(tmp_path / "r.jsonl", row)
+    out = tmp_path / "answers.jsonl"
+    evaluate(tunable, Question(file, metric_named("multiple-choice")), predictions=out)
+    means = []
+    for option in options:
+        ids = [*tunable.encode("the"), *tunable.encode(option)]
+        own = token_logprobs(tunable, [ids])[0][-len(tunable.encode(option)) :]
+        means.append(sum(own) / len(own))
+    (answer,) = (json.loads(line)["answer"] for line in out.read_text().splitlines())
+    assert answer == options[means.index(max(means))]
+    for change in ({"options": ["cat"]}, {"completion": "dog"}):
+        bad = write_rows(tmp_path / "bad.jsonl", row | change)
+        with pytest.raises(InvalidData, match="line 1: multiple-choice needs 'options'"):
+            evaluate(tunable, Question(bad, metric_named("multiple-choice")))
+
+
+def test_a_difference_is_paired_and_its_interval_covers_it() -> None:
+    rng = np.random.default_rng(0)
+    metric = metric_named("exact-match")
+    hard = rng.random(400) < 0.5  # rows differ much from each other, sets little
+    first = np.stack([hard & (rng.random(400) < 0.95), np.ones(400)], 1).astype(float)
+    second = np.stack([hard, np.ones(400)], 1).astype(float)
+    found = paired(first, second, metric)
+    assert found.difference == pytest.approx(100 * (second[:, 0].mean() - first[:, 0].mean()))
+    assert 0 < found.low <= found.difference <= found.high
+    assert found.better > 0.99
+    alone = interval(second, metric)
+    assert alone.high - alone.low > 2 * (found.high - found.low), "the rows' own spread does not enter"
+    assert paired(second, first, metric).difference == -found.difference
+    nothing = paired(first, first, metric)
+    assert (nothing.low, nothing.high, nothing.better) == (0, 0, 0)
+
+
+def test_two_sets_on_the_same_rows(tunable: TunableModel, tmp_path: Path) -> None:
+    file, out = tmp_path / "t.txt", tmp_path / "w.jsonl"
+    file.write_text(TEXT)
+    random_set(tunable, "channel").save(tmp_path / "s.safetensors")
+    question = Question(file, metric_named("perplexity"), context=40)
+    base = evaluate(tunable, question)
+    seen: list[tuple[int, int]] = []
+    report = evaluate(
+        tunable,
+        question,
+        tmp_path / "s.safetensors",
+        against="base",
+        predictions=out,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert report["against"]["perplexity"] == base["perplexity"]
+    assert report["against"]["difference"] == pytest.approx(report["perplexity"] - base["perplexity"])
+    better = report["perplexity"] < base["perplexity"]
+    assert report["against"]["better"] == pytest.approx(float(better), abs=0.3)
+    assert report["revision"] is not None
+    assert report["against"]["revision"] is None
+    assert seen[-1] == (2 * base["rows"], 2 * base["rows"])
+    assert all("against" in json.loads(line) for line in out.read_text().splitlines())
+
+
+def test_an_interrupted_evaluation_goes_on(
+    tunable: TunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ({"prompt": "p" * (i + 1), "completion": "c"} for i in range(9))
+    file, out = write_rows(tmp_path / "r.jsonl", *rows), tmp_path / "out" / "answers.jsonl"
+    asked: list[int] = []
+
+    def answer(model: TunableModel, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
+        if len(asked) == 6 and not out.with_name("answers.jsonl.partial.torn").exists():
+            out.with_name("answers.jsonl.partial.torn").touch()
+            raise KeyboardInterrupt
+        asked.extend(len(p) for p in prompts)
+        return ["c"] * len(prompts)
+
+    monkeypatch.setattr(answers_module, "greedy", answer)
+    question = Question(file, metric_named("exact-match"), batch_rows=3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tunable, question, predictions=out)
+    partial = out.with_name("answers.jsonl.partial")
+    with open(partial, "a") as torn:
+        torn.write('{"number": 8, "li')  # cut short by a kill
+    assert evaluate(tunable, question, predictions=out)["correct"] == 9
+    assert sorted(asked) == sorted(range(1, 10)), "no row was asked twice"
+    assert not partial.exists()
+    assert evaluate(tunable, replace(question, limit=3), predictions=out)["rows"] == 3
+    assert len(asked) == 12
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_named(tunable: TunableModel, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "r.jsonl", {"prompt": "a b " * 300, "completion": "c"})
+    with pytest.raises(
+        InvalidData, match=r"line 1: \d+ prompt tokens and \d+ of the answer exceed the context of 512"
+    ):
+        evaluate(tunable, Question(file, metric_named("exact-match")))
+
+
+def test_what_a_metric_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
+    with pytest.raises(InvalidData, match="pip install sacrebleu"):
+        metric_named("bleu")
+    with pytest.raises(InvalidData, match="must be bleu or one of exact-match"):
+        metric_named("accuracy")
 
 
 def test_the_sample_is_seeded_and_may_leave_out_empty_answers() -> None:

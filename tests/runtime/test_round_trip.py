@@ -12,7 +12,7 @@ from peqa_runtime.core import SCALE_KINDS, SamplingParams
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model import quantize_folder
-from peqa_runtime.training.evaluate import RowLogprobs, completion_logprobs
+from peqa_runtime.training.logprobs import RowLogprobs, completion_logprobs
 from peqa_runtime.training.run import TrainingFiles, train_files
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.tuning import load_tunable

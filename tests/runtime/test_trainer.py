@@ -25,7 +25,7 @@ from peqa_runtime.training.batches import held_out_batches
 from peqa_runtime.training.callbacks import KeepPositive
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import encode_rows
-from peqa_runtime.training.evaluate import completion_logprobs
+from peqa_runtime.training.logprobs import completion_logprobs
 from peqa_runtime.training.rows import read_rows
 from peqa_runtime.training.run import (
     FinishedRun,

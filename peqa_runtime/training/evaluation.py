@@ -1,0 +1,224 @@
+"""A whole evaluation: rows of a file, one or two sets, a report; what is done is kept beside the rows' file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peqa_runtime.errors import InvalidData
+from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.training.answers import Scored, answer_rows, choose_options, sample_rows, window_losses
+from peqa_runtime.training.compare import interval, paired
+from peqa_runtime.training.data import Example, encode_text, file_digest, read_text
+from peqa_runtime.training.metrics import Metric
+from peqa_runtime.training.rows import Row, check_prompt_format, read_rows
+from peqa_runtime.training.tuning import TunableModel, apply_scale_set, drop_scales
+
+Progress = Callable[[int, int], None]
+"""Called with (done, all)."""
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured on which rows. `limit` takes a seeded sample of rows, or the first windows of a text."""
+
+    data: Path
+    metric: Metric
+    limit: int | None = None
+    seed: int = 0
+    skip_empty: bool = False
+    prompt_format: str | None = None  # None: what each set notes
+    context: int = 1024  # tokens of a window
+    batch_rows: int = 25
+
+
+def evaluate(
+    tunable: TunableModel,
+    question: Question,
+    scale_set: Path | None = None,
+    *,
+    against: Path | str | None = None,
+    predictions: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the base, or a set on it; `against` measures another set (or `base`) on the same rows too, and the
+    paired difference (first minus `against`).
+
+    `predictions`: a file for the row's answers; beside it what is done is kept, so that an interrupted evaluation goes
+    on. Raises `InvalidData`, and `InvalidScaleSet` as `ScaleSet.parse` does.
+    """
+    rows = _rows(tunable, question)
+    sets: list[Path | None] = [scale_set]
+    if against is not None:
+        sets.append(None if against == BASE else Path(against))
+    found: list[list[Scored]] = []
+    used: list[ScaleSet | None] = []
+    for place, chosen in enumerate(sets):
+        partial = predictions.with_name(f"{predictions.name}.partial{place or ''}") if predictions else None
+        used.append(_use(tunable, chosen))
+        offset = place * len(rows)
+        moved = None if progress is None else _moved(progress, offset, len(rows) * len(sets))
+        found.append(_ask(tunable, question, rows, used[-1], partial, moved))
+    report = _report(tunable, question, used, found)
+    if predictions is not None:
+        _write_predictions(predictions, question.metric, found)
+        for file in predictions.parent.glob(f"{predictions.name}.partial*"):
+            file.unlink()
+    return report
+
+
+def _rows(tunable: TunableModel, question: Question) -> Sequence[Row] | Sequence[Example]:
+    if question.metric.asks != "window":
+        return sample_rows(
+            read_rows(question.data), question.limit, question.seed, skip_empty=question.skip_empty
+        )
+    if not 2 <= question.context <= tunable.max_tokens:
+        raise InvalidData(
+            f"the context must be between 2 and the model's {tunable.max_tokens}, got {question.context}"
+        )
+    text = encode_text(read_text(question.data), tunable.encode, window=question.context)
+    return text.examples[: question.limit]
+
+
+def _use(tunable: TunableModel, scale_set: Path | None) -> ScaleSet | None:
+    if scale_set is None:
+        drop_scales(tunable)
+        return None
+    return apply_scale_set(tunable, scale_set)
+
+
+def _moved(progress: Progress, offset: int, total: int) -> Progress:
+    return lambda done, _: progress(offset + done, total)
+
+
+def _ask(
+    tunable: TunableModel,
+    question: Question,
+    rows: Sequence[Any],
+    scale_set: ScaleSet | None,
+    partial: Path | None,
+    progress: Progress | None,
+) -> list[Scored]:
+    """Every row's answer in order; those that `partial` holds are not asked again."""
+    form = question.prompt_format
+    if form is None:
+        form = scale_set.prompt_format if scale_set else ""
+    form = check_prompt_format(form)
+    fingerprint = {
+        "data": file_digest(question.data),
+        "metric": question.metric.name,
+        "rows": len(rows),
+        "seed": question.seed,
+        "limit": question.limit,
+        "skip_empty": question.skip_empty,
+        "context": question.context,
+        "batch_rows": question.batch_rows,
+        "prompt_format": form,
+        "base_digest": tunable.manifest.base_digest,
+        "revision": scale_set.revision if scale_set else None,
+    }
+    done = _read_partial(partial, fingerprint)
+    before = frozenset(done)
+    batches: Iterator[list[Scored]]
+    if question.metric.asks == "window":
+        batches = window_losses(tunable, rows, done=before)
+    elif question.metric.asks == "option":
+        batches = choose_options(tunable, rows, question.metric, prompt_format=form, done=before)
+    else:
+        batches = answer_rows(
+            tunable, rows, question.metric, prompt_format=form, batch_rows=question.batch_rows, done=before
+        )
+    for batch in batches:
+        done |= {scored.number: scored for scored in batch}
+        if partial is not None:
+            with open(partial, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(scored)) + "\n" for scored in batch)
+        if progress is not None:
+            progress(len(done), len(rows))
+    return [done[number] for number in range(len(rows))]
+
+
+def _read_partial(partial: Path | None, fingerprint: dict[str, Any]) -> dict[int, Scored]:
+    """What an interrupted evaluation of the same question had done; else the file begins anew."""
+    if partial is None:
+        return {}
+    done: dict[int, Scored] = {}
+    try:
+        lines = partial.read_text(encoding="utf-8").split("\n")
+        if json.loads(lines[0]) == json.loads(json.dumps(fingerprint)):
+            for line in lines[1:-1]:  # what follows the last line break was cut short
+                row = json.loads(line)
+                done[row["number"]] = Scored(**(row | {"stats": tuple(row["stats"])}))
+    except (OSError, ValueError, KeyError, TypeError):
+        done = {}
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.dumps(fingerprint), *(json.dumps(asdict(scored)) for scored in done.values())]
+    partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return done
+
+
+def _report(
+    tunable: TunableModel,
+    question: Question,
+    used: Sequence[ScaleSet | None],
+    found: Sequence[Sequence[Scored]],
+) -> dict[str, Any]:
+    metric = question.metric
+    key = metric.name.replace("-", "_")
+    stats = [np.array([scored.stats for scored in rows]) for rows in found]
+    whole = interval(stats[0], metric, seed=question.seed)
+    report: dict[str, Any] = {
+        "metric": metric.name,
+        "data": question.data.name,
+        "base_digest": tunable.manifest.base_digest,
+        "revision": used[0].revision if used[0] else None,
+        key: whole.value,
+        "low": whole.low,
+        "high": whole.high,
+        "rows": len(found[0]),
+        "seed": question.seed,
+    }
+    if metric.asks == "window":
+        report |= {"tokens": int(stats[0][:, 1].sum()), "context": question.context}
+    if stats[0].shape[1] == 2 and metric.asks != "window":
+        report["correct"] = int(stats[0][:, 0].sum())
+    if len(found) == 2:
+        other = interval(stats[1], metric, seed=question.seed)
+        difference = paired(stats[1], stats[0], metric, seed=question.seed)
+        report["against"] = {
+            "revision": used[1].revision if used[1] else None,
+            key: other.value,
+            "difference": difference.difference,
+            "low": difference.low,
+            "high": difference.high,
+            "better": difference.better,
+        }
+    return report
+
+
+def _write_predictions(path: Path, metric: Metric, found: Sequence[Sequence[Scored]]) -> None:
+    """One object a row; `against` holds the other set's answer."""
+    lines: list[str] = []
+    for rows in zip(*found, strict=True):
+        entries = [_entry(scored, metric) for scored in rows]
+        if len(entries) == 2:
+            entries[0]["against"] = {key: entries[1][key] for key in ("answer", "stats")}
+        lines.append(json.dumps(entries[0], ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def _entry(scored: Scored, metric: Metric) -> dict[str, Any]:
+    entry = asdict(scored)
+    if len(scored.stats) == 2 and metric.asks != "window":
+        entry["correct"] = bool(scored.stats[0])
+    return entry
