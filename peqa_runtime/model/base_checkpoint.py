@@ -56,7 +56,7 @@ class QuantizationSpec:
 
     `overrides`: modules that differ from `bits`/`group_size` (an 8-bit embedding, say). `modules_to_not_convert`:
     linears that stay floats. `embeddings`: the embedding table and the output head, quantized or not: they carry no
-    task scales and stand outside of `base_digest`.
+    task scales and stand outside of `base_digest`. `quantizer`: how the integers were made, for the record.
     """
 
     bits: int
@@ -66,6 +66,7 @@ class QuantizationSpec:
     overrides: Mapping[str, Precision] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    quantizer: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, module: str) -> Precision:
         """Precision of the module with this name."""
@@ -86,6 +87,7 @@ class QuantizationSpec:
             "embeddings": sorted(self.embeddings),
             "base_digest": self.base_digest,
             "model_id": self.model_id,
+            **({"quantizer": dict(self.quantizer)} if self.quantizer else {}),
         }
 
     @staticmethod
@@ -104,6 +106,9 @@ class QuantizationSpec:
         overrides = value.get("overrides") or {}
         if not isinstance(overrides, dict):
             raise InvalidCheckpoint("quantization_config.overrides must be an object of module names")
+        quantizer = value.get("quantizer") or {}
+        if not isinstance(quantizer, dict):
+            raise InvalidCheckpoint("quantization_config.quantizer must be an object")
         default = _precision("quantization_config", value)
         return QuantizationSpec(
             bits=default.bits,
@@ -113,6 +118,7 @@ class QuantizationSpec:
             overrides={name: _precision(f"overrides.{name}", p) for name, p in overrides.items()},
             modules_to_not_convert=tuple(value.get("modules_to_not_convert") or ()),
             embeddings=tuple(value.get("embeddings") or ()),
+            quantizer=quantizer,
         )
 
 

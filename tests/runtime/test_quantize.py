@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peqa_kernels.quant_matmul import dequantize
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
-from peqa_runtime.model import quantize as module
 from peqa_runtime.model import quantize_folder, quantize_rtn, read_manifest, verify_digest
 from peqa_runtime.model.base_checkpoint import open_tensors, read_spec
+from peqa_runtime.model.quantizers import rounding as module
 
 
 def min_max(weight: Tensor, bits: int, group_size: int) -> Tensor:
@@ -149,12 +149,17 @@ def copy(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_folders_that_cannot_be_quantized(tiny_hf_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_quantized(tiny_hf_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InvalidCheckpoint, match="is no model folder"):
         quantize_folder(tmp_path / "nothing", out)
-    with pytest.raises(InvalidCheckpoint, match="quantized already \\('peqa'\\)"):
-        quantize_folder(tiny_base, out)
+    foreign = copy(tiny_hf_folder, tmp_path / "foreign")
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "awq"}})
+    )
+    with pytest.raises(InvalidCheckpoint, match="quantized already \\('awq'\\)"):
+        quantize_folder(foreign, out)
     pickled = copy(tiny_hf_folder, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(InvalidCheckpoint, match=r"model.safetensors is missing"):
@@ -167,7 +172,6 @@ def test_folders_that_cannot_be_quantized(tiny_hf_folder: Path, tiny_base: Path,
     with pytest.raises(InvalidCheckpoint, match=r"no weight for model.layers.0.self_attn.q_proj"):
         quantize_folder(renamed, out, progress=False)
     unknown = copy(tiny_hf_folder, tmp_path / "unknown")
-    config = json.loads((unknown / "config.json").read_text())
     (unknown / "config.json").write_text(json.dumps({**config, "model_type": "martian"}))
     with pytest.raises(InvalidCheckpoint, match="no causal language model"):
         quantize_folder(unknown, out)

@@ -1,0 +1,146 @@
+"""Quantizing block after block, each on what the quantized blocks before it give; resumed where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.model.quantizers.block import Block, BlockOptions, BlockResult
+from peqa_runtime.model.quantizers.calibration import Calibration, CalibrationText, read_calibration
+from peqa_runtime.model.quantizers.float_source import FloatSource
+from peqa_runtime.model.quantizers.plan import LinearPlan
+from peqa_runtime.model.quantizers.skeleton import Skeleton, moved
+from peqa_runtime.model.quantizers.workbench import HiddenStates, Workbench, require_space
+from peqa_runtime.text import encode
+
+Say = Callable[[str], None]
+
+
+def calibrate(source: FloatSource, text: CalibrationText, model: Any) -> Calibration:
+    """The calibration windows in the tokens of the source's tokenizer.
+
+    Raises `InvalidData` for text that cannot be used, `InvalidCheckpoint` where there is no tokenizer that fits.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise InvalidCheckpoint(
+            f"{source.folder} has no tokenizer that can be read, and calibration text needs one: {error}"
+        ) from error
+    found = read_calibration(
+        text, lambda piece: encode(tokenizer, piece, add_special_tokens=False), tokenizer.eos_token_id
+    )
+    largest = max(int(window.max()) for window in found.windows)
+    if largest >= model.get_input_embeddings().weight.shape[0]:
+        raise InvalidCheckpoint(
+            f"{source.folder}: its tokenizer gives token {largest}, which the model's embedding has not"
+        )
+    return found
+
+
+class BlockRun:
+    """Takes every block of a model in turn. `plans` says what becomes of each linear; `blocks` may end early."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: FloatSource,
+        plans: Mapping[str, LinearPlan | None],
+        calibration: Calibration,
+        options: BlockOptions,
+        bench: Workbench,
+        device: torch.device,
+    ) -> None:
+        self.skeleton = skeleton
+        self.source = source
+        self.plans = plans
+        self.options = options
+        self.bench = bench
+        self.device = device
+        self._windows = calibration.windows
+        blockwise = [
+            index
+            for index, block in enumerate(skeleton.blocks)
+            if any(
+                (plan := plans[name]) and plan.method == "blockwise" for name in skeleton.linears_of(block)
+            )
+        ]
+        self._last_blockwise = max(blockwise, default=-1)
+
+    def finish(self, *, progress: bool, say: Say) -> None:
+        """Do the blocks that are not done yet. Each is on disk before the next begins."""
+        entries, calls = self.skeleton.entries(self._windows, self.source)
+        calls = [moved(call, self.device) for call in calls]
+        shape = (len(self._windows), entries[0].shape[1], entries[0].shape[2])
+        streams = 4 if self._last_blockwise >= 0 else 2
+        require_space(self.bench.folder, streams * 4 * shape[0] * shape[1] * shape[2])
+        start = self.bench.finished()
+        if start:
+            say(f"going on after {start} of {len(self.skeleton.blocks)} finished blocks")
+        else:
+            self._hidden("quantized", 0, shape).write(entries)
+            if self._last_blockwise >= 0:
+                self._hidden("float", 0, shape).write(entries)
+        del entries
+        bar = tqdm(
+            total=len(calls), initial=start, desc=f"quantize {self.source.folder.name}", unit="block",
+            disable=not progress,
+        )  # fmt: skip
+        with bar:
+            for index in range(start, len(calls)):
+                result = self._one(index, calls[index], shape)
+                bar.set_postfix_str(describe(result))
+                bar.update()
+
+    def _hidden(self, kind: str, block: int, shape: tuple[int, int, int]) -> HiddenStates:
+        return self.bench.hidden(kind, block, *shape)
+
+    def _one(self, index: int, call: Any, shape: tuple[int, int, int]) -> BlockResult:
+        name = self.skeleton.blocks[index]
+        inputs, targets = self._hidden("quantized", index, shape), None
+        with self.skeleton.filled([name], self.source, self.device):
+            block = Block(
+                self.skeleton.model.get_submodule(name),
+                self.skeleton.linears_of(name),
+                self.plans,
+                call,
+                self.device,
+            )
+            if index <= self._last_blockwise:
+                targets = self._hidden("float", index + 1, shape)
+                targets.write(block.outputs(self._hidden("float", index, shape)))
+            # A seed of its own: a resumed run draws what an uninterrupted one draws.
+            options = replace(self.options, seed=self.options.seed * 1_000_003 + index)
+            result = block.quantize(inputs, targets, options)
+            if index + 1 < len(self.skeleton.blocks):
+                self._hidden("quantized", index + 1, shape).write(block.outputs(inputs))
+        report = {
+            "block": name,
+            "errors": result.errors,
+            "gain": asdict(result.gain) if result.gain else None,
+        }
+        self.bench.save_block(index, result.weights, report)
+        for kind in ("quantized", "float"):
+            self.bench.drop_hidden(kind, before=index + 1)
+        return result
+
+
+def describe(result: BlockResult) -> str:
+    """One short line on a block, for a progress bar."""
+    if result.gain:
+        return f"block error {result.gain.before:.2e} -> {result.gain.after:.2e}"
+    if not result.errors:
+        return "left as floats"
+    return f"output error {sum(result.errors.values()) / len(result.errors):.2e}"
+
+
+def folder_of_run(destination: Path) -> Path:
+    """Where a run keeps what it has done: beside the base that it makes."""
+    return destination.absolute().parent / f".{destination.name}.unfinished"
