@@ -10,8 +10,9 @@
 
 int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows);
 void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t threads, float *scratch, const float *x,
-                       int64_t ldx, int64_t rows, float *y, const float *bias, const float *out_scale,
-                       const float *in_scale, const float *group_scale, const int32_t *row, const int32_t *group_row);
+                       int64_t ldx, int64_t rows, float *y, const float *bias, const void *out_scale,
+                       const void *in_scale, const void *group_scale, int64_t half_bank, const int32_t *row,
+                       const int32_t *group_row);
 int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv_heads, int64_t d, int64_t d_v);
 void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
                           int64_t q_token, int64_t q_head, const float *keys, const float *values,
@@ -165,7 +166,7 @@ static void multiply(run *r, const decoder_linear *linear, const float *x, float
 {
     peqa_quant_matmul(linear->weight, r->pool, r->threads, r->scratch, x, linear->weight->in_features,
                       (int64_t)r->rows, y, linear->bias, linear->out_scale, linear->in_scale, linear->group_scale,
-                      r->row, r->group_row);
+                      linear->half_bank, r->row, r->group_row);
 }
 
 static void add_and_norm(run *r, const float *norm)

@@ -6,7 +6,9 @@
 
 typedef struct {
     const peqa_weight *weight;
-    const float *bias, *out_scale, *in_scale, *group_scale; /* as peqa_quant_matmul takes them; each may be NULL */
+    const float *bias; /* this and the rest as peqa_quant_matmul takes them; each pointer may be NULL */
+    const void *out_scale, *in_scale, *group_scale;
+    int64_t half_bank;
 } decoder_linear;
 
 typedef struct {

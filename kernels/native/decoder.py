@@ -24,7 +24,10 @@ _CALIBRATION = 0.02  # seconds: the counter runs at a fixed rate, which nothing 
 class _Linear(ctypes.Structure):
     """decoder_linear of decoder.h."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("weight", "bias", "out_scale", "in_scale", "group_scale"))
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "out_scale", "in_scale", "group_scale")),
+        ("half_bank", c_int64),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -186,9 +189,11 @@ class NativeDecoder:
     def bind_bank(self, layer: int, linear: int, bank: LinearBank) -> None:
         """Use these scales for linear number `linear` of the layer where a step has rows; they stay the caller's."""
         struct = getattr(self._layers[layer], _Layer._fields_[linear][0])
+        struct.half_bank = bank.out_scale.dtype == torch.float16
+        assert self._ops.halves or not struct.half_bank
         for name in ("out_scale", "in_scale", "group_scale"):
             scales = getattr(bank, name)
-            assert scales is None or (scales.dtype == torch.float32 and scales.is_contiguous()), name
+            assert scales is None or (scales.dtype == bank.out_scale.dtype and scales.is_contiguous()), name
             setattr(struct, name, None if scales is None else scales.data_ptr())
 
     def ticks(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 6  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 7  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -86,13 +86,14 @@ class NativeOps:
         self._matmul = self._library.peqa_quant_matmul
         self._matmul.argtypes = (
             *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-            *(c_void_p,) * 6,
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
         )
         self._matmul.restype = None
         self._first_outside = self.function("peqa_first_outside", c_int64, c_void_p, c_int64, c_int64)
         halves = self._library.peqa_halves
         halves.restype = c_int64
-        self._halves = bool(halves())
+        self.halves = bool(halves())
+        """Whether this build reads fp16: scales and offsets of weights, and banks."""
         self._attention_scratch = self._library.peqa_attention_scratch
         self._attention_scratch.argtypes = (c_int64,) * 5
         self._attention_scratch.restype = c_int64
@@ -117,7 +118,7 @@ class NativeOps:
 
     def pack(self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None) -> PackedWeight:
         """Lay a weight out for `quant_matmul`; `segments` are the output sizes of fused siblings."""
-        return PackedWeight(weight, segments, halves=self._halves)
+        return PackedWeight(weight, segments, halves=self.halves)
 
     def function(self, name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
         """One more function of the library, with the ctypes of its result and its arguments."""
@@ -134,17 +135,18 @@ class NativeOps:
         x: Tensor,  # float32 [M, K], rows may have a stride
         packed: PackedWeight,
         bias: Tensor | None,  # float32 [N]
-        out_scale: Tensor | None,  # float32 [rows, N]
-        in_scale: Tensor | None,  # float32 [rows, segments, K]
-        group_scale: Tensor | None,  # float32 [group_rows, G, N]
+        out_scale: Tensor | None,  # float32 or float16 [rows, N]
+        in_scale: Tensor | None,  # the same [rows, segments, K]
+        group_scale: Tensor | None,  # the same [group_rows, G, N]
         row: Tensor | None,  # int32 [M]
         group_row: Tensor | None,  # int32 [M]
     ) -> Tensor:
         """Multiply each row under its own task's scales: float32 [M, N].
 
-        Where `row` is None, out_scale and in_scale are not read; where `group_row` is, group_scale is not. Banks, bias
-        and row indices are contiguous. A row's bits depend on nothing but that row, its scales and this build. Raises
-        QuantMatmulInputError for a row that a bank does not have.
+        The scales are of one dtype, float16 only where `halves`. Where `row` is None, out_scale and in_scale are not
+        read; where `group_row` is, group_scale is not. Banks, bias and row indices are contiguous. A row's bits depend
+        on nothing but that row, its scales and this build. Raises QuantMatmulInputError for a row that a bank does not
+        have.
         """
         rows = x.shape[0]
         y = torch.empty((rows, packed.out_features))
@@ -156,8 +158,7 @@ class NativeOps:
         assert x.stride(1) == 1, x.stride()
         assert row is None or row.dtype == torch.int32, row.dtype
         assert group_row is None or group_row.dtype == torch.int32, group_row.dtype
-        for bank in (out_scale, in_scale, group_scale):
-            assert bank is None or (bank.dtype == torch.float32 and bank.is_contiguous()), bank
+        half = self._is_half(*(bank for bank in (out_scale, in_scale, group_scale) if bank is not None))
         if row is not None:
             for bank in (out_scale, in_scale):
                 if bank is not None:
@@ -179,10 +180,19 @@ class NativeOps:
             None if out_scale is None else out_scale.data_ptr(),
             None if in_scale is None else in_scale.data_ptr(),
             None if group_scale is None else group_scale.data_ptr(),
+            half,
             None if row is None else row.data_ptr(),
             None if group_row is None else group_row.data_ptr(),
         )
         return y
+
+    def _is_half(self, *banks: Tensor) -> bool:
+        half = bool(banks) and banks[0].dtype == torch.float16
+        assert self.halves or not half, f"{self.isa.name} reads no fp16"
+        for bank in banks:
+            assert bank.dtype == (torch.float16 if half else torch.float32), bank.dtype
+            assert bank.is_contiguous(), bank.stride()
+        return half
 
     def _check_rows(self, name: str, row: Tensor, bank: Tensor) -> None:
         limit = bank.shape[0]

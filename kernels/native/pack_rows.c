@@ -21,14 +21,28 @@ INLINE int32_t bits_of(float value)
     return bits;
 }
 
+typedef struct {
+    const float *from;   /* the row's inputs */
+    const void *scale;   /* its input scales or NULL */
+    int half;            /* fp16 */
+    int32_t *x, *counts;       /* the row's own first word of each array, a stripe's rows apart from the next */
+    float *steps;
+    size_t rows; /* of the stripe */
+    size_t padded_rows; /* of a stripe of matrix tiles, where these are what it is for; else 0 */
+} row_target;
+
 /* One row's chain of `real` values, copied with zeros up to `length` and scaled; returns its largest magnitude's bits. */
-INLINE int32_t load_chain(const float *from, const float *scale, size_t real, size_t length, float *to)
+INLINE int32_t load_chain(const row_target *t, size_t first, size_t real, size_t length, float *to)
 {
+    const float *from = t->from + first, *scale = t->scale && !t->half ? (const float *)t->scale + first : 0;
+    const uint16_t *half = t->scale && t->half ? (const uint16_t *)t->scale + first : 0;
     vi top = iset(0);
     for (size_t k = 0; k < length; k += VL) {
         vf x = k < real ? vpart(from + k, real - k) : vset(0.0f);
         if (scale && k < real)
             x *= vpart(scale + k, real - k);
+        if (half && k < real)
+            x *= hpart(half + k, real - k);
         vstore(to + k, x);
         top = imax(top, (vi)x & iset(0x7fffffff));
     }
@@ -81,14 +95,6 @@ INLINE int32_t split_chain(const float *from, float by, size_t length, uint8_t *
 }
 #endif
 
-typedef struct {
-    const float *from, *scale; /* the row's inputs, and its input scales or NULL */
-    int32_t *x, *counts;       /* the row's own first word of each array, a stripe's rows apart from the next */
-    float *steps;
-    size_t rows; /* of the stripe */
-    size_t padded_rows; /* of a stripe of matrix tiles, where these are what it is for; else 0 */
-} row_target;
-
 static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t, size_t block)
 {
     float value[CHAIN] __attribute__((aligned(64)));
@@ -98,8 +104,7 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
     for (size_t chain = first; chain < last; chain++) {
         const size_t within = chain % c->group_chains * CHAIN, k = chain / c->group_chains * size + within;
         const size_t length = chain_length(c, chain);
-        const int32_t found = load_chain(t->from + k, t->scale ? t->scale + k : 0, smin(length, size - within), length,
-                                         value + (chain_start(c, chain) - start));
+        const int32_t found = load_chain(t, k, smin(length, size - within), length, value + (chain_start(c, chain) - start));
         top = found > top ? found : top;
     }
     /* Largest magnitude < 2^(exponent - 126): that over 2^15 is the step. Far below any activation it stays normal. A row
@@ -125,7 +130,7 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
     }
 }
 
-void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const float *in_scale,
+void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const void *in_scale, int half,
                     const int32_t *row, size_t rows, size_t stripe)
 {
     const cuts c = cut(w);
@@ -135,12 +140,14 @@ void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_
     for (size_t segment = 0; segment < out.segments; segment++)
         for (size_t r = 0; r < n; r++) {
             const size_t at = segment * stripe_room(stripe_count(rows), rows) + stripe_room(stripe, rows);
-            const float *scale = 0;
+            const char *scale = 0;
             if (in_scale)
-                scale = in_scale + ((size_t)row[first + r] * (size_t)w->segments + segment) * (size_t)w->in_features;
+                scale = (const char *)in_scale + ((size_t)row[first + r] * (size_t)w->segments + segment) *
+                                                     (size_t)w->in_features * (half ? 2 : 4);
             const row_target target = {
                 .from = x + (first + r) * ldx,
                 .scale = scale,
+                .half = half,
                 .x = out.x + at * (c.kp / 2) + (padded ? r * slab_of(&c) / 4 : r * PAIRS),
                 .counts = out.counts + at * c.chains + r,
                 .steps = out.steps + at * c.blocks + r,

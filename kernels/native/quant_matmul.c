@@ -119,7 +119,7 @@ static void work_pack(void *data, int part, int parts)
     const job *j = data;
     const size_t stripes = stripe_count(j->rows);
     for (size_t stripe = (size_t)part; stripe < stripes; stripe += (size_t)parts)
-        peqa_pack_rows(j->w, j->in, j->x, j->ldx, j->in_scale, j->row, j->rows, stripe);
+        peqa_pack_rows(j->w, j->in, j->x, j->ldx, j->in_scale, j->half_bank, j->row, j->rows, stripe);
 }
 
 static void work_multiply(void *data, int part, int parts)
@@ -166,15 +166,17 @@ EXPORT int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows)
 }
 
 /* x [rows, ldx >= in_features], y [rows, out_features]; out_scale [*, N], in_scale [*, segments, K] go with `row`,
- * group_scale [*, G, N] with `group_row`; any of these may be NULL. scratch: see above. */
+ * group_scale [*, G, N] with `group_row`; any of these may be NULL; they are fp16 with half_bank, else fp32. scratch:
+ * see above. */
 EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t threads, float *scratch,
                               const float *x, int64_t ldx, int64_t rows, float *y, const float *bias,
-                              const float *out_scale, const float *in_scale, const float *group_scale,
+                              const void *out_scale, const void *in_scale, const void *group_scale, int64_t half_bank,
                               const int32_t *row, const int32_t *group_row)
 {
     const cuts c = cut(w);
     const size_t pass = smin((size_t)rows, ROWS_PER_PASS);
     job j = {.w = w, .c = c, .ldx = (size_t)ldx, .bias = bias, .group_scale = group_scale};
+    j.half_bank = (int)half_bank;
     j.out_scale = row ? out_scale : 0;
     j.in_scale = row ? in_scale : 0;
     j.in.segments = j.in_scale ? (size_t)w->segments : 1;
@@ -211,4 +213,4 @@ EXPORT int64_t peqa_ask_for_registers(void) { return ask_for_tiles(); }
 /* Whether this build reads fp16 scales. */
 EXPORT int64_t peqa_halves(void) { return HALVES; }
 
-EXPORT int64_t peqa_abi(void) { return 6; }
+EXPORT int64_t peqa_abi(void) { return 7; }

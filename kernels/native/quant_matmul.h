@@ -115,7 +115,8 @@ typedef struct {
 /* Words of scratch that a row of one segment takes. */
 INLINE size_t row_words(const cuts *c) { return c->kp / 2 + c->blocks + c->chains; }
 
-void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const float *in_scale,
+/* in_scale: [*, segments, K] of fp16 (`half`) or fp32, or NULL. */
+void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const void *in_scale, int half,
                     const int32_t *row, size_t rows, size_t stripe);
 
 #endif

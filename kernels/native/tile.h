@@ -13,7 +13,9 @@ typedef struct {
     packed_rows in;
     const float *x;
     size_t ldx;
-    const float *in_scale, *bias, *out_scale, *group_scale;
+    const float *bias;
+    const void *in_scale, *out_scale, *group_scale; /* fp16 or fp32 */
+    int half_bank;
     const int32_t *row, *group_row;
     float *y;
     size_t rows;
@@ -36,20 +38,35 @@ INLINE vf base_load(const job *j, const void *values, size_t panel, size_t group
     return j->w->half ? hload((const uint16_t *)values + at) : vload((const float *)values + at);
 }
 
-/* Lanes of an unpadded bank row; a panel that a segment's end cuts short reads only its own outputs. */
-INLINE vf bank_load(const job *j, const float *bank_row, size_t panel, size_t lane)
+/* Lanes of row `row` of an unpadded table [rows, N] of fp16 or fp32; a panel that a segment's end cuts short reads only
+ * its own outputs. */
+INLINE vf table_load(const job *j, const void *table, const int half, size_t row, size_t panel, size_t lane)
 {
     const int32_t *where = panel_of(j, panel + lane / PANEL);
     const size_t outputs = (size_t)where[1];
     lane %= PANEL;
-    return lane < outputs ? vpart(bank_row + where[0] + lane, outputs - lane) : vset(0.0f);
+    if (lane >= outputs)
+        return vset(0.0f);
+    const size_t at = row * (size_t)j->w->out_features + (size_t)where[0] + lane;
+    return half ? hpart((const uint16_t *)table + at, outputs - lane) : vpart((const float *)table + at, outputs - lane);
+}
+
+INLINE vf bias_load(const job *j, size_t panel, size_t lane)
+{
+    return j->bias ? table_load(j, j->bias, 0, 0, panel, lane) : vset(0.0f);
+}
+
+/* The task's own factor on a row's outputs. */
+INLINE vf out_factor(const job *j, size_t row, size_t panel, size_t lane)
+{
+    return table_load(j, j->out_scale, j->half_bank, (size_t)j->row[row], panel, lane);
 }
 
 /* The task's own factor on a group's scales. */
 INLINE vf group_factor(const job *j, size_t row, size_t group, size_t panel, size_t lane)
 {
     const size_t at = (size_t)j->group_row[row] * (size_t)j->w->groups + group;
-    return bank_load(j, j->group_scale + at * (size_t)j->w->out_features, panel, lane);
+    return table_load(j, j->group_scale, j->half_bank, at, panel, lane);
 }
 
 /* Adds a chain's integers to the block's sums under their group's scales; counts[r] is the row's own number of the
@@ -115,12 +132,12 @@ INLINE void end_rows(const int R, const int V, const job *j, size_t row, size_t 
     UNROLL for (int v = 0; v < V; v++)
     {
         const size_t at = lane + (size_t)(v * VL);
-        const vf bias = j->bias ? bank_load(j, j->bias, panel, at) : vset(0.0f);
+        const vf bias = bias_load(j, panel, at);
         UNROLL for (int r = 0; r < R; r++)
         {
             vf out = vset(1.0f);
             if (j->out_scale)
-                out = bank_load(j, j->out_scale + (size_t)j->row[row + (size_t)r] * N, panel, at);
+                out = out_factor(j, row + (size_t)r, panel, at);
             result[r][v] = vfma(out, vload(t->lanes[r * V + v]), bias);
         }
     }
@@ -143,7 +160,10 @@ INLINE void fetch_out_scale(const int R, const int V, const job *j, size_t row, 
         const size_t at = lane + (size_t)(v * VL);
         const size_t n = (size_t)panel_of(j, panel + at / PANEL)[0] + at % PANEL;
         UNROLL for (int r = 0; r < R; r++)
-            __builtin_prefetch(j->out_scale + (size_t)j->row[row + (size_t)r] * (size_t)j->w->out_features + n, 0, 3);
+        {
+            const size_t place = (size_t)j->row[row + (size_t)r] * (size_t)j->w->out_features + n;
+            __builtin_prefetch((const char *)j->out_scale + place * (j->half_bank ? 2 : 4), 0, 3);
+        }
     }
 }
 

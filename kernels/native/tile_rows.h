@@ -144,11 +144,11 @@ static void end_tile_rows(const job *j, size_t panel, const stripe_place *s, til
     const int32_t *where = panel_of(j, panel);
     const size_t N = (size_t)j->w->out_features;
     for (size_t lane = 0; lane < PANEL; lane += VL) {
-        const vf bias = j->bias ? bank_load(j, j->bias, panel, lane) : vset(0.0f);
+        const vf bias = bias_load(j, panel, lane);
         for (size_t r = 0; r < s->rows; r++) {
             vf out = vset(1.0f);
             if (j->out_scale)
-                out = bank_load(j, j->out_scale + (size_t)j->row[s->row + r] * N, panel, lane);
+                out = out_factor(j, s->row + r, panel, lane);
             vstore(total->lanes[r] + lane, vfma(out, vload(total->lanes[r] + lane), bias));
         }
     }

@@ -75,6 +75,17 @@ INLINE vf vpart(const float *p, size_t n)
     return vload(lane);
 }
 
+/* The same of fp16. */
+INLINE vf hpart(const uint16_t *p, size_t n)
+{
+    if (__builtin_expect(n >= VL, 1))
+        return hload(p);
+    uint16_t lane[VL] = {0};
+    for (size_t i = 0; i < n; i++)
+        lane[i] = p[i];
+    return hload(lane);
+}
+
 INLINE void vput(float *p, vf v, size_t n)
 {
     if (__builtin_expect(n >= VL, 1)) {

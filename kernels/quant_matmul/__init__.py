@@ -33,6 +33,7 @@ __all__ = [
     "PreparedWeight",
     "QuantMatmulInputError",
     "QuantizedWeight",
+    "bank_dtype",
     "dequantize",
     "prepare",
     "quant_matmul",
@@ -69,6 +70,8 @@ class PreparedWeight:
         self.out_features = weight.out_features
         self.in_features = weight.in_features
         self._copies = DenseCopies(weight)
+        self.bank_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+        """Dtypes that a bank may have."""
         self.impl = self._make(backend)
         self.handle = Handle(self.impl.matmul)
 
@@ -111,12 +114,23 @@ class PreparedWeight:
             ops = _native_ops()
             if ops is None:
                 raise RuntimeError("the compiled CPU kernels are not there: use backend='torch'")
+            if ops.halves:
+                self.bank_dtypes = (torch.float32, torch.float16)
             return NativeCpu(ops, ops.pack(self.weight, self.segments))
         if backend == "gpu":
             from peqa_kernels.quant_matmul.gpu import TritonGpu
 
             return TritonGpu(self.weight, self.segments)
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+
+
+def bank_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of banks whose tasks cost least on `device`.
+
+    Their scales are read anew in every step, so where the compiled CPU kernels read fp16 a task's own bytes are halved.
+    """
+    ops = _native_ops() if device.type == "cpu" else None
+    return torch.float16 if ops is not None and ops.halves else torch.float32
 
 
 def prepare(

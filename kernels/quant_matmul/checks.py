@@ -40,11 +40,16 @@ def check_inputs(
     if bank is not None:
         if bank.segments != prepared.segments:
             _refuse(f"the bank has segments {bank.segments}, the weight {prepared.segments}")
+        dtype = bank.out_scale.dtype
+        if dtype not in prepared.bank_dtypes:
+            names = " or ".join(str(allowed).removeprefix("torch.") for allowed in prepared.bank_dtypes)
+            _refuse(f"out_scale must be {names}, not {dtype}")
         for name in ("out_scale", "in_scale", "group_scale"):
             scales = getattr(bank, name)
-            if scales is not None and (scales.dtype != torch.float32 or not scales.is_contiguous()):
+            if scales is not None and (scales.dtype != dtype or not scales.is_contiguous()):
                 _refuse(
-                    f"{name} must be float32 and contiguous, not {scales.dtype} of strides {scales.stride()}"
+                    f"{name} must be contiguous and of out_scale's {dtype}, not {scales.dtype} of strides "
+                    f"{scales.stride()}"
                 )
 
 

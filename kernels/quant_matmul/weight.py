@@ -59,6 +59,6 @@ class LinearBank:
     """
 
     segments: tuple[int, ...]  # sum = N
-    out_scale: Tensor  # float32 [rows, N]
-    in_scale: Tensor | None = None  # float32 [rows, len(segments), K]
-    group_scale: Tensor | None = None  # float32 [group_rows, G, N]
+    out_scale: Tensor  # float32, or float16 where `bank_dtype` says so, [rows, N]
+    in_scale: Tensor | None = None  # the same dtype [rows, len(segments), K]
+    group_scale: Tensor | None = None  # the same dtype [group_rows, G, N]

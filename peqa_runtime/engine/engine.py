@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.core import (
     BASE_REVISION,
     BASE_TASK,
@@ -102,7 +103,11 @@ class Engine:
         for layer, caches in zip(model.layers, self.kv_cache.layers, strict=True):
             layer.bind(*caches)
         self.bank = ScaleBank(
-            model.linears, rows=config.task_rows, group_rows=config.group_rows, device=model.device
+            model.linears,
+            rows=config.task_rows,
+            group_rows=config.group_rows,
+            device=model.device,
+            dtype=bank_dtype(model.device),
         )
         self.tasks.arrange = self.bank.arranged
         for linear, bank in zip(model.linears, self.bank.banks, strict=True):

@@ -120,3 +120,24 @@ def test_many_rows_and_a_row_stride(ops: NativeOps) -> None:
     want = quant_matmul_reference(x, weight)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert run(ops, x[:0], ops.pack(weight), None, None, None, None).shape == (0, 96)
+
+
+def test_a_bank_of_halves_gives_the_bits_of_the_same_values_in_floats(ops: NativeOps) -> None:
+    if not ops.halves:
+        pytest.skip("this build reads no fp16")
+    torch.manual_seed(5)
+    segments = (7, 33, 50)  # panels that a segment's end cuts short
+    weight = make_weight(90, 96, 4, 32)
+    packed, bank = ops.pack(weight, segments), make_bank(weight, segments)
+    assert bank.in_scale is not None
+    assert bank.group_scale is not None
+    halves = LinearBank(segments, bank.out_scale.half(), bank.in_scale.half(), bank.group_scale.half())
+    floats = LinearBank(
+        segments,
+        *(t.float() for t in (halves.out_scale, halves.in_scale, halves.group_scale) if t is not None),
+    )
+    for m in (1, 5, 13, 40):
+        x, bias, row, group_row = torch.randn(m, 96), torch.randn(90), rows_of(m), rows_of(m)
+        for with_groups in (group_row, None):
+            got = run(ops, x, packed, bias, halves, row, with_groups)
+            assert torch.equal(got, run(ops, x, packed, bias, floats, row, with_groups))

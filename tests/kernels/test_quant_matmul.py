@@ -305,8 +305,11 @@ def test_compiles_into_one_graph(backend: str) -> None:
         ({"row": torch.tensor([0, 1, -1], dtype=torch.int32)}, r"row\[2\] is -1"),
         ({"group_row": torch.tensor([7, 1, 1], dtype=torch.int32)}, r"group_row\[0\] is 7"),
         ({"bank": LinearBank((32, 32), torch.ones(5, 64))}, r"segments \(32, 32\)"),
-        ({"bank": LinearBank((64,), torch.ones(5, 64).half())}, "out_scale must be float32"),
-        ({"bank": LinearBank((64,), torch.ones(64, 5).t())}, "out_scale must be float32 and contiguous"),
+        ({"bank": LinearBank((64,), torch.ones(5, 64).double())}, "out_scale must be float32"),
+        (
+            {"bank": LinearBank((64,), torch.ones(64, 5).t())},
+            "out_scale must be contiguous and of out_scale.s torch.float32",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(backend: str, change: dict[str, object], sentence: str) -> None:
