@@ -142,15 +142,15 @@ class Guide:
         """Whether the answer so far has the whole form."""
         return bool(self._do(lambda m: m.is_accepting()))
 
-    def mask(self) -> NDArray[np.uint8]:
-        """1 for each token that may come next, 0 for the others: [vocab_size]. Raises `NoTokenLeft`."""
+    def forbidden(self) -> NDArray[np.bool_]:
+        """Which tokens may not come next: [vocab_size]. Raises `NoTokenLeft`."""
         packed = np.frombuffer(self._do(lambda m: m.compute_bitmask()), np.uint8)
-        mask = np.unpackbits(packed, count=self._guidance.vocab_size, bitorder="little")
+        bits = np.unpackbits(~packed, count=self._guidance.vocab_size, bitorder="little")
         if self._ignore_eos:
-            mask[list(self._eos)] = 0
+            bits[list(self._eos)] = 1
         if self._stops and self.accepts():
-            mask[list(self._stops)] = 1
-        return mask
+            bits[list(self._stops)] = 0
+        return bits.view(np.bool_)
 
     def take(self, token: int) -> Literal["open", "complete"]:
         """Go on with a token that is allowed; "complete": nothing can follow it. Raises `NoTokenLeft`."""
