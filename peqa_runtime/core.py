@@ -125,11 +125,15 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of one token and of the most likely alternatives at its place, most likely first."""
+    """Log-probability of one token and of the most likely alternatives at its place, most likely first.
+
+    `asked`: of the tokens in `logprob_token_ids`, in that order.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    asked: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,12 @@ from functools import cached_property
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.errors import InvalidRequest
 
+MAX_LOGPROBS = 20
+"""Alternatives to report for a token."""
+
+MAX_LOGPROB_TOKENS = 1024
+"""Tokens of `logprob_token_ids`."""
+
 MAX_BIASES = 1024
 """Tokens that `logit_bias` may name."""
 
@@ -24,7 +30,8 @@ class SamplingParams:
     """How tokens are chosen and when generation ends. Values outside their range raise `InvalidRequest`.
 
     `logprobs` / `prompt_logprobs`: how many alternatives to report per generated / prompt token (0 = only the
-    token itself, None = none). `temperature` 0 is greedy. `seed` None draws one at random on admission.
+    token itself, None = none). `logprob_token_ids`: tokens to report at each generated one besides. `temperature` 0 is
+    greedy. `seed` None draws one at random on admission.
 
     `logit_bias`: (token id, number to add to its logit) for each token once. `allowed_token_ids`: nothing else is
     chosen. `bad_words`: sequences of tokens whose last token is not chosen after the others; the same text in other
@@ -46,6 +53,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -65,11 +73,21 @@ class SamplingParams:
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             # Below 0.01 the penalised logits leave float32, and the request would end as if the model had failed.
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "between 0.01 and 100"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
             (
                 "prompt_logprobs",
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
-                "between 0 and 20",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "logprob_token_ids",
+                not self.logprob_token_ids
+                or (self.logprobs is not None and len(self.logprob_token_ids) <= MAX_LOGPROB_TOKENS),
+                f"at most {MAX_LOGPROB_TOKENS} token ids, given together with logprobs",
             ),
         )
         for name, ok, allowed in checks:

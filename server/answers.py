@@ -206,7 +206,8 @@ class Answer:
             values.append(chosen)
             top: dict[str, float] = {}
             # Least likely first: of two tokens with the same text the likelier one keeps the name.
-            for token_id, logprob in reversed(token.logprobs.top[: self._style.logprobs]):
+            listed = (*token.logprobs.top[: self._style.logprobs], *token.logprobs.asked)
+            for token_id, logprob in sorted(listed, key=lambda pair: pair[1]):
                 top[self._name(token_id)] = finite(logprob)
             name = self._name(token.token_id)
             top[name] = max(top.get(name, chosen), chosen)

@@ -105,7 +105,9 @@ class ChatAnswer(Answer):
         for token in tokens:
             if token.logprobs is None:
                 continue
-            top = token.logprobs.top[: self._style.logprobs]
+            top = list(token.logprobs.top[: self._style.logprobs])
+            known = {token_id for token_id, _ in top}
+            top += [pair for pair in token.logprobs.asked if pair[0] not in known]
             content.append(
                 self._entry(token.token_id, token.logprobs.logprob)
                 | {"top_logprobs": [self._entry(t, value) for t, value in top]}

@@ -53,8 +53,6 @@ def chat_prompt(
 
 
 def _check(message: ChatMessage) -> None:
-    if isinstance(message.content, list) and any(part.type != "text" for part in message.content):
-        raise InvalidRequest("messages may hold parts of type 'text' only", param="messages")
     if message.tool_calls and message.role != "assistant":
         raise InvalidRequest("only messages of role 'assistant' have tool_calls", param="messages")
     if (message.role == "tool") != (message.tool_call_id is not None):

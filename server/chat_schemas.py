@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from peqa_server.field_types import TaskChoice, one_of, valid_text
-from peqa_server.schemas import GenerationFields, Strict
+from peqa_runtime.sampling_params import MAX_LOGPROBS
+from peqa_server.field_types import Strict, TaskChoice, between, one_of, valid_text
+from peqa_server.schemas import GenerationFields
 
 MAX_TOOLS = 128
 
@@ -66,18 +67,41 @@ class ToolCall(Strict):
 class TextPart(Strict):
     """One part of a message's content; only text is understood."""
 
-    type: str
-    text: Text
+    type: Annotated[str, one_of("text")]
+    text: str
+
+
+def _content(value: object) -> object:
+    """The text of a content, which may come in parts. (A union of types would describe its failures all at once.)"""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string, or a list of parts of type 'text'")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise PydanticCustomError(
+                "content", 'may hold parts {"type": "text", "text": …} only: the model reads text'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(valid_text),
+    BeforeValidator(_content, json_schema_input_type=str | list[TextPart]),
+]
 
 
 class ChatMessage(Strict):
-    """One message; `content` is text, or a list of text parts.
+    """One message; `content` is text, which may come in parts.
 
     The fields without a meaning here are those that an answer's message has, as clients send it back.
     """
 
     role: str
-    content: Text | list[TextPart] | None = None
+    content: Content | None = None
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -90,8 +114,6 @@ class ChatMessage(Strict):
     @property
     def text(self) -> str:
         """The message's text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
         return self.content or self.refusal or ""
 
 
@@ -134,15 +156,23 @@ class ChatFields(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: Annotated[str, one_of(*REASONING_EFFORTS)] | None = None
-    tool_choice: Annotated[str | ToolChoice, BeforeValidator(_tool_choice)] | None = None
+    tool_choice: (
+        Annotated[
+            str | ToolChoice,
+            BeforeValidator(
+                _tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ChatCompletionRequest(GenerationFields, ChatFields):
     """Body of POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int | None, between(0)] = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
     echo: bool | None = None
     parallel_tool_calls: bool | None = None
 

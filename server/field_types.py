@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 64
@@ -97,11 +98,26 @@ def one_of(*allowed: str) -> BeforeValidator:
             raise PydanticCustomError("one_of", "must be {words}", {"words": " or ".join(map(repr, allowed))})
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Literal[allowed])
+
+
+def between(least: float | None = None, most: float | None = None) -> FieldInfo:
+    """A range as /openapi.json tells it. (What is out of it is refused by the runtime, which knows the reasons.)"""
+    limits = {"minimum": least, "maximum": most}
+    found: FieldInfo = Field(json_schema_extra={k: v for k, v in limits.items() if v is not None})
+    return found
 
 
 Side = Annotated[str, one_of("left", "right")]
 TaskChoice = Annotated[str | dict[str, float], BeforeValidator(_task_choice), BeforeValidator(valid_text)]
-Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), BeforeValidator(valid_text)]
-StopStringList = Annotated[tuple[str, ...], BeforeValidator(_stops), BeforeValidator(valid_text)]
-TokenIdList = Annotated[tuple[int, ...], BeforeValidator(_id_list)]
+Prompts = Annotated[
+    list[str | list[int]],
+    BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    BeforeValidator(valid_text),
+]
+StopStringList = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
+    BeforeValidator(valid_text),
+]
+TokenIdList = Annotated[tuple[int, ...], BeforeValidator(_id_list, json_schema_input_type=list[int] | None)]

@@ -11,14 +11,13 @@ from peqa_runtime.text import encode
 from peqa_server.answers import Answer, AnswerStyle
 from peqa_server.choice import Prompt, TextRules
 from peqa_server.generation import Job, check_length
-from peqa_server.schemas import GenerationFields
+from peqa_server.schemas import MAX_N, GenerationFields
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
 from peqa_server.structured import AnswerForm
 from peqa_server.task_choice import Admission
 from peqa_server.token_controls import with_controls
 
-MAX_N = 128
 LONG_TEXT = 8192  # characters; a longer prompt is encoded in a thread, so that the event loop stays free
 
 
@@ -60,6 +59,7 @@ def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -
     )
     params = with_controls(model, wanted, outline.form, params)
     check_ids(model, params.stop_token_ids, "stop_token_ids")
+    check_ids(model, params.logprob_token_ids, "logprob_token_ids")
     for prompt in outline.prompts:
         check_length(model, len(prompt.token_ids), outline.max_tokens)
     skip = outline.skip_special_tokens

@@ -13,10 +13,21 @@ from pydantic import Field
 from pydantic_core import from_json
 
 from peqa_runtime.core import SamplingParams
+from peqa_runtime.sampling_params import MAX_LOGPROBS
 from peqa_server.errors import ApiError, show
-from peqa_server.field_types import Prompts, Side, StopStringList, Strict, TaskChoice, TokenIdList
+from peqa_server.field_types import (
+    Prompts,
+    Side,
+    StopStringList,
+    Strict,
+    TaskChoice,
+    TokenIdList,
+    between,
+)
 from peqa_server.foreign_fields import is_neutral
 from peqa_server.form_fields import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
+
+MAX_N = 128
 
 
 class StreamOptions(Strict):
@@ -48,16 +59,16 @@ class GenerationFields(Strict):
     model: str | None = None
     task: TaskChoice | None = None
     adapter_id: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    max_tokens: Annotated[int | None, between(0)] = None
+    min_tokens: Annotated[int | None, between(0)] = None
+    temperature: Annotated[float | None, between(0, 100)] = None
+    top_p: Annotated[float | None, between(0, 1)] = None
+    top_k: Annotated[int | None, between(-1)] = None
+    min_p: Annotated[float | None, between(0, 1)] = None
+    seed: Annotated[int | None, between(-(2**63), 2**63 - 1)] = None
+    presence_penalty: Annotated[float | None, between(-2, 2)] = None
+    frequency_penalty: Annotated[float | None, between(-2, 2)] = None
+    repetition_penalty: Annotated[float | None, between(0.01, 100)] = None
     logit_bias: LogitBias = ()
     allowed_token_ids: list[int] | None = None
     bad_words: Texts | None = None
@@ -73,17 +84,18 @@ class GenerationFields(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    n: int | None = None
+    n: Annotated[int | None, between(1, MAX_N)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stream_interval: int | None = None
-    prompt_logprobs: int | None = None
+    stream_interval: Annotated[int | None, between(1)] = None
+    prompt_logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
+    logprob_token_ids: TokenIdList = ()
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Annotated[int | None, between(-1)] = None
     truncation_side: Side | None = None
     user: str | None = None
-    priority: int | None = None
+    priority: Annotated[int | None, between(-(2**31), 2**31 - 1)] = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/+=-]{1,128}$")] | None = None
 
@@ -99,6 +111,7 @@ class GenerationFields(Strict):
             stop_token_ids=self.stop_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids)),
             **given,
         )
 
@@ -109,7 +122,7 @@ class CompletionRequest(GenerationFields):
     prompt: Prompts
     best_of: int | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
     add_special_tokens: bool | None = None
 
 

@@ -26,7 +26,12 @@ def check_request(request: Request, model: Vocabulary, limit: int) -> None:
     prompt, params, vocab_size = request.prompt_token_ids, request.params, model.vocab_size
     if not prompt:
         raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
-    for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids), *_ids_of_rules(params)):
+    fields = (
+        ("prompt", prompt),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logprob_token_ids", params.logprob_token_ids),
+    )
+    for name, ids in (*fields, *_ids_of_rules(params)):
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             wrong = next(i for i in ids if not 0 <= i < vocab_size)
             raise InvalidRequest(

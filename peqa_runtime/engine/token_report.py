@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,13 +54,19 @@ class TokenReport:
         for item, prompt, rows in zip(layout.items, layout.prompt, layout.rows, strict=True):
             start = item.prompt_logprob_positions.start + 1
             wanted += [(row, item.sequence.token_ids[start + i]) for i, row in enumerate(prompt)]
-            if item.sequence.request.params.logprobs is not None and len(rows) > len(prompt):
+            params = item.sequence.request.params
+            if params.logprobs is not None and len(rows) > len(prompt):
                 wanted.append((rows[-1], choices[rows[-1]]))
+                wanted += [(rows[-1], token) for token in params.logprob_token_ids]
         entries = iter(zip(wanted, self._logits_of(wanted), strict=True))
 
         def entry(width: int) -> TokenLogprobs:
             (row, token), logit = next(entries)
             return self._entry(row, token, logit, width)
+
+        def asked() -> tuple[int, float]:
+            (row, token), logit = next(entries)
+            return token, self._value(row, logit)
 
         results = []
         for item, prompt, rows in zip(layout.items, layout.prompt, layout.rows, strict=True):
@@ -67,6 +74,8 @@ class TokenReport:
             prompt_logprobs = tuple(entry(params.prompt_logprobs or 0) for _ in prompt)
             sampled = len(rows) > len(prompt)
             logprobs = entry(params.logprobs) if sampled and params.logprobs is not None else None
+            if logprobs is not None and params.logprob_token_ids:
+                logprobs = replace(logprobs, asked=tuple(asked() for _ in params.logprob_token_ids))
             if not all(finite[row] for row in rows):
                 results.append(StepResult(finite=False))
             else:
@@ -82,14 +91,18 @@ class TokenReport:
                 values[i] = float(self._untouched[row][token])
         return values
 
+    def _value(self, row: int, logit: float) -> float:
+        """The log-probability of a logit of this row, by one and the same sum for every token."""
+        best, log_sum = self._shift[self._place[row]]
+        return (logit - best) - log_sum
+
     def _entry(self, row: int, token: int, logit: float, width: int) -> TokenLogprobs:
         """One token's report with its `width` best alternatives; ties stand in the order of token ids."""
         place = self._place[row]
-        best, log_sum = self._shift[place]
-        value = (logit - best) - log_sum
+        value = self._value(row, logit)
         pairs = zip(self._tokens[place][:width], self._values[place][:width], strict=True)
         top = sorted(
-            ((other, (theirs - best) - log_sum) for other, theirs in pairs),
+            ((other, self._value(row, theirs)) for other, theirs in pairs),
             key=lambda pair: (-pair[1], pair[0]),
         )
         if top and top[-1][1] == value and all(token != other for other, _ in top):

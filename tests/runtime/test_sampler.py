@@ -183,6 +183,21 @@ def test_min_tokens_holds_back_every_end() -> None:
     assert one(logits, generated=1, ignore_eos=True, **params).token_id == EOS  # no end then: not held back
 
 
+def test_tokens_asked_for_by_name_are_reported_with_the_same_floats() -> None:
+    logits = random_logits(1)[0]
+    want = logits.topk(3).indices.tolist()
+    rare = int(logits.argmin())
+    ids = (rare, want[1], rare)
+    result = one(logits, temperature=0.0, logprobs=2, logprob_token_ids=ids, logit_bias=((rare, 100.0),))
+    assert result.logprobs is not None
+    assert result.token_id == rare, "the bias chooses"
+    assert [token for token, _ in result.logprobs.asked] == list(ids)
+    assert result.logprobs.asked[0][1] == result.logprobs.logprob == result.logprobs.asked[2][1]
+    assert result.logprobs.asked[1] == result.logprobs.top[1], "the model's own values, before the bias"
+    with pytest.raises(InvalidRequest, match="logprob_token_ids"):
+        SamplingParams(logprob_token_ids=(1,))
+
+
 def test_logprobs_are_the_models_own_and_the_same_floats() -> None:
     logits = random_logits(1)[0]
     best = int(logits.argmax())
