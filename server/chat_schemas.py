@@ -140,6 +140,10 @@ def _tool_choice(value: object) -> object:
     )
 
 
+ToolChoiceField = Annotated[
+    str | ToolChoice,
+    BeforeValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
+]
 Tools = Annotated[list[Tool], AfterValidator(_distinct)]
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -156,15 +160,7 @@ class ChatFields(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: Annotated[str, one_of(*REASONING_EFFORTS)] | None = None
-    tool_choice: (
-        Annotated[
-            str | ToolChoice,
-            BeforeValidator(
-                _tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice
-            ),
-        ]
-        | None
-    ) = None
+    tool_choice: ToolChoiceField | None = None
 
 
 class ChatCompletionRequest(GenerationFields, ChatFields):

@@ -11,8 +11,8 @@ import typer
 
 from peqa_runtime.cli import app as offline_app
 from peqa_runtime.cli import wait_asleep
-from peqa_server.key_commands import app as keys_app
 from peqa_server.doctor_command import doctor
+from peqa_server.key_commands import app as keys_app
 from peqa_server.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
@@ -135,6 +135,14 @@ InsecureOpen = Annotated[
         envvar="PEQA_INSECURE_OPEN_TO_NETWORK",
     ),
 ]
+TrustTemplates = Annotated[
+    bool,
+    typer.Option(
+        "--trust-request-chat-template",
+        help="Take `chat_template` from requests: a program of the client's, which runs here in Jinja's sandbox.",
+        envvar="PEQA_TRUST_REQUEST_CHAT_TEMPLATE",
+    ),
+]
 MaxUpload = Annotated[
     int | None,
     typer.Option(
@@ -193,6 +201,7 @@ def serve(
     api_key_file: ApiKeyFile = None,
     open_metrics: OpenMetrics = False,
     insecure_open_to_network: InsecureOpen = False,
+    trust_request_chat_template: TrustTemplates = False,
     max_upload_mb: MaxUpload = None,
     drain_seconds: DrainSeconds = 30.0,
     log_level: LogLevel = "info",
@@ -236,7 +245,9 @@ def serve(
         engine={name: value for name, value in sizes.items() if value is not None},
     )
     seen = Observing(log_format, metrics_compat, otlp_traces_endpoint, as_json, began)
-    entrance = Entrance(host, port, api_key_file, open_metrics, insecure_open_to_network)
+    entrance = Entrance(
+        host, port, api_key_file, open_metrics, insecure_open_to_network, trust_request_chat_template
+    )
     raise typer.Exit(_serve(options, entrance, max_upload_mb, drain_seconds, seen))
 
 
@@ -271,6 +282,7 @@ def _serve(
         open_metrics=entrance.open_metrics,
         max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
         drain_seconds=drain_seconds,
+        client_chat_templates=entrance.client_chat_templates,
         metrics_compat=seen.metrics_compat,
     )
     host = entrance.host

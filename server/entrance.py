@@ -15,6 +15,7 @@ class Entrance:
     """`key_file` None: no key is asked for. `open_metrics`: none for /metrics.
 
     `insecure_open_to_network`: whoever reaches the address may do everything, without a key.
+    `client_chat_templates`: requests may bring a chat template of their own.
     """
 
     host: str = "127.0.0.1"
@@ -22,6 +23,7 @@ class Entrance:
     key_file: Path | None = None
     open_metrics: bool = False
     insecure_open_to_network: bool = False
+    client_chat_templates: bool = False
 
     def listen(self) -> socket.socket:
         """The listening socket. Raises `CannotBind`, and `KeyFileError` for a key file that cannot be used."""
