@@ -382,7 +382,7 @@ def _arguments(
         optim="adamw_torch",
         bf16=fast_compute_dtype(device, config.compute) == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         logging_steps=min(10, config.steps),
         logging_nan_inf_filter=False,
