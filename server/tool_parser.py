@@ -162,8 +162,9 @@ class ToolCallParser:
         self._held += letter
         for marker in MARKERS:
             if self._held.endswith(marker):
-                self._flush_content(self._held.removesuffix(marker))
-                self._held, self._opened = "", self._held[len(self._held.rstrip()) :] + marker
+                before = self._held.removesuffix(marker)
+                self._out.content += before.rstrip()
+                self._held, self._opened = "", before[len(before.rstrip()) :] + marker
                 self._in_hermes = marker == HERMES
                 self._state = self._mistral if marker == MISTRAL else self._object_expected
                 return
@@ -272,10 +273,6 @@ class ToolCallParser:
         kept = len(text) - len(text.rstrip())
         self._out.content += text[: len(text) - kept]
         self._held = text[len(text) - kept :]
-
-    def _flush_content(self, text: str) -> None:
-        """Content right before a call: without the white space around it."""
-        self._out.content += text.rstrip()
 
     def _more(self, arguments: str) -> None:
         last = self._out.calls[-1] if self._out.calls else None
