@@ -21,6 +21,9 @@ BASE_TASK = "base"
 BASE_REVISION = ""
 """The revision of the base: no scale set, bank row 0."""
 
+NO_TASK = "none"
+"""What `if_match` of an upload is when there must be no such task yet."""
+
 MAX_BLEND = 8
 """Tasks of one blend."""
 

@@ -91,7 +91,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
         admission.close()
 
     if plan.wanted.stream:
-        return EventStream(_events(generation, plan), close)
+        return EventStream(_events(generation, plan), close, admission.gate.settings.stalled_stream_seconds)
     try:
         body = await unless_gone(request.receive, _gather(generation, plan))
         return JSONResponse(body)

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 
 from peqa_runtime.errors import PeqaError
 from peqa_server.conditions import watch_conditions
+from peqa_server.connection import MAX_HEAD_BYTES, bounded_connection
 from peqa_server.log_format import event
 from peqa_server.services import EngineService, Gate, Services
 
@@ -27,6 +29,9 @@ log = logging.getLogger("peqa.server")
 KEEP_ALIVE_SECONDS = (
     65  # longer than the minute after which common clients and balancers drop an idle connection
 )
+UNREAD_SECONDS = 120  # of bytes that the other side does not acknowledge, or has no room for
+MAX_CONNECTIONS = 4096
+SPARE_FILES = 256  # handles for all that is no connection
 ENGINE_WATCH_SECONDS = 0.1
 LAST_ANSWERS_SECONDS = 3  # after the engine has stopped: time to send what says so
 
@@ -43,6 +48,10 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(
+            socket, "TCP_USER_TIMEOUT"
+        ):  # inherited by connections; a peer that takes nothing is given up
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
@@ -52,6 +61,16 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
     listener.set_inheritable(True)
     return listener
+
+
+def _connection_limit() -> int:
+    """As many connections as this process may have files for, after asking the system for enough."""
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(wanted, soft) - SPARE_FILES)
 
 
 def is_loopback(host: str) -> bool:
@@ -78,6 +97,9 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=bounded_connection(_connection_limit()),
+                ws="none",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
             )

@@ -26,6 +26,7 @@ from peqa_server.access_log import note_of
 from peqa_server.errors import ApiError
 from peqa_server.metrics import Metrics
 from peqa_server.settings import ServerSettings
+from peqa_server.upload import UploadLane
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 
@@ -152,6 +153,7 @@ class Gate:
     def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.uploads = UploadLane(settings)
         self._caller: Caller = Anybody()
         self._life = _Life()
         self._life.idle.set()

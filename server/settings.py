@@ -17,6 +17,8 @@ class ServerSettings:
     `max_upload_bytes` None: the largest set that the base can have.
     `metric_tasks`: how many task names become labels of their own; later ones count as "other".
     `client_chat_templates`: clients may send a chat template of their own, a program that then runs here, sandboxed.
+    `max_uploads`: so many at once; more are told to come again. `body_bytes_per_second`: a body that comes slower is
+    refused once `body_idle_seconds` are over. `stalled_stream_seconds`: a stream whose client reads nothing is cut.
     `metrics_compat`: whose metric names `/metrics` has beside its own.
     """
 
@@ -24,7 +26,10 @@ class ServerSettings:
     open_metrics: bool = False
     max_request_bytes: int = 8 * MIB
     max_upload_bytes: int | None = None
+    max_uploads: int = 16
     body_idle_seconds: float = 30.0
+    body_bytes_per_second: int = 4096
+    stalled_stream_seconds: float = 60.0
     discard_bytes: int = (
         256 * MIB
     )  # of a refused body: read on, so that the client sees the answer, not a reset

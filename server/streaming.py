@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from peqa_server.access_log import log, note_of, refused
+from peqa_server.connection import ABORT
 from peqa_server.errors import ApiError, to_api_error
 from peqa_server.settings import ServerSettings
 
@@ -37,19 +38,25 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await `work`, or cancel it and raise `ClientGone` when the client leaves first."""
+async def unless_gone(
+    receive: Receive, work: Coroutine[Any, Any, Result], stalled: Coroutine[Any, Any, None] | None = None
+) -> Result:
+    """Await `work`, or cancel it and raise `ClientGone` when the client leaves first, or `stalled` returns."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(disconnected(receive))
+    watchers: set[asyncio.Future[None]] = {asyncio.ensure_future(disconnected(receive))}
+    if stalled is not None:
+        watchers.add(asyncio.ensure_future(stalled))
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        everyone: set[asyncio.Future[Any]] = {task, *watchers}
+        await asyncio.wait(everyone, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
             raise ClientGone
         return task.result()
     finally:
-        watcher.cancel()
+        for watcher in watchers:
+            watcher.cancel()
         task.cancel()
 
 
@@ -57,10 +64,13 @@ class EventStream(Response):
     """Sends events as they come; a client that leaves cancels the generator at once.
 
     An error in the middle is sent as `data: {"error": …}`, because the status is already out. `on_close` runs
-    once, whatever ends the stream.
+    once, whatever ends the stream. A client that takes nothing for `patience` seconds loses its connection: its
+    generation would hold blocks and a row for nobody.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], on_close: Callable[[], None], patience: float
+    ) -> None:
         super().__init__(
             content=b"",
             media_type="text/event-stream",
@@ -69,15 +79,37 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._on_close = on_close
+        self._patience = patience
+        self._sending: float | None = None  # since when, on the monotonic clock, a part waits to be taken
+        self._cut = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream to its end or to the client's."""
+
+        async def send_watched(message: Message) -> None:
+            self._sending = time.monotonic()
+            await send(message)
+            self._sending = None
+
         try:
-            await unless_gone(receive, self._send_all(scope, send))
+            await unless_gone(receive, self._send_all(scope, send_watched), self._stalled())
         except ClientGone:
             note_of(scope).client_gone = True
+            if self._cut and ABORT in scope["state"]:
+                log.warning("request %s is cut: its client reads nothing", note_of(scope).request_id)
+                scope["state"][ABORT]()
+                await asyncio.sleep(0)  # the connection is gone before the server looks after it
         finally:
             self._on_close()
+
+    async def _stalled(self) -> None:
+        """Return when a part has waited to be taken for as long as there is patience."""
+        while True:
+            waited = 0.0 if self._sending is None else time.monotonic() - self._sending
+            if waited >= self._patience:
+                self._cut = True
+                return
+            await asyncio.sleep(self._patience - waited)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -116,15 +148,18 @@ def too_large(limit: int) -> ApiError:
 async def body_parts(request: Request, settings: ServerSettings, limit: int) -> AsyncGenerator[bytes, None]:
     """The body in parts as they come, at most `limit` bytes of them.
 
-    More (or a Content-Length that says more): 413. No byte for `settings.body_idle_seconds`: 408. A client that
-    goes away raises `ClientDisconnect`.
+    More (or a Content-Length that says more): 413. No byte for `settings.body_idle_seconds`, or after these fewer than
+    `settings.body_bytes_per_second`: 408. A client that goes away raises `ClientDisconnect`.
     """
     size, more = 0, True
+    begin = time.monotonic()
     try:
         check_declared_length(request, limit)
         while more:
+            due = begin + settings.body_idle_seconds + size / settings.body_bytes_per_second
+            patience = min(settings.body_idle_seconds, due - time.monotonic())
             try:
-                message = await asyncio.wait_for(request.receive(), settings.body_idle_seconds)
+                message = await asyncio.wait_for(request.receive(), patience)
             except asyncio.TimeoutError:
                 more = False  # nothing comes: do not wait for more to throw away
                 raise _too_slow(settings) from None
@@ -148,7 +183,10 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
 
 
 def _too_slow(settings: ServerSettings) -> ApiError:
-    message = f"no byte came for {settings.body_idle_seconds:g} seconds; send the request again"
+    message = (
+        f"the body comes too slowly: there must be a byte every {settings.body_idle_seconds:g} seconds, and "
+        f"{settings.body_bytes_per_second} a second after the first of these; send the request again"
+    )
     return ApiError(408, message, code="body_timeout", headers={"Connection": "close"})
 
 

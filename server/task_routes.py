@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from peqa_runtime.core import RevisionInfo, TaskInfo, check_task_name
+from peqa_runtime.core import NO_TASK, RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import NoSuchRevision
 from peqa_server.access.upload_admission import admitted_upload
 from peqa_server.access_log import note_of
@@ -33,8 +34,13 @@ from peqa_server.upload import spooled_body
 # `:path` lets a name hold slashes as far as the check of names, which refuses it with a 422 instead of a bare 404.
 router = APIRouter(prefix="/v1/tasks")
 
+_REVISION = re.compile(r"[0-9a-f]{1,64}|\*")
+
 _IF_MATCH = parameter(
     "If-Match", "header", "The revision that must be current, quoted, or *.", {"type": "string"}
+)
+_IF_NONE_MATCH = parameter(
+    "If-None-Match", "header", "*: only if there is no such task yet.", {"type": "string", "const": "*"}
 )
 
 
@@ -116,21 +122,25 @@ async def get_task(request: Request, task: TaskName) -> JSONResponse:
 @router.put(
     "/{task:path}",
     responses={200: {"model": TaskAnswer}, **refusals(409, 412, 422, 507)},
-    openapi_extra={**bytes_body("A scale set: one .safetensors file."), "parameters": [_IF_MATCH]},
+    openapi_extra={
+        **bytes_body("A scale set: one .safetensors file."),
+        "parameters": [_IF_MATCH, _IF_NONE_MATCH],
+    },
 )
 async def put_task(request: Request, task: TaskName) -> JSONResponse:
     """Upload a scale set: the body is the file's bytes. Live for every request that starts after the 200."""
     gate = gate_of(request)
     services = _services(request, task)
-    if_match = _if_match(request)
+    if_match = _if_match_or_absent(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():
         async with (
             admitted_upload(request, gate.settings, services.tasks, task),
+            gate.uploads.place(request),
             spooled_body(request, gate.settings, limit, services.spool_folder) as file,
         ):
             received = time.perf_counter()
-            info = await asyncio.to_thread(services.tasks.upload, task, file, if_match)
+            info = await gate.uploads.run(services.tasks.upload, task, file, if_match)
             gate.metrics.upload_seconds.observe(time.perf_counter() - received)
     return _changed(request, services.tasks, info)
 
@@ -178,19 +188,31 @@ def _counted(request: Request, gate: Gate, action: str, task: str) -> Iterator[N
         gate.metrics.task_changes.labels(action, outcome).inc()
 
 
+def _if_match_or_absent(request: Request) -> str | None:
+    """What an upload expects to find: as `_if_match`, or `NO_TASK` for "If-None-Match: *"."""
+    header = request.headers.get("if-none-match")
+    if header is None:
+        return _if_match(request)
+    if header.strip() != "*" or "if-match" in request.headers:
+        raise ApiError(
+            400,
+            "If-None-Match can be * on an upload, for a task that is not there yet; a revision goes into If-Match",
+            code="unsupported_header",
+        )
+    return NO_TASK
+
+
 def _if_match(request: Request) -> str | None:
     """The revision that must be current: the If-Match header, quoted, weak, bare or "*"."""
-    if "if-none-match" in request.headers:
-        raise ApiError(
-            400, "If-None-Match is not offered on changes; use If-Match", code="unsupported_header"
-        )
+    if request.method != "PUT" and "if-none-match" in request.headers:
+        raise ApiError(400, "If-None-Match is for uploads; use If-Match", code="unsupported_header")
     header = request.headers.get("if-match")
     if header is None:
         return None
-    value = header.strip()
-    if "," in value:
-        raise ApiError(400, "If-Match must hold one revision", code="invalid_if_match")
-    return value.removeprefix("W/").strip('"')
+    value = header.strip().removeprefix("W/").strip('"')
+    if not _REVISION.fullmatch(value):
+        raise ApiError(400, "If-Match must hold one revision, or *", code="invalid_if_match")
+    return value
 
 
 def _changed(request: Request, tasks: TaskService, info: TaskInfo) -> JSONResponse:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from peqa_runtime.core import SCALE_KINDS, RevisionInfo, ScaleKind, TaskInfo
+from peqa_runtime.core import NO_TASK, SCALE_KINDS, RevisionInfo, ScaleKind, TaskInfo
 from peqa_runtime.errors import NoSuchRevision, RevisionConflict
 from peqa_runtime.scales.revision_name import matching
 
@@ -144,9 +144,18 @@ class TaskHistory:
 
 
 def check_match(task: str, history: TaskHistory | None, if_match: str | None) -> None:
-    """Raise `RevisionConflict` unless the current revision is `if_match` ("*": any; None: nothing is expected)."""
+    """Raise `RevisionConflict` unless the current revision is `if_match`.
+
+    "*": any; `NO_TASK`: there must be none; None: nothing is expected.
+    """
     if if_match is None or (history is not None and if_match in ("*", history.current.revision)):
         return
+    if if_match == NO_TASK:
+        if history is None:
+            return
+        raise RevisionConflict(
+            f"task {task!r} exists already, at revision {history.current.revision}; to replace it, name that revision"
+        )
     found = f"is at revision {history.current.revision}" if history else "does not exist"
     raise RevisionConflict(
         f"task {task!r} {found}, not at {if_match[:80]!r}: read it again, then repeat the change"

@@ -80,8 +80,9 @@ class TaskLibrary:
     def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo:
         """Check the scale set file `data` (bytes or path) and make it the task's current revision, live on return.
 
-        Uploading what is current already changes nothing. Raises `InvalidTaskName`, `InvalidScaleSet`, `WrongBase`,
-        `RevisionConflict` (the current revision is not `if_match`), `StoreError`; the old state is then intact.
+        Uploading what is current already changes nothing. `if_match`: the revision that must be current, "*" for any,
+        or `NO_TASK`. Raises `InvalidTaskName`, `InvalidScaleSet`, `WrongBase`, `RevisionConflict` (it is not as
+        `if_match` says), `StoreError`, and what `check` raises; the old state is then intact.
         """
         self._check_name(task)
         data = self._bytes_of(data)

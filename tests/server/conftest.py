@@ -23,12 +23,13 @@ from peqa_server.settings import ServerSettings
 
 
 @pytest.fixture(scope="session")
-def run_app() -> Iterator[Callable[[Any], tuple[str, asyncio.AbstractEventLoop]]]:
-    """Serve any app on a free port until the tests end."""
+def run_app() -> Iterator[Callable[..., tuple[str, asyncio.AbstractEventLoop]]]:
+    """Serve any app on a free port until the tests end; options are uvicorn's."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def run(app: Any) -> tuple[str, asyncio.AbstractEventLoop]:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    def run(app: Any, **options: Any) -> tuple[str, asyncio.AbstractEventLoop]:
+        common = {"port": 0, "log_level": "warning", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(app, **common, **options))
         found: list[asyncio.AbstractEventLoop] = []
 
         async def main() -> None:

@@ -16,6 +16,7 @@ import httpx
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import (
+    NO_TASK,
     BaseManifest,
     Blend,
     Lease,
@@ -219,7 +220,7 @@ class StubTasks:
         if not content.startswith(b"SET"):
             raise InvalidScaleSet("the file is not a scale set: it must start with SET")
         now = self.info(task).revision if self.history.get(task) else None
-        if if_match is not None and if_match != now:
+        if if_match is not None and if_match != (now or NO_TASK):
             raise RevisionConflict(f"the current revision is {now}, not {if_match}")
         self.history.setdefault(task, []).append(content)
         return self.info(task)

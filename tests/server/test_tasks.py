@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -67,10 +68,24 @@ def test_if_match(server: Any) -> None:
     check_error(server.client.put("/v1/tasks/x", content=b"SET b", headers={"If-Match": '"0000"'}), 412)
     check_error(server.client.put(url, content=b"SET b", headers={"If-Match": '"a", "b"'}), 400)
     check_error(server.client.delete(url, headers={"If-Match": '"0000"'}), 412)
-    check_error(server.client.put(url, content=b"SET b", headers={"If-None-Match": "*"}), 400)
+    check_error(server.client.put(url, content=b"SET b", headers={"If-Match": "none"}), 400)
     assert server.client.put(url, content=b"SET b", headers={"If-Match": f'"{now}"'}).status_code == 200
     now = revision_of(b"SET b")
     assert server.client.put(url, content=b"SET c", headers={"If-Match": now}).status_code == 200
+
+
+def test_if_none_match(server: Any) -> None:
+    def put(task: str, **headers: str) -> Any:
+        return server.client.put(f"/v1/tasks/{task}", content=b"SET b", headers=headers)
+
+    new = {"If-None-Match": "*"}
+    assert check_error(put("sql", **new), 412)["code"] == "revision_conflict"
+    assert put("fresh", **new).status_code == 200
+    check_error(put("fresh", **new), 412)
+    check_error(put("sql", **{"If-None-Match": '"ab"'}), 400)
+    check_error(put("sql", **new, **{"If-Match": "*"}), 400)
+    check_error(server.client.delete("/v1/tasks/sql", headers=new), 400)
+    assert server.tasks.info("sql").revision == revision_of(b"SET sql one")
 
 
 @pytest.mark.parametrize("path", ["", "/content", "/revisions"])
@@ -157,6 +172,56 @@ def test_a_stalled_upload_is_ended(live: Any) -> None:
         connection.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nSET half")
         assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
     assert not list(server.spool.iterdir())
+
+
+def test_a_trickling_upload_is_ended(live: Any) -> None:
+    server = live(settings=ServerSettings(body_idle_seconds=0.2, body_bytes_per_second=1000))
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        connection.settimeout(0.02)
+        begin = time.monotonic()
+        answer = b""
+        while not answer:
+            assert time.monotonic() < begin + 5
+            connection.sendall(b"x")  # a byte comes often enough, but at this rate there is no end
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - begin >= 0.2
+    assert not list(server.spool.iterdir())
+
+
+def test_more_uploads_than_places(live: Any) -> None:
+    server = live(settings=ServerSettings(max_uploads=2))
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"PUT /v1/tasks/t%d HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\nSET"
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(2)]
+        for i, connection in enumerate(slow):
+            connection.sendall(head % i)
+        wait_until(lambda: len(list(server.spool.iterdir())) == 2)
+        refused = server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 100_000)
+        assert check_error(refused, 503)["code"] == "too_many_uploads"
+        assert refused.headers["retry-after"] == "1"
+        for connection in slow:
+            connection.sendall(b" x")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: server.client.put("/v1/tasks/t", content=b"SET").status_code == 200)
+
+
+def test_a_full_disk(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = live()
+
+    def full(file: Any, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peqa_server.upload._write_all", full)
+        error = check_error(server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 2_000), 507)
+        assert "No space left" in error["message"]
+    assert not list(server.spool.iterdir())
+    assert names(server) == set()
 
 
 def test_a_slow_commit_does_not_hold_up_others(live: Any) -> None:

@@ -1,0 +1,85 @@
+"""One connection: uvicorn's, with bounds on what a client may hold open without asking anything.
+
+uvicorn ends an idle connection between two requests. One that never sends a request, or never ends its head, it would
+keep for ever, and any number of them; and a response that nobody reads cannot be cut from within an app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+ABORT = "abort_connection"
+"""Key in a request's `state`: a call that ends its connection at once, whatever is still to be sent."""
+
+MAX_HEAD_BYTES = 32 * 1024
+"""Of a request line with its headers, as far as they do not come in one piece; more is answered with 400."""
+HEAD_SECONDS = 30.0
+
+_FULL = (
+    b'{"error":{"message":"this server has as many connections as it takes; try again shortly",'
+    b'"type":"server_error","param":null,"code":"too_many_connections"}}'
+)
+_LATE = (
+    b'{"error":{"message":"the head of the request did not come in time; send the request again",'
+    b'"type":"timeout_error","param":null,"code":"head_timeout"}}'
+)
+
+
+def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H11Protocol]:
+    """The class of a server's connections: at most `limit` at once, each request's head within `head_seconds`."""
+
+    class Connection(H11Protocol):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.app_state = {**self.app_state, ABORT: self._abort}
+            self._head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            """Take the connection, or say that there are too many."""
+            super().connection_made(transport)
+            if len(self.connections) > limit:
+                self._refuse(b"503 Service Unavailable", _FULL)
+            else:
+                self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Forget the timer with the connection."""
+            self._head_is_there()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            """Watch whether a request's head is under way."""
+            if self.transport.is_closing():
+                return
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                self._head_is_there()
+            elif self._head_timer is None:
+                self._await_head()
+
+        def _await_head(self) -> None:
+            self._head_timer = self.loop.call_later(head_seconds, self._refuse, b"408 Request Timeout", _LATE)
+
+        def _head_is_there(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _refuse(self, status: bytes, body: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % (
+                status,
+                len(body),
+            )
+            self.transport.write(head + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body)
+            self.transport.close()
+
+        def _abort(self) -> None:
+            self.transport.abort()
+
+    return Connection

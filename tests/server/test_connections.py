@@ -1,0 +1,144 @@
+"""Connections that ask nothing, too much or too slowly, and clients that never read: bounded, then cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, wait_until
+
+from peqa_server.app import create_app
+from peqa_server.connection import MAX_HEAD_BYTES, bounded_connection
+from peqa_server.services import ServedModel
+from peqa_server.settings import ServerSettings
+
+HEAD_SECONDS = 0.3
+LIMIT = 8
+
+
+class Bounded:
+    def __init__(self, run_app: Callable[..., Any], folder: Path, **settings: Any) -> None:
+        self.engine = StubEngine()
+        model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200_000, vocab_size=257)
+        self.app = create_app(
+            self.engine, StubTasks(), model, ServerSettings(**settings), spool_folder=folder
+        )
+        connection = bounded_connection(LIMIT, HEAD_SECONDS)
+        self.url, _ = run_app(
+            self.app, http=connection, ws="none", h11_max_incomplete_event_size=MAX_HEAD_BYTES
+        )
+
+    def connect(self, **options: int) -> socket.socket:
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connection.settimeout(10)
+        connection.connect((host, int(port)))
+        return connection
+
+
+@pytest.fixture
+def server(run_app: Callable[..., Any], tmp_path: Path) -> Bounded:
+    return Bounded(run_app, tmp_path, stalled_stream_seconds=0.3)
+
+
+def health(connection: socket.socket) -> None:
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost:"], ids=["nothing", "half"])
+def test_a_head_that_does_not_come(server: Bounded, sent: bytes) -> None:
+    with server.connect() as connection:
+        begin = time.monotonic()
+        connection.sendall(sent)
+        answer = read_all(connection)
+        assert HEAD_SECONDS * 0.9 < time.monotonic() - begin < 5
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_timeout"
+
+
+def test_a_second_head_that_does_not_come(server: Bounded) -> None:
+    with server.connect() as connection:
+        health(connection)
+        time.sleep(HEAD_SECONDS * 1.5)  # idle between two requests: that is another, longer, time
+        health(connection)
+        connection.sendall(b"GET /health HT")
+        assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_has_its_own_time(server: Bounded) -> None:
+    body = b'{"prompt": "x", "max_tokens": 2}'
+    with server.connect() as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode() + body[:5])
+        time.sleep(HEAD_SECONDS * 1.5)
+        connection.sendall(body[5:])
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("count", [1, 30_000], ids=["one long", "many"])
+def test_headers_that_are_too_large(server: Bounded, count: int) -> None:
+    header = (
+        b"X-Long: " + b"x" * 600_000
+        if count == 1
+        else b"\r\n".join(b"X-%d: yyyyyyyyyyyy" % i for i in range(count))
+    )
+    with server.connect() as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_more_connections_than_places(server: Bounded) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(LIMIT):
+            health(stack.enter_context(server.connect()))
+        refused = httpx.get(f"{server.url}/health")
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "too_many_connections"
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
+
+
+def test_a_stream_that_nobody_reads_is_cut(server: Bounded) -> None:
+    server.engine.script = lambda request: Script([97] * 150_000)
+    body = json.dumps({"prompt": "x", "max_tokens": 150_000, "stream": True}).encode()
+    with server.connect(SO_RCVBUF=4096) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: len(server.engine.cancelled) == 1, 10)
+        with contextlib.suppress(ConnectionError):
+            assert b"[DONE]" not in read_all(connection)
+    assert not server.engine.running
+    wait_until(lambda: not server.app.state.gate._life.running)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_stream_that_is_read_slowly_is_not(server: Bounded) -> None:
+    server.engine.script = lambda request: Script([97] * 8_000)
+    body = {"prompt": "x", "max_tokens": 8_000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+        parts = []
+        for part in answer.iter_bytes(40_000):
+            parts.append(part)
+            time.sleep(0.02)
+    assert b"".join(parts).endswith(b"data: [DONE]\n\n")
+    assert not server.engine.cancelled
