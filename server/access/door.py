@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,11 +54,11 @@ class Access:
         if self.ring is None:
             if route is not None and not self._roles.is_open(route):
                 self._roles.lowest(route)
+            _check_same_site(Headers(scope=scope), scope["method"])
             return Anybody()
         if self._roles.is_open(route):
             return Caller()
         key = self._key(self.ring, scope)
-        note_of(scope).key_id = key.id
         holder = KeyHolder(key, self._allowances.of(key), self._metrics, self._clock)
         note_of(scope).caller = holder  # also while it is refused: metrics and headers are this key's
         holder.admit()
@@ -81,12 +82,28 @@ class Access:
             raise _unauthorized(
                 "this is no key of this server; send one 'Authorization: Bearer <key>'", "invalid_api_key"
             )
+        note_of(scope).key_id = key.id
         state = key.state(self._now())
         if state != "valid":
             raise _unauthorized(
                 f"this key is {state}; ask the server's admin for another", f"api_key_{state}"
             )
         return key
+
+
+def _check_same_site(headers: Headers, method: str) -> None:
+    """Raise 403 for what another site's page makes a browser send: where no key is asked for, that is all it takes.
+
+    Pages cannot read what they GET from here, because no answer allows it (CORS); a POST would work unread.
+    """
+    origin = headers.get("origin")
+    if origin is None or method in ("GET", "HEAD", "OPTIONS"):
+        return
+    if origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        raise ApiError(
+            403, "a page of another site sent this; a server without keys takes changes from its own page and from "
+            "programs only", code="cross_site",
+        )  # fmt: skip
 
 
 def _unauthorized(message: str, code: str) -> ApiError:

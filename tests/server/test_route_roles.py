@@ -235,3 +235,17 @@ def test_without_keys_everything_is_allowed(start: Any) -> None:
         answer = ask(server, route, {})
         assert answer.status_code not in (401, 403), route
         wait_until(lambda: server.idle)
+
+
+def test_pages_of_other_sites_change_nothing_where_no_key_is_asked_for(start: Any) -> None:
+    server = start()
+    server.tasks.upload("acme-sql", b"SET one")
+    server.tasks.upload("acme-sql", b"SET two")
+    host = server.url.removeprefix("http://")
+    for origin in ("http://evil.example", "null", f"http://{host}0", "https://localhost", ""):
+        answer = server.client.post("/v1/tasks/acme-sql/rollback", headers={"Origin": origin})
+        assert check_error(answer, 403)["code"] == "cross_site"
+    assert len(server.tasks.history["acme-sql"]) == 2
+    answer = server.client.post("/v1/tasks/acme-sql/rollback", headers={"Origin": server.url})
+    assert answer.status_code == 200
+    assert server.client.get("/v1/tasks", headers={"Origin": "http://evil.example"}).status_code == 200
