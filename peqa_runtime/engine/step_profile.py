@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -70,21 +70,20 @@ def profile_step(
     """
     assert not engine.has_work, "profile_step() steps the engine itself"
     # Every other step is timed as a whole, and those between them in parts.
-    values = vars(params or SamplingParams(temperature=0.0)) | {
-        "max_tokens": 2 * steps + sequences + 8,
-        "min_tokens": 0,
-        "ignore_eos": True,
-        "stop_token_ids": (),
-    }
+    params = replace(
+        params or SamplingParams(temperature=0.0),
+        max_tokens=2 * steps + sequences + 8,
+        min_tokens=0,
+        ignore_eos=True,
+        stop_token_ids=(),
+    )
     whole: list[float] = []
     parts: dict[str, list[float]] = {}
     try:
         for i in range(sequences):
             prompt = tuple((7 * i + j) % engine.model.vocab_size for j in range(context))
             lease = engine.tasks.acquire(tasks[i % len(tasks)])
-            request = Request(
-                f"profile-{i}", prompt, SamplingParams(**values), lease.task, lease.revision, lease.kind
-            )
+            request = Request(f"profile-{i}", prompt, params, lease.task, lease.revision, lease.kind)
             engine.add_request(request, lease)
         while any(s.num_uncomputed_tokens != 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
             engine.step()
