@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peqa_runtime.engine.guidance import Guide, NoTokenLeft
-from peqa_runtime.engine.token_rules import RuledRow, forbid
+from peqa_runtime.engine.token_rules import RuledRow, add
 
 Keep = Callable[[Iterable[int]], None]
 """Told of rows of logits before they are changed."""
@@ -63,11 +63,11 @@ class FormStep:
             assert guide is not None
             self._masked.add(item.row)
             try:
-                forbidden = guide.forbidden()
+                penalties = guide.penalties()
             except NoTokenLeft as error:
                 self.refusals[item.row] = str(error)
             else:
-                forbid(logits[item.row], torch.from_numpy(forbidden).to(logits.device))
+                add(logits[item.row], torch.from_numpy(penalties).to(logits.device))
 
     def take(self, best: list[float], choices: list[int]) -> None:
         """Go on with the tokens that were chosen. Where none is left but the form is complete, the answer ends."""

@@ -21,6 +21,11 @@ KEPT = 64
 """Compiled forms that are kept for requests to come."""
 
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_PENALTIES = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))
+"""For each byte of a bitmask what to add to the logits of its eight tokens: [256, 8]."""
+
+
 class NoTokenLeft(Exception):
     """A form can go on with no token that is allowed; the message says why."""
 
@@ -142,15 +147,15 @@ class Guide:
         """Whether the answer so far has the whole form."""
         return bool(self._do(lambda m: m.is_accepting()))
 
-    def forbidden(self) -> NDArray[np.bool_]:
-        """Which tokens may not come next: [vocab_size]. Raises `NoTokenLeft`."""
-        packed = np.frombuffer(self._do(lambda m: m.compute_bitmask()), np.uint8)
-        bits = np.unpackbits(~packed, count=self._guidance.vocab_size, bitorder="little")
+    def penalties(self) -> NDArray[np.float32]:
+        """What to add to the next token's logits [vocab_size]: 0, or -inf where it may not come. Raises `NoTokenLeft`."""
+        allowed = np.frombuffer(self._do(lambda m: m.compute_bitmask()), np.uint8)
+        penalties = np.take(_PENALTIES, allowed, axis=0).reshape(-1)[: self._guidance.vocab_size]
         if self._ignore_eos:
-            bits[list(self._eos)] = 1
+            penalties[list(self._eos)] = -np.inf
         if self._stops and self.accepts():
-            bits[list(self._stops)] = 0
-        return bits.view(np.bool_)
+            penalties[list(self._stops)] = 0
+        return penalties
 
     def take(self, token: int) -> Literal["open", "complete"]:
         """Go on with a token that is allowed; "complete": nothing can follow it. Raises `NoTokenLeft`."""

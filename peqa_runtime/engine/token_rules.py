@@ -35,13 +35,13 @@ class TokenRules:
         self._device = device
         self._bias_at = self._ids([token for token, _ in params.logit_bias])
         self._bias = torch.tensor([value for _, value in params.logit_bias], device=device)
-        self._forbidden: Tensor | None = None  # bool [vocab]
+        self._penalties: Tensor | None = None  # 0 or -inf for each token of the vocabulary
         single = [word[0] for word in params.bad_words if len(word) == 1]
         if params.allowed_token_ids is not None or single:
             allowed = params.allowed_token_ids
-            self._forbidden = torch.full((vocab_size,), allowed is not None, dtype=torch.bool, device=device)
-            self._forbidden[self._ids(list(allowed or ()))] = False
-            self._forbidden[self._ids(single)] = True
+            self._penalties = torch.full((vocab_size,), 0.0 if allowed is None else -torch.inf, device=device)
+            self._penalties[self._ids(list(allowed or ()))] = 0.0
+            self._penalties[self._ids(single)] = -torch.inf
         self._words = [word for word in params.bad_words if len(word) > 1]
         self.guide: Guide | None = None
         if params.structured is not None:
@@ -57,8 +57,8 @@ class TokenRules:
 
     def forbid(self, row: Tensor) -> None:
         """Take what is not allowed and what would complete a bad word out of a row of logits [vocab]."""
-        if self._forbidden is not None:
-            forbid(row, self._forbidden)
+        if self._penalties is not None:
+            add(row, self._penalties)
         if ends := list(self._ends_of_words()):
             row[self._ids(ends)] = -torch.inf
 
@@ -74,13 +74,13 @@ class TokenRules:
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)
 
 
-def forbid(row: Tensor, tokens: Tensor) -> None:
-    """Make it impossible to choose `tokens` (bool [vocab], on the row's device) in a row of logits [vocab]."""
+def add(row: Tensor, values: Tensor) -> None:
+    """Add to a row of logits: both float32 [vocab], on one device. What is NaN stays so, and is found."""
     if row.device.type == "cpu":
-        # Torch shares a row among threads and waits for them: milliseconds where numpy takes 30 microseconds.
-        np.copyto(row.numpy(), -np.inf, where=tokens.numpy())
+        # Torch shares a row among threads and waits for them: milliseconds on a busy machine, 10 microseconds here.
+        np.add(row.numpy(), values.numpy(), out=row.numpy())
     else:
-        row.masked_fill_(tokens, -torch.inf)
+        row += values
 
 
 class RuledRow(NamedTuple):
