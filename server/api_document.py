@@ -100,7 +100,7 @@ def _add_refusals(path: str, operation: Json) -> None:
     found = responses.get("422", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if found.get("$ref", "").endswith("/HTTPValidationError"):
         del responses["422"]  # FastAPI's default; parameters are checked by the routes themselves
-    statuses = [] if path in _OPEN_PATHS else [401, 403, 500, 503]
+    statuses = [] if path in _OPEN_PATHS else [401, 403, 429, 500, 503]
     if "requestBody" in operation:
         statuses += [400, 408, 413]
     for status in statuses:
