@@ -148,7 +148,7 @@ class Guide:
         return bool(self._do(lambda m: m.is_accepting()))
 
     def penalties(self) -> NDArray[np.float32]:
-        """What to add to the next token's logits [vocab_size]: 0, or -inf where it may not come. Raises `NoTokenLeft`."""
+        """To add to the next logits [vocab_size]: 0, or -inf where a token may not come. Raises `NoTokenLeft`."""
         allowed = np.frombuffer(self._do(lambda m: m.compute_bitmask()), np.uint8)
         penalties = np.take(_PENALTIES, allowed, axis=0).reshape(-1)[: self._guidance.vocab_size]
         if self._ignore_eos:
