@@ -38,7 +38,6 @@ class Work:
 class Caller:
     """Nobody: may do nothing. What a request is until its key is known, and on routes that ask for none."""
 
-    key_id: str | None = None
     tenant: str = ""
 
     def may_use(self, task: str) -> bool:
@@ -92,7 +91,6 @@ class KeyHolder(Caller):
 
     def __init__(self, key: ApiKey, allowance: Allowance, metrics: KeyMetrics, clock: Clock) -> None:
         self.key = key
-        self.key_id = key.id
         self.tenant = key.tenant
         self._label = metrics.label(key.name)
         self._allowance = allowance

@@ -152,8 +152,3 @@ async def _read_away(request: Request, settings: ServerSettings) -> None:
     """Take in the body of a refused request for a while: a client in the middle of sending would see a reset."""
     if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
         await discard(request, settings)
-
-
-def caller_of(request: Request) -> Caller:
-    """Who sent this request."""
-    return note_of(request.scope).caller

@@ -76,18 +76,22 @@ def named(form: Any, name: str) -> Any:
     return json.loads(json.dumps(form).replace("NAME", name))
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_no_spelling_of_a_task_gets_past_the_globs(server: Any, form: dict[str, Any], path: str) -> None:
     """What may not be used and what does not exist have one answer, letter for letter."""
     server.tasks.load_seconds = 0.0
     told = []
     for name in (SECRET, "zeta-unheard"):
-        body = {"max_tokens": 3, "prompt": "x"} | named(form, name)
-        if "chat" in path:
-            del body["prompt"]
-            body["messages"] = [{"role": "user", "content": "x"}]
-        answer = server.client.post(path, json=body, headers=bearer("user"))
+        answer = server.client.post(path, json=BODIES[path] | named(form, name), headers=bearer("user"))
         told.append(json.dumps(check_error(answer, 404)).replace(name, "NAME"))
     assert told[0] == told[1]
     assert not server.engine.requests
