@@ -289,7 +289,7 @@ def _serve(
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def load() -> Services:
-        services, report = load_services(options, lambda line: typer.echo(line, err=True))
+        services, report = load_services(options, seen.say)
         announce(report, url, entrance.keys_said(), seen)
         return services
 

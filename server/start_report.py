@@ -28,6 +28,13 @@ class Observing:
     as_json: bool
     began: float
 
+    def say(self, line: str) -> None:
+        """Tell what a start is at."""
+        if self.log_format == "json":
+            log.info("%s", line)
+        else:
+            typer.echo(line, err=True)
+
 
 def announce(report: Report, url: str, keys: str, seen: Observing) -> None:
     """Say what is served, where, and which keys are asked for.

@@ -101,21 +101,25 @@ def keys(asked: Asked) -> list[Finding]:
     """The file of keys: there, whole, and nobody else's business; and whether one is needed."""
     path = asked.key_file
     if path is None:
-        if is_loopback(asked.host):
-            return [Finding("keys", "ok", f"none; {asked.host} is reached from this machine only")]
-        advice = "peqa keys makes a file for --api-key-file"
-        return [
-            Finding("keys", "warning", f"none, though {asked.host} is reached from other machines", advice)
-        ]
+        return [_no_keys(asked)]
     try:
         found, form, _ = key_file.read(path)
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except (KeyFileError, OSError) as error:
-        return [
-            Finding("keys", "problem", str(error), "peqa keys makes such a file; it is for its owner alone")
-        ]
+        advice = "peqa keys make NAME --file FILE makes one; it is for its owner alone"
+        return [Finding("keys", "problem", str(error), advice)]
     text = f"{path}: {len(found.keys)} keys ({form})"
-    if mode & 0o077:
+    if mode & 0o027:
         advice = f"chmod 600 {path}"
         return [Finding("keys", "warning", f"{text}, open to other users (mode {mode:03o})", advice)]
     return [Finding("keys", "ok", text)]
+
+
+def _no_keys(asked: Asked) -> Finding:
+    if is_loopback(asked.host):
+        return Finding("keys", "ok", f"none; {asked.host} is reached from this machine only")
+    found = f"none, though {asked.host} is reached from other machines"
+    advice = "peqa keys make NAME --role admin --file keys.json, and --api-key-file keys.json"
+    if asked.environ.get("PEQA_INSECURE_OPEN_TO_NETWORK", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        return Finding("keys", "warning", f"{found}: whoever reaches it may do everything", advice)
+    return Finding("keys", "problem", f"{found}: peqa serve refuses to start so", advice)

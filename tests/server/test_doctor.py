@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import os
@@ -245,7 +246,9 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_broken(missing, "problem", "does not exist", "base folder")
     floats = tmp_path / "floats"
     floats.mkdir()
-    is_broken(storage.base_and_store(Asked(tmp_path, base=floats))[0], "problem", "config.json", "base folder")
+    is_broken(
+        storage.base_and_store(Asked(tmp_path, base=floats))[0], "problem", "config.json", "base folder"
+    )
     (floats / "config.json").write_text("{}")
     (made,) = storage.base_and_store(Asked(tmp_path, base=floats))
     assert (made.state, "makes a base of it" in made.found) == ("note", True)
@@ -315,8 +318,6 @@ def test_a_store_with_everything_wrong(
 
 
 def test_a_store_of_another_base(filled: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     from peqa_runtime import diagnosis, model
 
     manifest = model.read_manifest(tiny_base)
@@ -384,7 +385,10 @@ def test_peqa_servers_that_do_not_serve(live: Any, run_app: Any) -> None:
 
 def test_keys(tmp_path: Path) -> None:
     assert serving.keys(Asked(Path()))[0].state == "ok"
-    is_broken(serving.keys(Asked(Path(), host="0.0.0.0"))[0], "warning", "other machines", "--api-key-file")
+    open_to_all = Asked(Path(), host="0.0.0.0")
+    is_broken(serving.keys(open_to_all)[0], "problem", "other machines", "--api-key-file")
+    accepted = dataclasses.replace(open_to_all, environ={"PEQA_INSECURE_OPEN_TO_NETWORK": "true"})
+    is_broken(serving.keys(accepted)[0], "warning", "may do everything")
     path = tmp_path / "keys"
     is_broken(serving.keys(Asked(Path(), key_file=path))[0], "problem", "cannot be read")
     path.write_text("a-key-of-some-length-0123456789\n")
@@ -395,7 +399,7 @@ def test_keys(tmp_path: Path) -> None:
     is_broken(serving.keys(Asked(Path(), key_file=path))[0], "warning", "644", "chmod 600")
     path.write_text("{ damaged")
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    is_broken(serving.keys(Asked(Path(), key_file=path))[0], "problem", "peqa keys")
+    is_broken(serving.keys(Asked(Path(), key_file=path))[0], "problem", "peqa keys make")
 
 
 # all together
