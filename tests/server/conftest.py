@@ -55,10 +55,15 @@ def start(run_app: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     """Start a server over stubs: `start(engine=…, settings=…)`."""
     client = httpx.Client(timeout=10)  # its SSL context takes longer to make than most tests
 
-    def start(engine: Any = None, tasks: Any = None, settings: ServerSettings | None = None) -> Live:
+    def start(
+        engine: Any = None,
+        tasks: Any = None,
+        settings: ServerSettings | None = None,
+        max_model_len: int = 200,
+    ) -> Live:
         engine = engine or StubEngine()
         tasks = tasks or StubTasks()
-        model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+        model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=max_model_len, vocab_size=257)
         spool = tmp_path_factory.mktemp("spool")
         app = create_app(engine, tasks, model, settings, spool_folder=spool)
         url, loop = run_app(app)

@@ -49,7 +49,7 @@ class ByteTokenizer:
         return text.decode("utf-8", "replace")
 
     def convert_ids_to_tokens(self, token_id: int) -> str:
-        return f"<{token_id}>"
+        return f"<0x{token_id:02X}>"
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
