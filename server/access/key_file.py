@@ -90,6 +90,8 @@ def locked(path: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock:
+            for left in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             yield target
     except filelock.Timeout:
         raise KeyFileError(f"{path} is being changed by another process; try again") from None

@@ -6,7 +6,10 @@ import json
 import logging
 import os
 import stat
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +276,55 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
                 key_file.replace(target, KeySet((key("bob"),)))
         assert path.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == [".keys.json.lock", "keys.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(30, "Read-only file system"), PermissionError(13, "Permission denied")]
+)
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    path = write_keys(tmp_path / "keys.json", key("alice"))
+    opened = os.open
+
+    def refuse(name: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            raise error
+        return opened(name, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(KeyFileError, match="cannot be changed"), key_file.locked(path) as target:
+        key_file.replace(target, KeySet(()))
+    assert [k.name for k in key_file.read(path)[0].keys] == ["alice"]
+
+
+def test_whoever_is_killed_in_a_change_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    program = """if True:
+        import sys
+        from dataclasses import replace
+        from pathlib import Path
+        from peqa_server.access import key_file
+        from peqa_server.access.api_key import ApiKey, KeySet, Role
+        one = ApiKey(id="aaaa", name="n", tenant="t", role=Role.ADMIN, digest="0" * 64)
+        target = Path(sys.argv[1])
+        for i in range(1_000_000):
+            count = 1 + i % 300
+            rows = [replace(one, id=f"{k:012x}", digest=f"{k:064x}", name=f"of-{count}") for k in range(count)]
+            key_file.replace(target, KeySet(tuple(rows)))
+            print(i, flush=True)
+    """
+    for pause in (0.0, 0.003, 0.011, 0.03):
+        with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            time.sleep(pause)
+            child.kill()
+        keys, _, _ = key_file.read(path)
+        assert {k.name for k in keys.keys} == {f"of-{len(keys.keys)}"}
+    with key_file.locked(path) as target:
+        key_file.replace(target, KeySet((key("alice"),)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keys.json.lock", "keys.json"]
 
 
 def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
