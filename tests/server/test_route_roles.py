@@ -70,9 +70,14 @@ def test_no_route_is_forgotten() -> None:
     assert sorted(ROLES) == ROUTES
 
 
-def test_only_probes_and_the_pages_files_are_open() -> None:
-    open_routes = {route for route, role in ROLES.items() if role is ANYONE}
-    assert open_routes <= PROBES | {f"GET {path}" for path in PUBLIC_PATHS}
+def test_the_table_says_what_it_should() -> None:
+    by_role = {role: {route for route, lowest in ROLES.items() if lowest is role} for role in (ANYONE, *Role)}
+    assert by_role[ANYONE] == PROBES | {f"GET {path}" for path in PUBLIC_PATHS}
+    assert by_role[Role.ADMIN] == {"GET /metrics"}
+    task = "/v1/tasks/{task:path}"
+    assert by_role[Role.UPLOADER] == {
+        f"PUT {task}", f"DELETE {task}", f"POST {task}/rollback", f"GET {task}/content"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("route", ROUTES)
