@@ -40,10 +40,13 @@ def chosen_task(
         )  # fmt: skip
     for name in [first] if isinstance(first, str) else first:
         if name != BASE_TASK:
+            field = next(iter(found))
             try:
                 check_task_name(split_revision(name)[0])
             except InvalidTaskName:
-                raise unknown(next(iter(found)), name) from None
+                raise unknown(field, name) from None
+            except InvalidRequest as error:
+                raise InvalidRequest(str(error), param=field) from None
     return first if isinstance(first, str) else Blend.of(first)
 
 

@@ -74,6 +74,47 @@ def test_tasks_change_the_answer(real: Real) -> None:
     assert answers["one"]["revision"] == real.client.get("/v1/tasks/one").json()["revision"]
 
 
+def test_a_kept_revision_answers_while_another_is_current(real: Real, tiny_base: Path) -> None:
+    for seed in (10, 11):
+        put = real.client.put("/v1/tasks/pinned", content=scale_set(tiny_base, seed))
+        assert put.status_code == 200, put.text
+    rows = real.client.get("/v1/tasks/pinned/revisions").json()["data"]
+    new, old = (row["revision"] for row in rows)
+    now = real.complete(task="pinned", max_tokens=8)
+    for fields in (
+        {"task": f"pinned@{old[:4]}"},
+        {"model": f"base:pinned@{old}"},
+        {"adapter_id": f"pinned@{old[:9]}"},
+    ):
+        then = real.complete(max_tokens=8, **fields)
+        assert (then["task"], then["revision"]) == ("pinned", old)
+        assert then["choices"][0]["token_ids"] != now["choices"][0]["token_ids"]
+    assert real.complete(task="pinned", max_tokens=8)["choices"] == now["choices"]
+    blend = real.complete(task={f"pinned@{old[:4]}": 1.0}, max_tokens=8)
+    assert blend["choices"] == then["choices"]
+    assert real.client.get(f"/v1/models/pinned@{old[:4]}").json()["revision"] == old
+    real.client.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}], "task": f"pinned@{old}"}
+    )
+    text = real.client.get("/metrics").text
+    assert 'task="pinned"' in text
+    assert f"pinned@{old[:4]}" not in text, "the label stays the task's name"
+    unknown = next(p for p in ("0000", "1111", "2222") if not old.startswith(p) and not new.startswith(p))
+    for name, status, code in (
+        (f"pinned@{unknown}", 404, "revision_not_found"),
+        ("pinned@12", 400, "invalid_value"),
+    ):
+        for field in ("task", "adapter_id", "model"):
+            answer = real.client.post("/v1/completions", json={"prompt": "x", field: name})
+            error = check_error(answer, status)
+            assert (error["code"], error["param"]) == (code, field)
+    both = real.client.post(
+        "/v1/completions", json={"prompt": "x", "task": f"pinned@{old[:4]}", "model": "one"}
+    )
+    assert check_error(both, 400)["code"] == "task_conflict"
+    assert real.client.delete("/v1/tasks/pinned").status_code == 200
+
+
 def test_the_report_says_what_is_served(real: Real, tiny_base: Path) -> None:
     assert real.report.model == "tiny-llama"
     assert real.report.quantization == "4 bits, groups of 32, 14 linears"
