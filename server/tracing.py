@@ -59,7 +59,9 @@ def open_tracer(endpoint: str | None, environ: Mapping[str, str]) -> RequestTrac
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        exporter = _exporter(endpoint, protocol)
+        from peqa_server.trace_export import ToldExporter
+
+        exporter = ToldExporter(_exporter(endpoint, protocol))
     except ImportError as error:
         extra = "opentelemetry-exporter-otlp-proto-grpc" if protocol == "grpc" else "'peqa-serve[otel]'"
         raise TracingUnavailable(

@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, wait_until
 
 from peqa_server.app import create_loading_app
 from peqa_server.services import ServedModel, Services
+from peqa_server.trace_export import ToldExporter
 from peqa_server.tracing import RequestTracer, TracingUnavailable, open_tracer, tracing_wanted
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
@@ -219,3 +220,19 @@ def test_spans_reach_a_collector(collector: Any, run_app: Any, tmp_path: Any) ->
     assert b"GET /v1/models" in body
     assert b"service.name" in body
     assert b"peqa" in body
+
+
+def test_a_collector_that_is_away_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    class Away(InMemorySpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            return SpanExportResult.FAILURE
+
+    now = [0.0]
+    exporter = ToldExporter(Away(), clock=lambda: now[0])
+    spans: list[Any] = [None, None]
+    with caplog.at_level("WARNING", logger="peqa.server"):
+        for now[0] in (0.0, 5.0, 59.0, 61.0):
+            assert exporter.export(spans) is SpanExportResult.FAILURE
+    records: list[Any] = caplog.records
+    assert [record.fields["lost_spans"] for record in records] == [2, 6]
+    assert "cannot be sent" in records[0].getMessage()
