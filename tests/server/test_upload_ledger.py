@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,17 +185,20 @@ def test_the_quota_of_a_tenant(server: Any) -> None:
     assert upload(server, "small", "acme-e", 600).status_code == 200
 
 
-def test_an_announced_size_is_refused_before_the_body(server: Any) -> None:
-    """No byte of the body is sent, and the answer comes all the same."""
+@pytest.mark.parametrize(("who", "task", "status"), [("small", "acme-b", b"413"), ("small", "zeta", b"403")])
+def test_what_cannot_be_taken_is_refused_before_the_body(
+    server: Any, who: str, task: str, status: bytes
+) -> None:
+    """The client waits to be asked for its body ("100 Continue"), and never is."""
     upload(server, "small", "acme-a", 600)
-    began = server.tasks.uploads
-    with httpx.Client(base_url=server.url, timeout=10) as client:
-        answer = client.put(
-            "/v1/tasks/acme-b", content=b"SET".ljust(300_000_000 // 1000, b"."), headers=bearer("small")
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port or 80), timeout=5) as connection:
+        head = (
+            f"PUT /v1/tasks/{task} HTTP/1.1\r\nHost: x\r\nAuthorization: {bearer(who)['Authorization']}\r\n"
         )
-    assert check_error(answer, 413)["code"] == "disk_quota_exceeded"
-    assert server.tasks.uploads == began
-    assert not [path for path in server.spool.iterdir() if path.name.startswith("upload-")]
+        connection.sendall((head + "Content-Length: 401\r\nExpect: 100-continue\r\n\r\n").encode())
+        assert connection.recv(4096).split(b" ", 2)[1] == status
+    assert server.tasks.uploads == 1
 
 
 def test_without_an_announced_size_the_file_is_weighed(server: Any) -> None:
