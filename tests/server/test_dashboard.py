@@ -122,3 +122,51 @@ def test_alerts_say_what_to_do() -> None:
         for rule in group["rules"]:
             assert rule["labels"]["severity"] in ("warning", "critical")
             assert set(rule["annotations"]) == {"summary", "action"}
+
+
+OPERATING = (DEPLOY.parent / "docs" / "operating.md").read_text()
+
+
+def test_the_manual_names_metrics_that_exist(served: dict[str, set[str]]) -> None:
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in served}
+    named = set(re.findall(r"`(peqa_[a-z_]+)`", OPERATING))
+    assert len(named) > 30
+    assert named <= families, f"the manual names {named - families}"
+    short = re.findall(r"`(peqa_[a-z_]+)`((?:, `_[a-z_]+`)+)", OPERATING)
+    assert len(short) >= 5
+    for first, rest in short:
+        for ending in re.findall(r"`(_[a-z_]+)`", rest):
+            parts = first.split("_")
+            assert any("_".join(parts[:n]) + ending in families for n in range(1, len(parts))), (
+                first,
+                ending,
+            )
+
+
+def test_the_manual_lists_every_name_of_vllms(live: Any) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from peqa_server.engine_metrics import HELP
+    from peqa_server.settings import ServerSettings
+
+    server = live(settings=ServerSettings(metrics_compat="vllm"))
+    server.engine.stats = lambda: dict.fromkeys(HELP, 1.0)
+    text = server.client.get("/metrics").text
+    there = {
+        family.name for family in text_string_to_metric_families(text) if family.name.startswith("vllm:")
+    }
+    paragraph = OPERATING.partition("**vLLM's names.**")[2].partition("Left out")[0]
+    listed = {f"vllm:{name}" for name in re.findall(r"`([a-z0-9_]+)`", paragraph)} - {
+        "vllm:model_name",
+        "vllm:engine",
+    }
+    assert listed == there
+
+
+def test_the_manual_explains_every_field_of_a_request() -> None:
+    source = (DEPLOY.parent / "server" / "access_log.py").read_text()
+    call = source.partition("def _log_line")[2].partition("def _ms")[0]
+    fields = set(re.findall(r"^        (\w+)=", call, re.M)) - {"said"}
+    assert len(fields) > 10
+    table = OPERATING.partition("| field of a request |")[2].partition("`/health`")[0]
+    assert fields <= set(re.findall(r"`(\w+)`", table))

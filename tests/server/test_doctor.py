@@ -6,6 +6,7 @@ import dataclasses
 import http.server
 import json
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -283,6 +284,21 @@ def test_a_whole_store_is_read_and_not_touched(filled: Path, tiny_base: Path) ->
     assert (facts["store"]["tasks"], facts["store"]["read"], facts["store"]["num_unusable"]) == (2, 2, 0)
     (finding,) = storage.store(filled, facts["store"])
     assert (finding.state, "2 tasks" in finding.found) == ("ok", True)
+
+
+def test_a_copy_of_the_tasks_is_a_backup(filled: Path, tiny_base: Path, tmp_path: Path) -> None:
+    from peqa_runtime import diagnosis
+    from peqa_runtime.model import read_manifest
+    from peqa_runtime.scales.scale_store import ScaleStore
+
+    shutil.copytree(filled / "tasks", tmp_path / "copy" / "tasks")
+    facts = diagnosis.store_facts(tmp_path / "copy", tiny_base)
+    assert (facts["tasks"], facts["num_unusable"]) == (2, 0)
+    restored = ScaleStore(tmp_path / "copy", read_manifest(tiny_base))
+    before = ScaleStore(filled, read_manifest(tiny_base))
+    assert [restored.load(task).revision for task in restored.tasks()] == [
+        before.load(task).revision for task in before.tasks()
+    ]
 
 
 def test_a_store_with_everything_wrong(
