@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from peqa_server.task_answers import Answer
+from peqa_server.task_answers import Answer, ErrorAnswer
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -115,7 +115,7 @@ class CalledTool(Answer):
 
 
 class AssistantMessage(Answer):
-    """`content` is null where the answer is calls alone. A chunk's delta has what is new of it."""
+    """`content` is null where the answer is calls alone."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None = None
@@ -141,6 +141,34 @@ class ChatAnswerWhole(Generated):
     usage: UsageAnswer
     prompt_token_ids: list[int] = Field(default_factory=list)
     prompt_logprobs: PromptLogprobs = Field(default_factory=list)
+
+
+class ChatDelta(Answer):
+    """What is new of a message; the first one names the role."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    tool_calls: list[CalledTool] = Field(default_factory=list)
+
+
+class ChatChunkChoice(Answer):
+    """A piece of one choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+    token_ids: list[int] = Field(default_factory=list)
+
+
+class ChatChunk(Generated):
+    """A piece of a chat completion; `usage` as in a completion's chunk, the prompt's tokens with the first piece."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: UsageAnswer | None = None
+    prompt_token_ids: list[int] = Field(default_factory=list)
 
 
 class ModelPermission(Answer):
@@ -232,7 +260,19 @@ class VersionAnswer(Answer):
     quantization: str = ""
 
 
-def stream_of(what: str) -> dict[str, Any]:
-    """The other content of a 200: the stream."""
-    events = f"Server-sent events, each `data: ` and {what}; then `data: [DONE]`."
-    return {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+def stream_of(chunk: type[Answer]) -> dict[str, Any]:
+    """The other content of a 200: events, each of them a chunk, the error that ends the stream, or the end."""
+    schemas = [
+        chunk.model_json_schema(mode="serialization"),
+        ErrorAnswer.model_json_schema(mode="serialization"),
+    ]
+    parts = {name: part for schema in schemas for name, part in schema.pop("$defs", {}).items()}
+    parts |= {schema["title"]: schema for schema in schemas}
+    content = {"$defs": parts, "anyOf": [{"$ref": f"#/$defs/{schema['title']}"} for schema in schemas]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    event = {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+    return {"text/event-stream": {"itemSchema": event}}

@@ -17,7 +17,7 @@ from peqa_server.chat_schemas import ChatCompletionRequest
 from peqa_server.choice import Piece
 from peqa_server.completion_plan import plan_completion
 from peqa_server.generation import Generation
-from peqa_server.openai_answers import ChatAnswerWhole, CompletionAnswer, stream_of
+from peqa_server.openai_answers import ChatAnswerWhole, ChatChunk, CompletionAnswer, stream_of
 from peqa_server.plan import Plan
 from peqa_server.schemas import CompletionRequest, GenerationFields, StreamOptions, parse
 from peqa_server.services import gate_of
@@ -33,7 +33,7 @@ _REFUSALS = refusals(403, 404, 409, 429, 500, 503)
 @router.post(
     "/v1/completions",
     openapi_extra=json_body(CompletionRequest),
-    responses={200: {"model": CompletionAnswer, "content": stream_of("a completion's chunk")}, **_REFUSALS},
+    responses={200: {"model": CompletionAnswer, "content": stream_of(CompletionAnswer)}, **_REFUSALS},
 )
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
@@ -52,7 +52,7 @@ async def completions(request: Request) -> Response:
 @router.post(
     "/v1/chat/completions",
     openapi_extra=json_body(ChatCompletionRequest),
-    responses={200: {"model": ChatAnswerWhole, "content": stream_of("a chat's chunk")}, **_REFUSALS},
+    responses={200: {"model": ChatAnswerWhole, "content": stream_of(ChatChunk)}, **_REFUSALS},
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, written as the task's prompt format or the model's chat template says."""

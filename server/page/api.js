@@ -85,13 +85,17 @@ export async function callJson(path, options) {
   return (await call(path, options)).json();
 }
 
+const cutShort = () => new Problem(0, "the connection ended before the answer did");
+
 /** The objects of a stream of server-sent events, up to its [DONE]. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Problem(0, "the connection ended before the answer did");
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : cutShort();
+    });
+    if (done) throw cutShort();
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {

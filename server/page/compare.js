@@ -223,10 +223,11 @@ export class Compare {
   }
 
   #busy(running) {
-    byId("run").hidden = running;
-    byId("stop").hidden = !running;
-    if (running) byId("stop").focus();
-    else if (document.activeElement === document.body) byId("prompt").focus();
+    const [old, next] = running ? [byId("run"), byId("stop")] : [byId("stop"), byId("run")];
+    const focused = document.activeElement === old;
+    old.hidden = true;
+    next.hidden = false;
+    if (focused) next.focus();
     for (const radio of document.getElementsByName("mode")) radio.disabled = running;
   }
 

@@ -47,6 +47,7 @@ SEED = int(os.environ.get("PEQA_FUZZ_SEED", "0"))
 HEAVY = 4  # an operation with a body gets so many times the examples of one without
 TASK = "one"
 VOCABULARY = 300
+STREAMED = 4
 
 
 @dataclass
@@ -100,6 +101,8 @@ def steer(case: Any, choice: int, content: bytes) -> None:
             body.pop(name, None)
         if choice:
             body["task"] = TASK
+        if choice == STREAMED and "completions" in case.path:
+            body["stream"] = True
         if not body.get("prompt") or "" in body["prompt"]:
             body |= {"prompt": "the cat"} if "prompt" in body else {}
         for name, most in (("max_tokens", 8), ("max_completion_tokens", 8), ("n", 3)):
@@ -126,7 +129,7 @@ def fuzz(fuzzed: Fuzzed, operation: Any, mode: Any, examples: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=operation.as_strategy(generation_mode=mode), choice=st.integers(0, 3))
+    @given(case=operation.as_strategy(generation_mode=mode), choice=st.integers(0, 5))
     def run(case: Any, choice: int) -> None:
         steer(case, choice, fuzzed.sets[0])
         response = case.call(session=fuzzed.session, timeout=60)

@@ -260,12 +260,26 @@ def test_a_stopped_answer_ends_on_the_server_too(
     tab.column("base").locator(".token").nth(3).wait_for()
     page.get_by_role("button", name="Stop").click()
     assert len(tab.answered("base", "Stopped")) >= 4
+    assert page.evaluate("document.activeElement.id") == "run"
     wait_until(lambda: len(server.engine.cancelled) == 1)
     page.get_by_label("Prompt").press("Control+Enter")
     tab.column("base").locator(".token").nth(3).wait_for()
+    assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Escape")
     tab.answered("base", "Stopped")
     wait_until(lambda: server.idle)
+
+
+def test_an_answer_that_breaks_off_is_told(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tab = visit(live(engine=StubEngine(lambda request: Script(list(b"tick tock"), dies=True))).url)
+    page = tab.open()
+    page.get_by_label("Prompt").fill("hello")
+    page.get_by_role("button", name="Run").click()
+    assert tab.answered("base", "the engine stopped.*") == "tick toc"
+    tab.context.set_offline(True)
+    page.get_by_role("button", name="Run").click()
+    tab.column("base").locator(".state").filter(has_text="the server cannot be reached").wait_for()
+    tab.complaints.clear()  # the browser tells of each request that it could not send
 
 
 def test_a_chat_keeps_its_turns(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
