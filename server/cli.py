@@ -71,6 +71,14 @@ MaxSequences = Annotated[
 MaxBatchTokens = Annotated[
     int | None, typer.Option(help="Tokens of one step.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
 ]
+MaxWait = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that a request may have to wait for its turn before a 429. Default: 20.",
+        envvar="PEQA_MAX_WAIT",
+        min=1,
+    ),
+]
 MaxWaiting = Annotated[
     int | None, typer.Option(help="Waiting choices before a 429.", envvar="PEQA_MAX_WAITING", min=1)
 ]
@@ -190,6 +198,7 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_sequences: MaxSequences = None,
     max_batch_tokens: MaxBatchTokens = None,
+    max_wait: MaxWait = None,
     max_waiting: MaxWaiting = None,
     max_waiting_tokens: MaxWaitingTokens = None,
     prefix_cache: UsePrefixCache = True,
@@ -225,6 +234,7 @@ def serve(
         "max_model_len": max_model_len,
         "max_sequences": max_sequences,
         "max_batch_tokens": max_batch_tokens,
+        "max_wait": max_wait,
         "max_waiting": max_waiting,
         "max_waiting_tokens": max_waiting_tokens,
         "prefix_cache": prefix_cache,

@@ -85,6 +85,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     note = note_of(request.scope)
     generation = Generation(admission.services, admission.lease, plan.job, note, admission.gate.metrics)
     generation.submit()
+    admission.submitted()
 
     def close() -> None:
         generation.cancel()  # also when the client was gone before the first event was asked for

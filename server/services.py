@@ -40,6 +40,13 @@ class TokenStream(Protocol):
         """End the request; its blocks are free at the next step."""
 
 
+class Reservation(Protocol):
+    """A request's place in the count of what waits, while it is prepared."""
+
+    def release(self) -> None:
+        """It was submitted, or will not be. Safe to call twice."""
+
+
 class EngineService(Protocol):
     """What the server needs of `peqa_runtime.engine.AsyncEngine`."""
 
@@ -50,6 +57,8 @@ class EngineService(Protocol):
     def failure(self) -> str | None: ...
 
     def prepare(self, constraint: Constraint) -> Future[None]: ...
+
+    def reserve(self, task: str) -> Reservation: ...
 
     def submit(self, request: Request) -> TokenStream: ...
 

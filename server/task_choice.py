@@ -13,7 +13,7 @@ from peqa_runtime.core import BASE_REVISION, BASE_TASK, Blend, Lease, check_task
 from peqa_runtime.errors import InvalidRequest, InvalidTaskName, NoSuchRevision, TaskUnusable, UnknownTask
 from peqa_runtime.scales.revision_name import split_revision
 from peqa_server.errors import ApiError
-from peqa_server.services import Gate, ServedModel, Services, TaskService
+from peqa_server.services import Gate, Reservation, ServedModel, Services, TaskService
 
 
 def chosen_task(
@@ -114,10 +114,13 @@ class Admission:
         self.gate = gate
         self.services: Services = gate.enter()
         self._lease: Lease | None = None
+        self._reservation: Reservation | None = None
         self._open = True
 
     async def pin(self, choice: str | Blend, field: str) -> Lease:
-        """Acquire the choice's current revision for the whole request."""
+        """Acquire the choice's current revision for the whole request. 429 while too much waits: nothing that takes
+        longer is done before."""
+        self._reservation = self.services.engine.reserve(choice if isinstance(choice, str) else choice.name)
         self._lease = await acquire(self.services.tasks, choice, field)
         return self._lease
 
@@ -127,11 +130,17 @@ class Admission:
         assert self._lease is not None
         return self._lease
 
+    def submitted(self) -> None:
+        """The engine has the request, and counts it itself."""
+        if self._reservation is not None:
+            self._reservation.release()
+
     def close(self) -> None:
         """Release everything; safe to call twice."""
         if not self._open:
             return
         self._open = False
+        self.submitted()
         if self._lease is not None and self._lease.task != BASE_TASK:
             self.services.tasks.release(self._lease)
         self.gate.leave()

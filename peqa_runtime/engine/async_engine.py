@@ -11,19 +11,23 @@ wake it); a refusal is raised by `submit`, in the caller.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.form_compiler import FormCompiler
+from peqa_runtime.engine.queue_gauge import QueueGauge
+from peqa_runtime.engine.token_stream import Reservation, TokenStream, deliver_all
 from peqa_runtime.errors import EngineDead, InvalidScaleSet, Overloaded
 from peqa_runtime.scales.scale_set import ScaleSet
 
@@ -31,59 +35,6 @@ logger = logging.getLogger(__name__)
 
 _NO_ROW_WAIT = 0.02
 """Seconds between two looks when all that waits lacks a row that somebody outside the engine holds."""
-
-
-class TokenStream:
-    """The outputs of one request, in order: iterate it in the event loop that submitted the request.
-
-    The last output has a `finish_reason` ("abort" after `cancel`). Raises `EngineDead` when the engine died.
-    """
-
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, owner: AsyncEngine) -> None:
-        self.request_id = request.request_id
-        self.task = request.task
-        self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.loop = loop
-        self._owner = owner
-        self._outputs: deque[TokenOutput] = deque()
-        self._error: EngineDead | None = None
-        self._closed = False  # the last output has arrived
-        self._reader: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        """The next output; waits for it."""
-        while not self._outputs:
-            if self._error is not None:
-                raise self._error
-            if self._closed:
-                raise StopAsyncIteration
-            self._reader = self.loop.create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        return self._outputs.popleft()
-
-    def cancel(self) -> None:
-        """End the request; its blocks are free at the next step. Wakes a waiting reader. Safe to call twice."""
-        if not self._closed:
-            self._owner.abort(self.request_id)
-            self.deliver(TokenOutput(self.request_id, finish_reason="abort"))
-
-    def deliver(self, item: TokenOutput | EngineDead) -> None:
-        """Take an output, or the engine's death (called in the stream's loop). After the last one: nothing."""
-        if self._closed:
-            return
-        if isinstance(item, EngineDead):
-            self._error, self._closed = item, True
-        else:
-            self._outputs.append(item)
-            self._closed = item.finished
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -120,14 +71,12 @@ class AsyncEngine:
         self._forms = FormCompiler(engine.guidance)
         self._trials: deque[_Trial] = deque()  # one between two steps
         self._streams: dict[str, TokenStream] = {}
-        self._prompt_tokens = 0  # of all streams together
-        self._lock = threading.Lock()  # guards _streams and _error together: nobody submits to a dead engine
+        self._queue = QueueGauge(engine.config)
+        self._lock = threading.Lock()  # guards _streams, _queue and _error: nobody submits to a dead engine
         self._error: EngineDead | None = None
         self._failure: str | None = None
         self._deadline: float | None = None
         self._rejected = 0
-        self._recent_seconds = 1.0  # time from submit to the end, smoothed; for Retry-After only
-        self._started: dict[str, float] = {}
         engine.tasks.check = self.try_out
         self._thread = threading.Thread(target=self._run, name="peqa-engine", daemon=True)
         self._thread.start()
@@ -152,16 +101,16 @@ class AsyncEngine:
         own = lease or self.engine.pin(request)
         try:
             assert own is None or own.revision == request.revision, "the lease is of another revision"
-            stream = TokenStream(request, asyncio.get_running_loop(), self)
+            stream = TokenStream(request, asyncio.get_running_loop(), self.abort)
             self.engine.check(request)
             with self._lock:
                 if self._error is not None:
                     raise self._error
-                self._refuse_overload()
+                with self._counting_refusals():
+                    self._queue.refuse_more(self._running())
                 assert request.request_id not in self._streams, "request ids are unique"
                 self._streams[request.request_id] = stream
-                self._prompt_tokens += stream.num_prompt_tokens
-                self._started[request.request_id] = time.monotonic()
+                self._queue.add(request)
                 self._commands.put(_Add(request, own))
         except BaseException:
             self.engine.unpin(own)
@@ -171,6 +120,16 @@ class AsyncEngine:
     def prepare(self, constraint: Constraint) -> Future[None]:
         """Compile the form of a request, so that `submit` finds it at hand; see `FormCompiler.submit`."""
         return self._forms.submit(constraint)
+
+    def reserve(self, task: str) -> Reservation:
+        """Let a request of the task in, before anything is done for it, unless too much waits; to be given back when it
+        was submitted, or will not be. Raises `Overloaded`, `EngineDead`."""
+        with self._lock, self._counting_refusals():
+            if self._error is not None:
+                raise self._error
+            self._queue.refuse(task, self._running())
+            self._queue.reserve(task)
+        return Reservation(functools.partial(self._give_up, task))
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens when it has ended. Its stream gets no output from this."""
@@ -194,6 +153,8 @@ class AsyncEngine:
         """The engine's numbers (see `Engine.stats`), with requests that have not reached it counted as waiting."""
         stats = self.engine.stats()
         stats["requests_waiting"] = max(0, len(self._streams) - int(stats["requests_running"]))
+        with self._lock:
+            stats["queue_wait_seconds"] = self._queue.wait("", self._running())
         stats["rejected_total"] = self._rejected
         return stats
 
@@ -218,27 +179,24 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         """Strike off a stream that gets no more outputs. Needs the lock."""
-        stream = self._streams.pop(request_id, None)
-        if stream is not None:
-            self._prompt_tokens -= stream.num_prompt_tokens
-            del self._started[request_id]
+        if self._streams.pop(request_id, None) is not None:
+            self._queue.drop(request_id)
 
-    def _refuse_overload(self) -> None:
-        running, config = self.engine.scheduler.running, self.engine.config
-        waiting = len(self._streams) - len(running)
-        tokens = self._prompt_tokens - sum(s.num_prompt_tokens for s in running)
-        for number, limit, what in (
-            (waiting, config.max_waiting, "requests"),
-            (tokens, config.max_waiting_tokens, "tokens of prompts"),
-        ):
-            if number >= limit:
-                self._rejected += 1
-                turns = waiting / config.max_sequences
-                retry_after = min(60.0, max(1.0, turns * self._recent_seconds))
-                raise Overloaded(
-                    f"{number} {what} wait already (the limit is {limit}); try again later",
-                    retry_after=retry_after,
-                )
+    def _give_up(self, task: str) -> None:
+        with self._lock:
+            self._queue.give_up(task)
+
+    def _running(self) -> list[str]:
+        """Ids of the requests that have a place."""
+        return [sequence.request_id for sequence in self.engine.scheduler.running.copy()]
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded:
+            self._rejected += 1
+            raise
 
     def _run(self) -> None:
         """The thread: it ends by `stop`, or by an error that the engine could not contain."""
@@ -249,8 +207,9 @@ class AsyncEngine:
                 if self._trials:
                     self._judge(self._trials.popleft())
                 if self.engine.has_work:
+                    before, begin = self.engine.step_tokens, time.perf_counter()
                     outputs = self.engine.step()
-                    self._deliver(outputs)
+                    self._deliver(outputs, self.engine.step_tokens - before, time.perf_counter() - begin)
                     if not outputs and not self.engine.scheduler.running:
                         time.sleep(_NO_ROW_WAIT)
         except EngineDead as dead:
@@ -297,19 +256,21 @@ class AsyncEngine:
         else:
             trial.verdict.set_result(None)
 
-    def _deliver(self, outputs: list[TokenOutput]) -> None:
+    def _deliver(self, outputs: list[TokenOutput], tokens: int, seconds: float) -> None:
         """Hand a step's outputs over: one call per loop, whatever the number of its requests."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, TokenOutput | EngineDead]]] = {}
         with self._lock:
+            self._queue.step(tokens, seconds)
             for output in outputs:
                 stream = self._streams.get(output.request_id)
                 if stream is None:
                     continue  # cancelled during the step
                 by_loop.setdefault(stream.loop, []).append((stream, output))
+                stream.num_generated += output.token_id is not None
                 if output.finished:
-                    seconds = time.monotonic() - self._started[output.request_id]
+                    if output.finish_reason in ("stop", "length"):
+                        self._queue.finish(output.request_id, stream.num_generated, output.num_cached_tokens)
                     self._forget(output.request_id)
-                    self._recent_seconds += 0.1 * (seconds - self._recent_seconds)
         for loop, items in by_loop.items():
             self._call(loop, items)
 
@@ -319,7 +280,7 @@ class AsyncEngine:
         items: list[tuple[TokenStream, TokenOutput | EngineDead]],
     ) -> None:
         try:
-            loop.call_soon_threadsafe(_deliver_all, items)
+            loop.call_soon_threadsafe(deliver_all, items)
         except RuntimeError:  # the loop is closed: nobody will ever read these
             for stream, _ in items:
                 self.abort(stream.request_id)
@@ -345,8 +306,3 @@ class AsyncEngine:
             self._trials.popleft().verdict.set_exception(error)
         self._forms.close()
         self.engine.close()
-
-
-def _deliver_all(items: Iterable[tuple[TokenStream, TokenOutput | EngineDead]]) -> None:
-    for stream, item in items:
-        stream.deliver(item)

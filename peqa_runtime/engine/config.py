@@ -12,10 +12,11 @@ class EngineConfig:
     `num_blocks` None: as many as the memory allows (see `kv_cache.fitting_blocks`). `max_model_len` None: what
     the model was trained for. `max_prompt_logprob_rows` bounds the rows of logits that prompt log-probabilities
     may ask of one step: 256 rows of a 50 000-token vocabulary are 50 MB, and log-softmax holds them twice.
-    `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, may wait; then new
-    ones are refused. `host_cache_bytes`: scale sets kept in host memory beyond those in use. `prefix_cache`: requests
-    share what is computed of equal beginnings. `row_invariant`: on a GPU, too, a request's bits do not depend on what
-    else runs; on the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer.
+    New requests are refused while one would wait longer than `max_wait` seconds, as far as can be foreseen, or while
+    `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, wait.
+    `host_cache_bytes`: scale sets kept in host memory beyond those in use. `prefix_cache`: requests share what is
+    computed of equal beginnings. `row_invariant`: on a GPU, too, a request's bits do not depend on what else runs; on
+    the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer.
     """
 
     block_size: int = 16
@@ -26,6 +27,7 @@ class EngineConfig:
     task_rows: int = 64
     group_rows: int = 4
     host_cache_bytes: int = 1 << 30
+    max_wait: float = 20.0
     max_waiting: int = 1024
     max_waiting_tokens: int = 1 << 20
     max_prompt_logprob_rows: int = 256

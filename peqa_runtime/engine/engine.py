@@ -145,6 +145,11 @@ class Engine:
         """True while a request waits or runs."""
         return self.scheduler.has_work
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens computed in steps so far."""
+        return self._counts["step_tokens_total"]
+
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe.
 

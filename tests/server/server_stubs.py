@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -142,6 +143,11 @@ class StubEngine:
         self.running: set[str] = set()
         self.refuse: Exception | None = None
         self.failure: str | None = None
+
+    def reserve(self, task: str) -> SimpleNamespace:
+        if self.refuse is not None:
+            raise self.refuse
+        return SimpleNamespace(release=lambda: None)
 
     def prepare(self, constraint: Constraint) -> Future[None]:
         ready: Future[None] = Future()
