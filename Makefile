@@ -4,6 +4,8 @@
 #   make lint    ruff and mypy
 #   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
 #   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
+#   make bench-tuning DATA=DIR [OUT=FILE] [FULL=1]   tuned sets against LoRA and the float model, about an hour on two
+#                cores; rows that FILE has are kept. `python -m peqa_runtime.bench.tuning fetch DIR` gets the data
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +15,7 @@ MODEL ?=
 ARGS ?=
 OUT ?=
 FULL ?=
+DATA ?=
 PEQA_HOME ?= $(CURDIR)/.peqa
 export PEQA_HOME
 TORCH_VERSION ?= 2.13.0
@@ -21,11 +24,12 @@ BIN := $(VENV)/bin
 # A stamp is touched only when its step is complete, so an interrupted set-up is repeated by the next run.
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
+STAMP_BENCH := $(VENV)/.installed-bench
 SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/*.h kernels/native/build_backend.py)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: serve test lint format setup setup-dev clean bench-kernels bench-engine
+.PHONY: serve test lint format setup setup-dev clean bench-kernels bench-engine bench-tuning
 
 serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -49,11 +53,21 @@ bench-kernels: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python -m peqa_loadtest.bench $(MODEL) $(if $(OUT),--out $(OUT)) $(if $(FULL),--minutes 20) $(ARGS)
 
+bench-tuning: $(STAMP_BENCH)
+	@test -n "$(DATA)" || { echo "Say where the data is: make bench-tuning DATA=DIR" \
+	  "($(BIN)/python -m peqa_runtime.bench.tuning fetch DIR gets it)" >&2; exit 2; }
+	$(BIN)/python -m peqa_runtime.bench.tuning run $(DATA) --document docs/results.md \
+	  $(if $(OUT),--out $(OUT)) $(if $(FULL),--full) $(ARGS)
+
 setup: $(STAMP)
 setup-dev: $(STAMP_DEV)
 
 $(STAMP_DEV): $(STAMP)
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(STAMP_BENCH): $(STAMP)
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 # torch: the CUDA build where an NVIDIA GPU is found (PyPI's default on Linux), else the CPU build, which is 15 times

@@ -1,0 +1,349 @@
+"""The parts of the benchmark, each a list of cells; a cell whose rows are there already is passed over."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peqa_kernels.bench.machine import device_name
+from peqa_kernels.bench.row import Op, Row
+from peqa_runtime.bench.tuning import cost
+from peqa_runtime.bench.tuning.commands import Ran, run
+from peqa_runtime.bench.tuning.plan import (
+    KINDS,
+    RATES,
+    SWEEP_STEPS,
+    SWEPT_RATES,
+    TASKS,
+    TEXT,
+    WAYS,
+    Plan,
+    TaskPlan,
+)
+from peqa_runtime.bench.tuning.store import RowFile
+from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.compare import paired
+from peqa_runtime.training.metrics import metric_named
+
+PEQA = "peqa_runtime"
+LORA = "peqa_runtime.bench.tuning.lora"
+TEXT_WINDOW = 512
+HELD_OUT = 200
+CHARACTERS_A_TOKEN = 4.2  # of wikitext under SmolLM2's tokenizer; the rows say how many tokens there were
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Something to measure: the rows that it will give, and how to get them."""
+
+    names: tuple[str, ...]
+    measure: Callable[[], list[Row]]
+
+
+@dataclass
+class Bench:
+    """Where everything lies. `base` is the imported model, whose floats are the reference."""
+
+    data: Path
+    work: Path
+    base: Path
+    plan: Plan
+    rows: RowFile
+    device: str = "auto"
+    hardware: str = field(default="")
+
+    def __post_init__(self) -> None:
+        """Refuse data that is not there before time is spent."""
+        place = torch.device("cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu")
+        self.hardware = self.hardware or device_name(place)
+        wanted = [self.data / TEXT / "test.raw.txt", self.data / TEXT / "valid.raw.txt"]
+        if {"tasks", "sweep"} & set(self.plan.parts):
+            wanted += [
+                self.data / TASKS[t].folder / f
+                for t in self.plan.tasks
+                for f in ("train.jsonl", "test.jsonl")
+            ]
+        for file in wanted:
+            if not file.is_file():
+                raise InvalidData(
+                    f"{file} is missing: `python -m peqa_runtime.bench.tuning fetch DIR` gets the data"
+                )
+
+    def cells(self) -> list[Cell]:
+        """All cells of the plan, in the order in which they are measured."""
+        found: list[Cell] = []
+        for part in self.plan.parts:
+            found += list(getattr(self, f"_{part}")())
+        return found
+
+    def _row(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        op: Op,
+        ran: Ran | None,
+        bar: float | None = None,
+        **facts: Any,
+    ) -> Row:
+        more: dict[str, Any] = {"date": datetime.date.today().isoformat(), "device": self.hardware, **facts}
+        if ran is not None:
+            more |= {"command": ran.command, "seconds": round(ran.seconds, 1)}
+        return Row(name, value, unit, op, bar, more)
+
+    def _peqa(self, *arguments: object) -> Ran:
+        return run(PEQA, *arguments, "--device", self.device, "--json")
+
+    # -- cost ----------------------------------------------------------------------------------------------------
+
+    def _cost(self) -> Iterator[Cell]:
+        names = [
+            f"tuning/cost/{way}/{what}" for way in cost.WAYS for what in ("seconds-per-step", "peak-memory")
+        ]
+        names += ["tuning/cost/steps-per-second-against-lora", "tuning/cost/peak-memory-against-lora"]
+
+        def measure() -> list[Row]:
+            date = {"date": datetime.date.today().isoformat()}
+            found = cost.measure(self.base, rows=8, tokens=128, steps=10, device=self.device)
+            command = "python -m peqa_runtime.bench.tuning.cost BASE"
+            return [
+                Row(r.name, r.value, r.unit, r.op, r.bar, r.facts | date | {"command": command})
+                for r in found
+            ]
+
+        yield Cell(tuple(names), measure)
+
+    # -- perplexity ----------------------------------------------------------------------------------------------
+
+    def _perplexity(self) -> Iterator[Cell]:
+        bases = ["float"]
+        bases += [
+            f"{bits}bit-{_group(group)}-{method}"
+            for bits in self.plan.bits
+            for group in self.plan.groups
+            for method in self.plan.methods
+        ]
+        for base in bases:
+            name = f"tuning/perplexity/{base}"
+            yield Cell(
+                (f"{name}/before",), lambda base=base, name=name: [self._before(base, f"{name}/before")]
+            )
+            for seed in self.plan.seeds:
+                own = f"{name}/after/seed{seed}"
+                yield Cell((own,), lambda base=base, own=own, seed=seed: [self._after(base, own, seed)])
+        for bits, limit in ((4, 1.05), (3, 1.15)):
+            if bits in self.plan.bits:
+                own = f"tuning/perplexity/{bits}bit/tuned-against-float"
+                yield Cell(
+                    (own,), lambda own=own, bits=bits, limit=limit: self._against_float(own, bits, limit)
+                )
+
+    def _base(self, name: str) -> Path:
+        """The base of this name, quantized now if it is not there yet. `float` is the imported one."""
+        if name == "float":
+            return self.base
+        folder = self.work / "bases" / name
+        if not (folder / "config.json").is_file():
+            bits, group, method = name.split("-", 2)
+            options = [] if method == "rtn" else ["--calibration", self.data / TEXT / "valid.raw.txt"]
+            size = -1 if group == "row" else int(group.removeprefix("g"))
+            arguments = ("--bits", bits.removesuffix("bit"), "--group-size", size, "--method", method)
+            self._peqa("quantize", self.base, "-o", folder, *arguments, *options)
+        return folder
+
+    def _eval_text(self, base: str, *more: object) -> Ran:
+        limit = () if self.plan.windows is None else ("--limit", self.plan.windows)
+        test = self.data / TEXT / "test.raw.txt"
+        return self._peqa("eval", self._base(base), test, "--metric", "perplexity", *limit, *more)
+
+    def _before(self, base: str, name: str) -> Row:
+        ran = self._eval_text(base)
+        return self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])
+
+    def _after(self, base: str, name: str, seed: int) -> Row:
+        train, held_out = self._text_files()
+        output = self.work / "sets" / f"{base}-text-{seed}.safetensors"
+        trained = self._peqa(
+            *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
+            *("--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5, "--lr", RATES["channel"]),
+            *("--check-every", 25, "--seed", seed),
+        )
+        ran = self._eval_text(base, "--scale-set", output)
+        note = trained.report
+        facts = {"seed": seed, "train_tokens": note["tokens"], "train_command": trained.command}
+        facts |= {
+            "train_seconds": note["seconds"],
+            "peak_bytes": trained.peak_bytes,
+            "tokens": ran.report["tokens"],
+        }
+        return self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)
+
+    def _text_files(self) -> tuple[Path, Path]:
+        """(to tune on, held out): the raw validation text, whose test text is measured."""
+        text = (self.data / TEXT / "valid.raw.txt").read_text(encoding="utf-8")
+        held_from = int(0.95 * len(text))
+        end = min(held_from, int(self.plan.text_tokens * CHARACTERS_A_TOKEN))
+        folder = self.work / f"text-{end}"
+        folder.mkdir(parents=True, exist_ok=True)
+        train, held_out = folder / "train.txt", folder / "held_out.txt"
+        train.write_text(text[:end], encoding="utf-8")
+        held_out.write_text(text[held_from:], encoding="utf-8")
+        return train, held_out
+
+    def _against_float(self, name: str, bits: int, limit: float) -> list[Row]:
+        """The best base of these bits, tuned, over the float model tuned the same way."""
+        tuned: dict[str, list[float]] = {}
+        for row in self.rows.rows.values():
+            if "/after/" in row["name"]:
+                tuned.setdefault(row["name"].split("/")[2], []).append(row["value"])
+        means = {base: sum(values) / len(values) for base, values in tuned.items()}
+        own = {base: mean for base, mean in means.items() if base.startswith(f"{bits}bit")}
+        best = min(own, key=lambda base: own[base])
+        return [self._row(name, own[best] / means["float"], "x", "<=", None, limit, base=best)]
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> Iterator[Cell]:
+        for task in (TASKS[name] for name in self.plan.tasks):
+            for way in WAYS:
+                for rate in SWEPT_RATES[way]:
+                    name = f"tuning/sweep/{task.name}/{way}/lr{rate:g}"
+                    yield Cell((name,), lambda t=task, w=way, r=rate, n=name: [self._trial(t, w, r, n)])
+
+    def _trial(self, task: TaskPlan, way: str, rate: float, name: str) -> Row:
+        ran = self._train(
+            task, way, 0, rate, SWEEP_STEPS, self.work / "sweep" / f"{task.name}-{way}-{rate:g}.safetensors"
+        )
+        return self._row(name, ran.report["held_out_loss"], "nats", "<=", ran, seed=0, steps=SWEEP_STEPS)
+
+    def _rate(self, task: TaskPlan, way: str) -> float:
+        """The rate with the lowest held-out loss in the rows' own sweep, or the recorded one."""
+        losses = {
+            rate: self.rows.value(name)
+            for rate in SWEPT_RATES[way]
+            if self.rows.has([name := f"tuning/sweep/{task.name}/{way}/lr{rate:g}"])
+        }
+        return (
+            min(losses, key=lambda rate: losses[rate]) if len(losses) == len(SWEPT_RATES[way]) else RATES[way]
+        )
+
+    def _tasks(self) -> Iterator[Cell]:
+        for task in (TASKS[name] for name in self.plan.tasks):
+            name = f"tuning/task/{task.name}"
+            yield Cell((f"{name}/base",), lambda t=task, n=name: [self._untuned(t, f"{n}/base")])
+            for way in WAYS:
+                for seed in self.plan.seeds:
+                    own = f"{name}/{way}/seed{seed}"
+                    yield Cell((own,), lambda t=task, w=way, s=seed, n=own: [self._tuned(t, w, s, n)])
+            names = (f"{name}/channel-gain-of-lora", f"{name}/best-gain-of-lora")
+            yield Cell(names, lambda t=task: self._gains(t))
+
+    def _split(self, task: TaskPlan) -> tuple[Path, Path]:
+        """(to train on, held out) of a task: its own held-out file, or some rows of the training file."""
+        folder = self.data / task.folder
+        if task.held_out:
+            return folder / "train.jsonl", folder / task.held_out
+        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        held = set(random.Random("held-out").sample(range(len(lines)), HELD_OUT))
+        made = self.work / "data" / task.name
+        made.mkdir(parents=True, exist_ok=True)
+        parts = (made / "train.jsonl", made / "held_out.jsonl")
+        for part, wanted in zip(parts, (False, True), strict=True):
+            chosen = [line for i, line in enumerate(lines) if (i in held) == wanted]
+            part.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        return parts
+
+    def _train(
+        self, task: TaskPlan, way: str, seed: int, rate: float, steps: int, output: Path, *more: object
+    ) -> Ran:
+        train, held_out = self._split(task)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        same = ("--eval", held_out, "--steps", steps, "--lr", f"{rate:g}", "--batch", 16, "--warmup", 20)
+        same += ("--check-every", 50, "--max-tokens", task.max_tokens, "--seed", seed)
+        if way == "lora":
+            return run(LORA, self.base, train, *same, "--device", self.device, *more)
+        return self._peqa("train", self.base, train, "--task", task.name, "--kind", way, "-o", output, *same)
+
+    def _questions(self, task: TaskPlan) -> tuple[object, ...]:
+        return ("--metric", task.metric, "--limit", self.plan.test_rows, *task.eval_options)
+
+    def _answers(self, task: TaskPlan, way: str, seed: int) -> Path:
+        return self.work / "answers" / f"{task.name}-{way}-{seed}.jsonl"
+
+    def _untuned(self, task: TaskPlan, name: str) -> Row:
+        test = self.data / task.folder / "test.jsonl"
+        answers = self._answers(task, "base", 0)
+        ran = self._peqa("eval", self.base, test, *self._questions(task), "--predictions", answers)
+        facts = {"low": ran.report["low"], "high": ran.report["high"], "rows": ran.report["rows"]}
+        return self._row(name, ran.report[task.key], "%", ">=", ran, **facts)
+
+    def _tuned(self, task: TaskPlan, way: str, seed: int, name: str) -> Row:
+        test, answers = self.data / task.folder / "test.jsonl", self._answers(task, way, seed)
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        steps, rate = max(1, round(task.steps * self.plan.task_steps)), self._rate(task, way)
+        output = self.work / "sets" / f"{task.name}-{way}-{seed}.safetensors"
+        if way == "lora":
+            asked = ("--test", test, *self._questions(task), "--predictions", answers)
+            trained = ran = self._train(task, way, seed, rate, steps, output, *asked)
+            size, count = ran.report["bytes"], ran.report["parameters"]
+        else:
+            trained = self._train(task, way, seed, rate, steps, output)
+            asked = ("--scale-set", output, *self._questions(task), "--predictions", answers)
+            ran = self._peqa("eval", self.base, test, *asked)
+            size = trained.report["bytes"]
+            count = size // 2
+        report = ran.report
+        facts = {
+            "low": report["low"],
+            "high": report["high"],
+            "rows": report["rows"],
+            "seed": seed,
+            "steps": steps,
+        }
+        facts |= {"learning_rate": rate, "bytes_per_task": size, "parameters": count}
+        facts |= {"peak_bytes": trained.peak_bytes, "held_out_loss": trained.report["held_out_loss"]}
+        facts |= {"seconds_per_step": trained.report["seconds"] / steps, "train_command": trained.command}
+        return self._row(name, report[task.key], "%", ">=", ran, **facts)
+
+    def _gains(self, task: TaskPlan) -> list[Row]:
+        """What part of LoRA's gain over the base a set reaches, means over the seeds; the paired difference to LoRA."""
+        name = f"tuning/task/{task.name}"
+        before = self.rows.value(f"{name}/base")
+        mean = {
+            way: sum(self.rows.value(f"{name}/{way}/seed{s}") for s in self.plan.seeds) / len(self.plan.seeds)
+            for way in WAYS
+        }
+        gain = mean["lora"] - before
+        best = max(KINDS, key=lambda kind: mean[kind])
+        found: list[Row] = []
+        for what, kind, bar in (("channel", "channel", 0.85), ("best", best, 0.95)):
+            share = (mean[kind] - before) / gain if gain > 0 else float("nan")
+            facts = {"kind": kind, "lora_gain": gain} | self._difference(task, kind)
+            found.append(self._row(f"{name}/{what}-gain-of-lora", share, "x", ">=", None, bar, **facts))
+        return found
+
+    def _difference(self, task: TaskPlan, kind: str) -> dict[str, float]:
+        metric = metric_named(task.metric)
+        ours, theirs = (
+            np.concatenate([_stats(self._answers(task, way, seed)) for seed in self.plan.seeds])
+            for way in (kind, "lora")
+        )
+        found = paired(theirs, ours, metric)
+        return {"difference": found.difference, "low": found.low, "high": found.high, "better": found.better}
+
+
+def _group(group: int) -> str:
+    return "row" if group == -1 else f"g{group}"
+
+
+def _stats(answers: Path) -> np.ndarray:
+    with open(answers, encoding="utf-8") as file:
+        return np.array([json.loads(line)["stats"] for line in file])

@@ -1,0 +1,89 @@
+"""What is measured: bases, tasks, ways to tune, and the settings that the recorded sweep fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from peqa_runtime.errors import InvalidData
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task of the data: files, metric, and what `peqa eval` is told besides."""
+
+    name: str
+    folder: str
+    metric: str
+    steps: int
+    held_out: str = ""  # a file; "" = split off the training rows
+    eval_options: tuple[str, ...] = ()
+    max_tokens: int = 256
+
+    @property
+    def key(self) -> str:
+        """The metric's name in a report."""
+        return self.metric.replace("-", "_")
+
+
+TASKS = MappingProxyType(
+    {
+        # String literals keep their case in about one row of six, by chance: they are compared without it.
+        "sql": TaskPlan("sql", "wikisql", "exact-match", 200, "dev.jsonl", ("--ignore-case",)),
+        # Rows without any slot would be right for an answer that never finds one.
+        "slots": TaskPlan("slots", "restaurant8k-slots", "exact-match", 200, "", ("--filter-nonempty",)),
+        "intents": TaskPlan("intents", "banking77", "exact-match", 200),
+        "e2e": TaskPlan("e2e", "e2e-nlg", "bleu", 200),
+        "gsm8k": TaskPlan("gsm8k", "gsm8k", "final-number", 200, max_tokens=512),
+    }
+)
+KINDS = ("channel", "channel+input", "group")
+WAYS = (*KINDS, "lora")
+SWEPT_RATES = MappingProxyType(
+    {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (2e-4, 5e-4, 1e-3, 2e-3) for way in WAYS}
+)
+"""As many trials for LoRA as for each kind of set, around where each is known to work."""
+RATES = MappingProxyType({"channel": 1e-2, "channel+input": 1e-2, "group": 1e-2, "lora": 1e-3})
+"""Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
+SWEEP_STEPS = 60
+TEXT = "wikitext-2"
+GROUP = 64
+METHODS = ("rtn", "gptq", "blockwise")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run. `windows` of the test text (None = all), `text_tokens` to tune on."""
+
+    parts: tuple[str, ...]
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    windows: int | None
+    test_rows: int
+    text_tokens: int
+    task_steps: float = 1.0  # times a task's own steps
+
+    def __post_init__(self) -> None:
+        """Refuse names that are not there."""
+        checks = (
+            ("part", self.parts, PARTS),
+            ("bits", self.bits, (2, 3, 4)),
+            ("method", self.methods, METHODS),
+            ("task", self.tasks, tuple(TASKS)),
+        )
+        for what, given, known in checks:
+            for one in given:
+                if one not in known:
+                    raise InvalidData(f"no {what} {one!r}: use {', '.join(map(str, known))}")
+
+
+PARTS = ("cost", "perplexity", "sweep", "tasks")
+REDUCED = Plan(
+    ("cost", "perplexity", "tasks"), (4, 3), (GROUP,), ("rtn", "gptq"), ("sql",), (0,), 40, 300, 100_000
+)
+FULL = Plan(
+    PARTS, (4, 3, 2), (GROUP, -1), METHODS, tuple(TASKS), (0, 1, 2), None, 1000, 260_000, task_steps=5.0
+)

@@ -1,0 +1,192 @@
+"""Tables from rows: for a terminal, and as Markdown between two marks of a document."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peqa_runtime.errors import InvalidData
+
+BEGIN, END = "<!-- tuning tables: begin -->", "<!-- tuning tables: end -->"
+Rows = Iterable[dict[str, Any]]
+
+
+def text_table(rows: Rows) -> str:
+    """Aligned lines of name, value and verdict."""
+    cells = [(row["name"], _value(row), _verdict(row)) for row in rows]
+    widths = [max((len(cell[i]) for cell in cells), default=0) for i in range(2)]
+    return "\n".join(f"{n.ljust(widths[0])}  {v.rjust(widths[1])}  {b}".rstrip() for n, v, b in cells)
+
+
+def render(rows: Rows, document: Path) -> None:
+    """Replace what stands between the marks of `document`, or begin it. `InvalidData` where a mark is missing."""
+    listed = list(rows)
+    text = document.read_text(encoding="utf-8") if document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InvalidData(
+            f"{document} must hold the lines {BEGIN!r} and {END!r} once each: the tables go between them"
+        )
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    tables = "\n\n".join(
+        part
+        for part in (_bars(listed), _perplexity(listed), _tasks(listed), _sweep(listed), _cost(listed))
+        if part
+    )
+    staged = document.with_name(f".{document.name}.{os.getpid()}")
+    staged.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+    os.replace(staged, document)
+
+
+def _of(rows: Sequence[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["name"].startswith(f"tuning/{part}/")]
+
+
+def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return ""
+    made = [f"### {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*made, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _bars(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        (
+            f"`{row['name']}`",
+            _value(row),
+            f"{row['op']} {row['bar']:g}",
+            "met" if row["ok"] else "**missed**",
+            _more(row),
+        )
+        for row in rows
+        if row["bar"] is not None
+    ]
+    return _table("Goals", ("row", "measured", "goal", "", ""), lines)
+
+
+def _more(row: dict[str, Any]) -> str:
+    if "difference" in row:
+        return f"{row['kind']}: {row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}] against LoRA"
+    return str(row.get("base", ""))
+
+
+def _perplexity(rows: Sequence[dict[str, Any]]) -> str:
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in _of(rows, "perplexity"):
+        _, _, base, when, *_ = row["name"].split("/")
+        if when in ("before", "after"):
+            found.setdefault(base, {"before": [], "after": []})[when].append(row)
+    lines = []
+    for base, both in found.items():
+        last = (both["after"] or both["before"])[-1]
+        shown = (
+            _mean(both["before"]),
+            _mean(both["after"]),
+            str(last.get("train_tokens", "")),
+            _seeds(both["after"]),
+        )
+        lines.append(
+            (base, *shown, last["date"], last["device"], f"`{last.get('train_command', last['command'])}`")
+        )
+    head = ("base", "before", "after", "tuned on tokens", "seeds", "date", "hardware", "command")
+    return _table("Perplexity, wikitext-2 raw test, context 1024", head, lines)
+
+
+def _tasks(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in _of(rows, "task"):
+        _, _, task, way, *seed = row["name"].split("/")
+        if row["bar"] is not None:
+            continue
+        value = f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+        cost = ("", "", "", "", "")
+        if seed:
+            pace = f"{row['seconds_per_step']:.2f}"
+            cost = (
+                _size(row["bytes_per_task"]),
+                f"{row['parameters']:,}",
+                _size(row["peak_bytes"]),
+                pace,
+                f"{row['learning_rate']:g}",
+            )
+        command = row.get("train_command", row["command"])
+        lines.append(
+            (
+                task,
+                way,
+                value,
+                str(row["rows"]),
+                *cost,
+                str(row.get("seed", "")),
+                row["date"],
+                row["device"],
+                f"`{command}`",
+            )
+        )
+    head = (
+        "task",
+        "way",
+        "metric [95 %]",
+        "rows",
+        "bytes per task",
+        "trained",
+        "peak memory",
+        "s per step",
+        "lr",
+    )
+    return _table("Tasks", (*head, "seed", "date", "hardware", "command"), lines)
+
+
+def _sweep(rows: Sequence[dict[str, Any]]) -> str:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in _of(rows, "sweep"):
+        _, _, task, way, rate = row["name"].split("/")
+        found.setdefault((task, way), []).append(f"{rate.removeprefix('lr')}: {row['value']:.4f}")
+    lines = [(task, way, " · ".join(losses)) for (task, way), losses in found.items()]
+    return _table(
+        "Learning rates: held-out loss after the sweep's steps", ("task", "way", "rate: loss"), lines
+    )
+
+
+def _cost(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        (
+            row["name"].removeprefix("tuning/cost/"),
+            _value(row),
+            row["date"],
+            row["device"],
+            f"`{row['command']}`",
+        )
+        for row in _of(rows, "cost")
+    ]
+    return _table("Cost of a step, 8 rows of 128 tokens", ("", "", "date", "hardware", "command"), lines)
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    values = [row["value"] for row in rows]
+    spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.2f}{spread}"
+
+
+def _seeds(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(str(row["seed"]) for row in rows)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _value(row: dict[str, Any]) -> str:
+    return _size(row["value"]) if row["unit"] == "bytes" else f"{row['value']:.4g} {row['unit']}".rstrip()
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return "" if row["bar"] is None else f"{row['op']} {row['bar']:g} {'ok' if row['ok'] else 'missed'}"
