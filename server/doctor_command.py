@@ -67,15 +67,15 @@ def doctor(
         api_key=api_key,
         environ=os.environ,
         known_variables=frozenset(_variables(context.find_root().command)),
+        timeout=timeout,
     )
-    findings = examine(asked, timeout=timeout)
+    findings = examine(asked)
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json:
         rows = [asdict(finding) for finding in findings]
         typer.echo(json.dumps({"ok": not problems, "findings": rows}))
     else:
         _print(findings, problems)
-    # A check that hangs has a thread that nobody can end: Python's own end would not wait for it, its libraries' might.
     raise typer.Exit(1 if problems else 0)
 
 

@@ -22,11 +22,10 @@ CHECKS: Mapping[str, Check] = {
     "port": serving.port,
     "keys": serving.keys,
 }
-TIMEOUT = 90.0
 
 
-def examine(asked: Asked, checks: Mapping[str, Check] = CHECKS, timeout: float = TIMEOUT) -> list[Finding]:
-    """The findings of all checks, in their order. One that takes longer than `timeout` seconds is a problem itself."""
+def examine(asked: Asked, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
+    """The findings of all checks, in their order. One that takes longer than `asked.timeout` is a problem itself."""
     found: dict[str, list[Finding]] = {}
 
     def run(name: str, check: Check) -> None:
@@ -45,10 +44,10 @@ def examine(asked: Asked, checks: Mapping[str, Check] = CHECKS, timeout: float =
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in checks.items()]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + asked.timeout
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late = f"no answer within {timeout:g} s"
+    late = f"no answer within {asked.timeout:g} s"
     advice = "look for a disk or driver that hangs: dmesg | tail"
     return [
         finding for name in checks for finding in found.get(name) or [Finding(name, "problem", late, advice)]

@@ -26,6 +26,7 @@ class Asked:
     """What is to be examined: what `peqa serve` would be started with. `base` None: the demo.
 
     `known_variables`: every PEQA_… variable that a command reads. `api_key`: for the server that runs already.
+    `timeout`: seconds after which a check counts as hanging.
     """
 
     home: Path
@@ -38,6 +39,7 @@ class Asked:
     api_key: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     known_variables: frozenset[str] = frozenset()
+    timeout: float = 90.0
 
 
 Check = Callable[[Asked], list[Finding]]

@@ -23,7 +23,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def processor_and_devices(asked: Asked) -> list[Finding]:
     """What computes here: CPU, compiled kernels, GPUs."""
     try:
-        facts = probe.facts("machine")
+        facts = probe.facts("machine", seconds=asked.timeout)
     except probe.ProbeFailed as error:
         advice = "run python -m peqa_runtime.diagnosis machine, and install the packages anew if it crashes"
         return [Finding("processor", "problem", f"torch or the kernels cannot be loaded: {error}", advice)]

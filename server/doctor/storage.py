@@ -40,7 +40,8 @@ def base_and_store(asked: Asked) -> list[Finding]:
     """What would be served, and the state of its tasks on disk."""
     advice = "name a base folder, a model folder or a .gguf file"
     try:
-        facts = probe.facts("served", str(asked.home), str(asked.base or ""), str(asked.store or ""))
+        question = ("served", str(asked.home), str(asked.base or ""), str(asked.store or ""))
+        facts = probe.facts(*question, seconds=asked.timeout)
     except probe.ProbeFailed as error:
         return [Finding("base", "problem", str(error), advice)]
     base = facts["base"]

@@ -234,7 +234,9 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(_: str, home: str, base: str, store: str) -> dict[str, Any]:  # the same without a process
+    def here(
+        _: str, home: str, base: str, store: str, *, seconds: float
+    ) -> dict[str, Any]:  # the same without a process
         from peqa_runtime.diagnosis import served_facts
 
         return served_facts(Path(home), Path(base) if base else None, Path(store) if store else None)
@@ -431,9 +433,8 @@ def test_a_check_that_hangs_or_fails_takes_nothing_with_it() -> None:
 
     began = time.monotonic()
     found = examination.examine(
-        Asked(Path()),
+        Asked(Path(), timeout=0.3),
         {"slow": hang, "bad": fail, "good": lambda _: [Finding("good", "ok", "fine")]},
-        timeout=0.3,
     )
     assert time.monotonic() - began < 3
     assert [(finding.name, finding.state) for finding in found] == [
@@ -464,7 +465,7 @@ def test_the_command_ends_with_what_it_found(monkeypatch: pytest.MonkeyPatch, tm
     seen: list[Asked] = []
     answer = [Finding("a", "ok", "fine"), Finding("b", "warning", "odd", "look at it")]
 
-    def examine(asked: Asked, timeout: float) -> list[Finding]:
+    def examine(asked: Asked) -> list[Finding]:
         seen.append(asked)
         return answer
 
