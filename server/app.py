@@ -72,7 +72,7 @@ def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | 
         app.add_exception_handler(kind, _refuse)
     roles = RouteRoles(app, open_metrics=settings.open_metrics)
     access = Access(settings.key_file, roles, metrics.registry)
-    app.add_middleware(Door, access=access, settings=settings)
+    app.add_middleware(Door, access=access)
     app.add_middleware(Edge, metrics=metrics, tracer=tracer)  # added last: the outermost layer
     return app
 

@@ -135,7 +135,7 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():
         async with (
-            admitted_upload(request, gate.settings, services.tasks, task),
+            admitted_upload(request, services.tasks, task),
             gate.uploads.place(request),
             spooled_body(request, gate.settings, limit, services.spool_folder) as file,
         ):

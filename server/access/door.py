@@ -8,7 +8,6 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peqa_server.access.allowance import Allowances, Clock
@@ -19,8 +18,6 @@ from peqa_server.access.key_ring import KeyRing
 from peqa_server.access.route_roles import RouteRoles
 from peqa_server.access_log import note_of, refused
 from peqa_server.errors import ApiError
-from peqa_server.settings import ServerSettings
-from peqa_server.streaming import discard
 
 _NEEDS = {Role.UPLOADER: "uploader or admin", Role.ADMIN: "admin"}
 
@@ -112,12 +109,11 @@ def _unauthorized(message: str, code: str) -> ApiError:
 
 
 class Door:
-    """ASGI middleware that lets a request through with its `Caller` in the note, or answers it."""
+    """ASGI middleware that lets a request through with its `Caller` in the note, or answers it at once, unread."""
 
-    def __init__(self, app: ASGIApp, access: Access, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
         self._access = access
-        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -140,15 +136,8 @@ class Door:
             note.caller = self._access.caller(scope)
         except ApiError as error:
             refused(scope, error)
-            await _read_away(Request(scope, receive), self._settings)
             await error.response()(scope, receive, send_with_rates)
         else:
             await self._app(scope, receive, send_with_rates)
         if isinstance(note.caller, KeyHolder) and note.error_code is not None:
             note.caller.refused(note.error_code)
-
-
-async def _read_away(request: Request, settings: ServerSettings) -> None:
-    """Take in the body of a refused request for a while: a client in the middle of sending would see a reset."""
-    if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
-        await discard(request, settings)

@@ -11,32 +11,22 @@ from starlette.requests import Request
 
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.access_log import note_of
-from peqa_server.errors import ApiError
-from peqa_server.settings import ServerSettings
-from peqa_server.streaming import discard
 
 if TYPE_CHECKING:
     from peqa_server.services import TaskService
 
 
 @contextlib.asynccontextmanager
-async def admitted_upload(
-    request: Request, settings: ServerSettings, tasks: TaskService, task: str
-) -> AsyncIterator[None]:
+async def admitted_upload(request: Request, tasks: TaskService, task: str) -> AsyncIterator[None]:
     """Around an upload of `task`: one of the places that its key has.
 
     Raises 403 where the key may not change the task, 413 where the announced size does not fit its quota, 429 where
-    too much of the key's work runs already; the body is then read away, as far as `settings` says.
+    too much of the key's work runs already.
     """
     caller = note_of(request.scope).caller
-    with contextlib.ExitStack() as place:
-        try:
-            place.enter_context(caller.uploading())
-            if isinstance(tasks, GuardedTasks):
-                await asyncio.to_thread(tasks.check_size, task, _announced(request))
-        except ApiError:
-            await discard(request, settings)
-            raise
+    with caller.uploading():
+        if isinstance(tasks, GuardedTasks):
+            await asyncio.to_thread(tasks.check_size, task, _announced(request))
         yield
 
 
