@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from peqa_runtime.core import Lease
@@ -31,6 +32,28 @@ _TEMPLATE_FAULTS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
 )  # fmt: skip
 """What a template's code can raise besides Jinja's own errors."""
+
+
+class ChatTemplate:
+    """A template's source, and what its code reads. (Found when it is asked for: most chats need not know.)"""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def reads(self, *names: str) -> bool:
+        """Whether the code mentions one of these names, as a variable, an attribute or a quoted word."""
+        return not self._names.isdisjoint(names)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """Every name and quoted word: neither comments nor the text around the code."""
+        from jinja2 import Environment, TemplateSyntaxError
+
+        try:
+            tokens = list(Environment().lex(self.source))
+        except TemplateSyntaxError:
+            return frozenset(re.findall(r"\w+", self.source))  # applying it says what is wrong
+        return frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
 
 
 def chat_prompt(
@@ -102,9 +125,8 @@ def _templated(tokenizer: Any, wanted: ChatFields, use: ToolUse | None, settings
     from jinja2 import TemplateError
 
     tools = use.templated() if use is not None else None
-    template = _template(tokenizer, wanted, tools, settings)
-    known = template_names(template)
-    options = _options(wanted, known)
+    template = ChatTemplate(_source(tokenizer, wanted, tools, settings))
+    options = _options(wanted, template)
     goes_on = bool(wanted.continue_final_message)
     generate = not goes_on if wanted.add_generation_prompt is None else wanted.add_generation_prompt
     if goes_on and generate:
@@ -112,16 +134,17 @@ def _templated(tokenizer: Any, wanted: ChatFields, use: ToolUse | None, settings
             "continue_final_message and add_generation_prompt cannot both be true",
             param="continue_final_message",
         )
-    messages = [_plain(message, "developer" in known) for message in wanted.messages]
-    knows_tools = "tools" in known or "tool_calls" in known
-    if not knows_tools:
+    messages = [_plain(message, template) for message in wanted.messages]
+    has_tools = bool(tools) or any(message.tool_calls or message.tool_call_id for message in wanted.messages)
+    as_text = has_tools and not template.reads("tools", "tool_calls")
+    if as_text:
         messages = with_tools_as_text(messages, tools or [])
     try:
         text = tokenizer.apply_chat_template(
             messages,
-            tools=tools if knows_tools else None,
+            tools=None if as_text else tools,
             documents=wanted.documents,
-            chat_template=template,
+            chat_template=template.source,
             tokenize=False,
             add_generation_prompt=generate,
             continue_final_message=goes_on,
@@ -132,7 +155,7 @@ def _templated(tokenizer: Any, wanted: ChatFields, use: ToolUse | None, settings
     return str(text)
 
 
-def _template(
+def _source(
     tokenizer: Any, wanted: ChatFields, tools: list[dict[str, Any]] | None, settings: ServerSettings
 ) -> str:
     """The template's source. A client's own is a program: it runs only where the operator lets it."""
@@ -160,21 +183,7 @@ def _template(
     return str(template)
 
 
-def template_names(template: str) -> frozenset[str]:
-    """Every name, and every quoted word, that a template's code mentions: its comments and its text are not read."""
-    from jinja2 import Environment, TemplateSyntaxError
-
-    found: set[str] = set()
-    try:
-        for _, kind, value in Environment().lex(template):
-            if kind in ("name", "string"):
-                found.add(value.strip("'\""))
-    except TemplateSyntaxError:
-        return frozenset(re.findall(r"\w+", template))  # applying it says what is wrong
-    return frozenset(found)
-
-
-def _options(wanted: ChatFields, known: frozenset[str]) -> dict[str, Any]:
+def _options(wanted: ChatFields, template: ChatTemplate) -> dict[str, Any]:
     """The template's variables besides messages and tools. What the template does not read is refused."""
     options = dict(wanted.chat_template_kwargs or {})
     for name in options:
@@ -183,23 +192,25 @@ def _options(wanted: ChatFields, known: frozenset[str]) -> dict[str, Any]:
                 f"chat_template_kwargs cannot set {name[:80]!r}; it is a field of the request or set by the server",
                 param="chat_template_kwargs",
             )
-        if name not in known:
+        if not template.reads(name):
             raise InvalidRequest(
                 f"the chat template has no variable {name[:80]!r}, so chat_template_kwargs would change nothing",
                 param="chat_template_kwargs",
             )
-    if wanted.documents and "documents" not in known:
+    if wanted.documents and not template.reads("documents"):
         raise InvalidRequest(
             "the chat template has no place for documents; write them into a message", param="documents"
         )
-    if wanted.reasoning_effort is not None and "reasoning_effort" in known:
+    if wanted.reasoning_effort is not None and template.reads("reasoning_effort"):
         options.setdefault("reasoning_effort", wanted.reasoning_effort)
     return options
 
 
-def _plain(message: ChatMessage, knows_developer: bool) -> dict[str, Any]:
+def _plain(message: ChatMessage, template: ChatTemplate) -> dict[str, Any]:
     """A message as templates read it. Where a template does not know the role 'developer', it is the system's."""
-    role = message.role if message.role != "developer" or knows_developer else "system"
+    role = message.role
+    if role == "developer" and not template.reads("developer"):
+        role = "system"
     plain: dict[str, Any] = {"role": role, "content": message.text}
     for field in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, field)) is not None:

@@ -1,24 +1,12 @@
-"""Chats: prompts by templates with and without tools, calls in answers whole and streamed, and what is refused."""
+"""Chats: calls in answers whole and streamed, logprobs, echo, and what is refused."""
 
 from __future__ import annotations
 
-import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from server_stubs import EOS, MANIFEST, Script, StubEngine
-from transformers import AutoTokenizer
-
-from peqa_runtime.core import Lease
-from peqa_runtime.errors import InvalidRequest
-from peqa_server.chat_prompt import chat_prompt, template_names
-from peqa_server.chat_schemas import ChatCompletionRequest
-from peqa_server.errors import ApiError
-from peqa_server.services import ServedModel
-from peqa_server.settings import ServerSettings
-from peqa_server.tool_use import tool_use
+from server_stubs import EOS, Script, StubEngine
 
 CHAT = "/v1/chat/completions"
 SAY = [{"role": "user", "content": "hi"}]
@@ -29,145 +17,6 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "add_2"}},
 ]
-CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "é"}'}}
-HISTORY = [
-    *SAY,
-    {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "annotations": [], "audio": None},
-    {"role": "tool", "tool_call_id": "call_1", "content": "a door"},
-    {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "a "},
-                                                               {"type": "text", "text": "cat"}]},
-]  # fmt: skip
-
-PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-KNOWING = (
-    "{# documents enable_thinking #}{% if tools %}[{% for t in tools %}{{ t.function.name }}:"
-    "{{ t.function.parameters | tojson }};{% endfor %}]{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
-    "({{ c.function.name }} {{ c.function.arguments.at }}){% endfor %}{% endfor %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_hf_folder: Path) -> Any:
-    """A tokenizer of transformers, whose templates run as in a real server."""
-    return AutoTokenizer.from_pretrained(tiny_hf_folder)
-
-
-@pytest.fixture
-def written(tokenizer: Any) -> Any:
-    """`written(template, **fields)`: the prompt of a chat on the base."""
-
-    def write(
-        template: Any, *, lease: Lease = Lease("base", ""), trusted: bool = False, **fields: Any
-    ) -> str:
-        own = copy.copy(tokenizer)
-        own.chat_template = template
-        model = ServedModel(MANIFEST, own, max_model_len=200, vocab_size=len(own))
-        wanted = ChatCompletionRequest.model_validate({"messages": SAY, **fields})
-        settings = ServerSettings(client_chat_templates=trusted)
-        prompt = chat_prompt(model, lease, wanted, tool_use(wanted), settings)
-        assert prompt.text is not None
-        return prompt.text
-
-    return write
-
-
-def test_a_template_that_knows_tools_gets_them(written: Any) -> None:
-    assert written(KNOWING) == "<user>hi"
-    text = written(KNOWING, messages=HISTORY, tools=TOOLS)
-    shown = '[look:{"type": "object"};add_2:{"type": "object", "properties": {}};]'
-    assert text == shown + "<user>hi<assistant>(look é)<tool>a door<tool>a cat"
-    assert written(KNOWING, tools=TOOLS, tool_choice="none") == "<user>hi"
-    by_name = {"default": PLAIN, "tool_use": KNOWING}
-    assert written(by_name) == "<user>hi<a>"
-    assert written(by_name, tools=TOOLS).startswith("[look:")
-
-
-def test_a_template_that_does_not_gets_them_as_text(written: Any) -> None:
-    text = written(PLAIN, messages=HISTORY, tools=TOOLS)
-    head, rest = text.split("<user>", 1)
-    assert head.startswith("<system>You can call functions.")
-    tools = [json.loads(line) for line in head.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()]
-    assert [tool["function"]["name"] for tool in tools] == ["look", "add_2"]
-    assert rest == (
-        'hi<assistant><tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
-        "<user><tool_response>\na door\n</tool_response>\n<tool_response>\na cat\n</tool_response><a>"
-    )
-    own = written(PLAIN, messages=[{"role": "system", "content": "Be brief."}, *SAY], tools=TOOLS)
-    assert own.startswith("<system>Be brief.\n\nYou can call functions.")
-    assert written(PLAIN, messages=HISTORY).startswith("<user>hi<assistant><tool_call>"), (
-        "history needs no tools"
-    )
-
-
-def test_roles_kwargs_and_documents(written: Any) -> None:
-    developer = [{"role": "developer", "content": "Be brief."}, *SAY]
-    assert written(PLAIN, messages=developer) == "<system>Be brief.<user>hi<a>"
-    assert written(PLAIN + "{{ 'developer' }}", messages=developer).startswith("<developer>")
-    thinking = PLAIN + "{% if enable_thinking %}T{% endif %}{{ reasoning_effort }}"
-    assert written(thinking, chat_template_kwargs={"enable_thinking": True}) == "<user>hi<a>T"
-    assert written(thinking, reasoning_effort="high") == "<user>hi<a>high"
-    assert written(PLAIN, reasoning_effort="high") == "<user>hi<a>"
-    documents = PLAIN + "{% for d in documents or [] %}{{ d.text }}{% endfor %}"
-    assert written(documents, documents=[{"text": "one"}, {"text": "two"}]) == "<user>hi<a>onetwo"
-    begun = [*SAY, {"role": "assistant", "content": "well"}]
-    assert written(PLAIN, messages=begun, continue_final_message=True).endswith("<assistant>well")
-    assert written(PLAIN, add_generation_prompt=False) == "<user>hi"
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"chat_template": "x"}, "chat_template"),
-        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
-        ({"documents": [{"text": "x"}]}, "documents"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages"),
-        (
-            {"messages": [*SAY, {"role": "assistant",
-                                 "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}]},
-            "messages",
-        ),
-    ],
-    ids=lambda v: str(v)[:40],
-)  # fmt: skip
-def test_what_a_prompt_cannot_be_made_of(written: Any, fields: dict[str, Any], param: str) -> None:
-    with pytest.raises((InvalidRequest, ApiError)) as refusal:
-        written(PLAIN, **fields)
-    assert refusal.value.param == param
-    assert len(str(refusal.value)) > 20
-
-
-def test_a_clients_template_runs_where_the_operator_lets_it_and_cannot_break_out(written: Any) -> None:
-    assert written(PLAIN, trusted=True, chat_template="{{ messages[0].content | upper }}") == "HI"
-    for template in (
-        "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}", "{{ messages[9].content + 1 }}",
-        "{% if %}", "{{ raise_exception('no') }}", "{% for i in range(10**9) %}{% endfor %}",
-        "{{ namespace.__init__.__globals__ }}",
-    ):  # fmt: skip
-        with pytest.raises(InvalidRequest, match="chat template"):
-            written(PLAIN, trusted=True, chat_template=template)
-
-
-def test_a_tuned_task_takes_one_message_and_nothing_that_it_does_not_know(written: Any) -> None:
-    lease = Lease("sql", "r" * 64, "channel", "Q: {prompt}\nA:")
-    assert written(PLAIN, lease=lease) == "Q: hi\nA:"
-    for field, value in {
-        "tools": TOOLS, "documents": [{"text": "x"}], "chat_template_kwargs": {"a": 1}, "continue_final_message": True,
-    }.items():  # fmt: skip
-        with pytest.raises(InvalidRequest) as refusal:
-            written(PLAIN, lease=lease, **{field: value})
-        assert refusal.value.param == field
-
-
-def test_names_of_a_template_are_those_of_its_code() -> None:
-    names = template_names("{# tools #}documents{{ messages[0]['tool_calls'] }}{% set x = 'a word' %}")
-    assert {"messages", "tool_calls", "x"} <= names
-    assert not {"tools", "documents", "word"} & names
 
 
 def answering(text: str, *, eos: bool = True) -> StubEngine:
@@ -379,5 +228,6 @@ def test_load_counts_what_runs(live: Any) -> None:
         "POST", "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 50}
     ) as answer:
         assert answer.status_code == 200
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: an iterator that goes takes the connection with it
+        next(lines)
         assert server.client.get("/load").json() == {"server_load": 1}
