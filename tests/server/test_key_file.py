@@ -368,6 +368,12 @@ def test_new_keys_are_long_and_different() -> None:
     assert all(text.startswith("peqa_") and len(text) == 5 + 64 for text in texts)
 
 
+def test_a_key_is_valid_until_it_is_not() -> None:
+    one = key("alice", expires=5.0)
+    assert [one.state(now) for now in (4.9, 5.0, 9.0)] == ["valid", "expired", "expired"]
+    assert key("alice", expires=5.0, revoked=4.0).state(4.5) == "revoked"
+
+
 def test_a_running_server_follows(live: Any, tmp_path: Path) -> None:
     path = write_keys(tmp_path / "keys.json", key("alice"), key("root", "admin"))
     server = live(settings=ServerSettings(key_file=path))
