@@ -50,12 +50,10 @@ class Outline:
 def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -> Job:
     """The job of a request. Raises `InvalidRequest`, `PromptTooLong`."""
     _check_stream(wanted)
-    widths = [wanted.prompt_logprobs, outline.logprobs if outline.shown_prompt else None]
-    given = [width for width in widths if width is not None]
     params = wanted.sampling_params(
         max_tokens=outline.max_tokens,
         logprobs=outline.logprobs,
-        prompt_logprobs=max(given) if given and min(given) >= 0 else min(given, default=None),
+        prompt_logprobs=_prompt_width(wanted, outline),
     )
     params = with_controls(model, wanted, outline.form, params)
     check_ids(model, params.stop_token_ids, "stop_token_ids")
@@ -145,6 +143,14 @@ def truncated(model: ServedModel, prompt: Prompt, wanted: GenerationFields, max_
 def answer_name(admission: Admission, wanted: GenerationFields) -> str:
     """The `model` of the answer: what the client called it, else the base's id."""
     return wanted.model or admission.services.model.model_id
+
+
+def _prompt_width(wanted: GenerationFields, outline: Outline) -> int | None:
+    """Alternatives to compute for each prompt token: the wider of what echo and prompt_logprobs show."""
+    asked, echoed = wanted.prompt_logprobs, outline.logprobs if outline.shown_prompt else None
+    if asked is None or echoed is None or asked < 0:  # below 0: to be refused, not outdone
+        return echoed if asked is None else asked
+    return max(asked, echoed)
 
 
 def _check_stream(wanted: GenerationFields) -> None:

@@ -11,6 +11,8 @@ from peqa_server.chat_schemas import ChatFields, Tool, ToolChoice
 
 Json = dict[str, Any]
 
+_DEFINITIONS = ("$defs", "definitions")
+
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -44,14 +46,17 @@ class ToolUse:
             return self._arguments(self.named)
         if not self.required:
             return None
-        calls = [self._call(tool.function.name) for tool in self.tools]
+        definitions: Json = {}
+        calls = [self._call(tool.function.name, str(i), definitions) for i, tool in enumerate(self.tools)]
         call = calls[0] if len(calls) == 1 else {"anyOf": calls}
-        return {"type": "array", "items": call, "minItems": 1} if self.parallel else call
+        schema = {"type": "array", "items": call, "minItems": 1} if self.parallel else call
+        return {**schema, "$defs": definitions} if definitions else schema
 
-    def _call(self, name: str) -> Json:
+    def _call(self, name: str, prefix: str, definitions: Json) -> Json:
+        arguments = moved(self._arguments(name), prefix, definitions)
         return {
             "type": "object",
-            "properties": {"name": {"const": name}, "arguments": self._arguments(name)},
+            "properties": {"name": {"const": name}, "arguments": arguments},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
@@ -79,6 +84,43 @@ def tool_use(wanted: ChatFields, parallel: bool | None = None) -> ToolUse | None
             f"tool_choice names the function {named!r}, which is not among tools", param="tool_choice"
         )
     return ToolUse(use.tools, named=named, parallel=use.parallel)
+
+
+def moved(schema: Json, prefix: str, definitions: Json) -> Json:
+    """A schema that was whole, as part of another one: what its references point to goes to `definitions`.
+
+    "#/$defs/city" becomes "#/$defs/PREFIX.city", any other place in it a place in "#/$defs/PREFIX".
+    """
+    root = False
+
+    def there(reference: str) -> str:
+        nonlocal root
+        for place in _DEFINITIONS:
+            if reference.startswith(f"#/{place}/"):
+                return f"#/$defs/{prefix}.{reference.removeprefix(f'#/{place}/')}"
+        root = True
+        return f"#/$defs/{prefix}{reference[1:]}"
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: there(value)
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else walk(value)
+            for key, value in node.items()
+        }
+
+    rest = walk({key: value for key, value in schema.items() if key not in _DEFINITIONS})
+    for place in _DEFINITIONS:
+        found = schema.get(place)
+        for name, definition in found.items() if isinstance(found, dict) else ():
+            definitions[f"{prefix}.{name}"] = walk(definition)
+    if root:
+        definitions[prefix] = rest
+    return dict(rest)
 
 
 def _templated(tool: Tool) -> Json:

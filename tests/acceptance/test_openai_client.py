@@ -6,12 +6,13 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 pytestmark = pytest.mark.slow
 
@@ -211,6 +212,20 @@ def test_tools(client: OpenAI) -> None:
     assert (calls(named)[0][0], named.choices[0].finish_reason) == ("time", "stop")
     assert not calls(ask(tool_choice="none"))
     assert ask(tool_choice="auto").choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+    class Place(BaseModel):
+        city: Literal["Rome", "Oslo"]
+
+    class Trip(BaseModel):
+        start: Place
+        end: Place
+
+    typed = chat(client, tools=[openai.pydantic_function_tool(Trip)], tool_choice="required", max_tokens=120)
+    assert Trip.model_validate(calls(typed)[0][1])
+    broken = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        chat(client, tools=[{"type": "function", "function": broken}], tool_choice="required")
+    assert refusal.value.param == "tools"
 
     history = [*MESSAGES, required.choices[0].message.model_dump()]
     call_id = required.choices[0].message.tool_calls[0].id

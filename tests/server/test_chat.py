@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from server_stubs import EOS, Script, StubEngine
 
+from peqa_server.tool_use import moved
+
 CHAT = "/v1/chat/completions"
 SAY = [{"role": "user", "content": "hi"}]
 TOOLS = [
@@ -105,6 +107,21 @@ def test_calls_that_must_be_made_are_a_form_of_the_answer(live: Any) -> None:
     assert (message["tool_calls"][0]["function"]["arguments"], reason) == ('{"at": 1}', "stop")
 
 
+def test_references_of_parameters_hold_where_the_schema_has_become_a_part() -> None:
+    place = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}}
+    schema = {
+        "properties": {"at": {"$ref": "#/$defs/Place"}, "all": {"$ref": "#"}},
+        "$defs": {"Place": place},
+    }
+    definitions: dict[str, Any] = {}
+    assert moved(schema, "7", definitions) == {
+        "properties": {"at": {"$ref": "#/$defs/7.Place"}, "all": {"$ref": "#/$defs/7"}}
+    }
+    assert definitions["7.Place"]["properties"]["next"] == {"$ref": "#/$defs/7.Place"}
+    assert definitions["7"]["properties"]["at"] == {"$ref": "#/$defs/7.Place"}
+    assert schema["$defs"] == {"Place": place}, "the client's own is as it was"
+
+
 def test_logprobs_stay_whole_where_text_is_held_back(live: Any) -> None:
     server = live(answering(ANSWER), max_model_len=2000)
     body = {"messages": SAY, "tools": TOOLS, "logprobs": True, "max_tokens": 150, "stream": True}
@@ -145,7 +162,7 @@ def test_echo_and_the_prompts_ids_stand_where_vllm_has_them(live: Any) -> None:
         ("chat_template", 5), ("chat_template", "{{ messages }}"), ("chat_template_kwargs", []), ("documents", "x"),
         ("documents", ["x"]), ("documents", [{"text": "x"}]), ("reasoning_effort", "huge"), ("echo", "yes"),
         ("add_special_tokens", 1), ("functions", [{"name": "f"}]), ("function_call", "auto"), ("modalities", ["audio"]),
-        ("audio", {"voice": "x"}), ("mm_processor_kwargs", {"a": 1}), ("prompt_embeds", "x"), ("vllm_xargs", {"a": 1}),
+        ("lora_path", "/etc/passwd"), ("audio", {"voice": "x"}), ("mm_processor_kwargs", {"a": 1}), ("prompt_embeds", "x"), ("vllm_xargs", {"a": 1}),
         ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("stream_interval", 2), ("truncation_side", "middle"),
         ("truncation_side", "left"), ("spaces_between_special_tokens", "x"), ("logprob_token_ids", [5]),
         ("logprob_token_ids", "x"),
@@ -164,6 +181,19 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     assert error["code"] == "invalid_json" or error["param"].startswith(field), error
     assert not server.engine.requests
     assert server.idle
+
+
+def test_fields_of_other_servers_that_change_nothing_are_taken(server: Any) -> None:
+    neutral = {
+        "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "session_id": "s", "safety_identifier": "x",
+        "prompt_cache_key": "k", "use_beam_search": False, "length_penalty": 1.0, "mm_processor_kwargs": {},
+        "vllm_xargs": {}, "kv_transfer_params": None, "thinking_token_budget": None, "repetition_detection": None,
+        "prompt_embeds": None, "modalities": ["text"], "functions": [], "function_call": "none", "verbosity": "medium",
+        "include_reasoning": True, "suffix": "", "user": "u", "tools": None, "tool_choice": "none", "documents": [],
+        "chat_template_kwargs": {}, "reasoning_effort": "low", "lora_path": None,
+    }  # fmt: skip
+    answer = server.post(CHAT, messages=SAY, max_tokens=2, **neutral)
+    assert answer.status_code == 200, answer.text
 
 
 def test_stream_options_that_do_not_go_together(server: Any) -> None:
