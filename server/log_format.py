@@ -75,10 +75,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, form: LogFormat, stream: TextIO | None = None) -> None:
-    """Send every log line of the process to `stream` (default: stderr) in one form."""
+    """Send every log line of the process to `stream` (default: stderr) in one form, unless it has a log already."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -121,11 +121,12 @@ def test_the_engine_knows_a_request_by_the_clients_id(server: Any) -> None:
     assert all(name.startswith("mine/") for name in names)
 
 
-def test_setting_up_takes_over_the_root(capsys: pytest.CaptureFixture[str]) -> None:
+def test_setting_up_gives_the_root_a_form() -> None:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     stream = io.StringIO()
     try:
+        root.handlers.clear()
         set_up_logging("warning", "json", stream)
         logging.getLogger("peqa.server").info("too quiet")
         logging.getLogger("peqa.server").warning("loud %d", 5)
