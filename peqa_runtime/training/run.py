@@ -267,6 +267,7 @@ def _note(
         "dropped_rows": len(task.train.dropped_lines),
         "held_out_rows": len(task.held_out.examples) if task.held_out else 0,
         **settings,
+        "parameters": sum(scale.numel() for scale in result.scales.values()),
         "train_loss": _finite(result.train_loss),
         "held_out_loss": _finite(result.held_out_loss),
         "base_held_out_loss": _finite(result.base_loss),

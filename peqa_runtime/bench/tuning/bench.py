@@ -298,8 +298,7 @@ class Bench:
             trained = self._train(task, way, seed, rate, steps, output)
             asked = ("--scale-set", output, *self._questions(task), "--predictions", answers)
             ran = self._peqa("eval", self.base, test, *asked)
-            size = trained.report["bytes"]
-            count = size // 2
+            size, count = trained.report["bytes"], trained.report["parameters"]
         report = ran.report
         facts = {
             "low": report["low"],
@@ -325,7 +324,7 @@ class Bench:
         best = max(KINDS, key=lambda kind: mean[kind])
         found: list[Row] = []
         for what, kind, bar in (("channel", "channel", 0.85), ("best", best, 0.95)):
-            share = (mean[kind] - before) / gain if gain > 0 else float("nan")
+            share = (mean[kind] - before) / gain if gain > 0 else float(mean[kind] >= mean["lora"])
             facts = {"kind": kind, "lora_gain": gain} | self._difference(task, kind)
             found.append(self._row(f"{name}/{what}-gain-of-lora", share, "x", ">=", None, bar, **facts))
         return found
