@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class Target:
     api_key: str | None = None
     ignore_eos: bool = True
     timeout: float = 300.0  # seconds without a byte
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of every completion, above what is sent anyway
 
 
 class EventParser:
@@ -111,7 +112,7 @@ class CompletionClient:
             body["model"] = task
         if self.target.ignore_eos:
             body["ignore_eos"] = True
-        return body
+        return {**body, **self.target.fields}
 
     async def complete(self, task: str, prompt: str, max_tokens: int, started: float | None = None) -> Answer:
         """Send one request and read its stream to the end. Never raises for what the server or network does.

@@ -24,14 +24,15 @@ from peqa_loadtest.bench.offline import OfflineBench
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import Session, open_session
 from peqa_loadtest.bench.shutdown import shutdown
+from peqa_loadtest.bench.structured import structured
 from peqa_loadtest.bench.throughput import throughput
 from peqa_loadtest.bench.updates import updates
 from peqa_loadtest.client import LoadTestError
 
-SERVED = ("throughput", "updates", "disconnects", "endurance", "sigterm", "many-tasks", "gpu-load")
+SERVED = ("throughput", "structured", "updates", "disconnects", "endurance", "sigterm", "many-tasks", "gpu-load")
 PARTS = ("offline", *SERVED)
 OFFLINE_PARTS = ("mixed", "profile", "equality", "gpu")
-ON_ONE_SERVER = SERVED[:4]
+ON_ONE_SERVER = SERVED[:5]
 WIDTH = 130  # columns of the table where there is no terminal to ask
 
 
@@ -48,6 +49,7 @@ class Options:
     tasks: int = 16
     rounds: int = 2
     requests_per_stream: int = 2
+    structured_rounds: int = 8
     updates: int = 1000
     disconnects: int = 500
     minutes: float = 2.0
@@ -157,6 +159,8 @@ async def _on_one_server(
 ) -> list[Figure]:
     if part == "throughput":
         return await throughput(session, tasks, offline, options.rounds, options.requests_per_stream)
+    if part == "structured":
+        return await structured(session, options.structured_rounds)
     if part == "updates":
         return await updates(session, tasks[:4], files, options.updates)
     if part == "disconnects":
@@ -184,6 +188,7 @@ def _options(given: argparse.Namespace, parts: tuple[str, ...], work: Path) -> O
         output_tokens=given.output_tokens,
         tasks=given.tasks,
         rounds=given.rounds,
+        structured_rounds=given.structured_rounds,
         updates=given.updates,
         disconnects=given.disconnects,
         minutes=given.minutes,
@@ -215,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         ("output-tokens", 64, "tokens of an answer"),
         ("tasks", 16, "tasks of the mix"),
         ("rounds", 2, "offline and served throughput, in turn"),
+        ("structured-rounds", 8, "JSON to a schema and free text, in turn"),
         ("updates", 1000, "updates under load"),
         ("disconnects", 500, "clients that hang up"),
         ("many-tasks", 10_000, "registered tasks"),

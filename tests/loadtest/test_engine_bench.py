@@ -152,6 +152,9 @@ NAMES = [
         for row in (
             "throughput/64-streams/vs-offline",
             "throughput/failed",
+            "structured/greedy/vs-free-text",
+            "structured/sampled/vs-free-text",
+            "structured/top-p/vs-free-text",
             "updates/failed",
             "updates/mixed",
             "updates/stale",
@@ -181,7 +184,7 @@ NAMES = [
 def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
     counts = {
         **{"prompt-tokens": 40, "output-tokens": 24, "rounds": 1, "updates": 20, "disconnects": 20},
-        **{"minutes": 0.2, "many-tasks": 30, "probes": 5, "batches": 5, "seconds": 0},
+        **{"structured-rounds": 1, "minutes": 0.2, "many-tasks": 30, "probes": 5, "batches": 5, "seconds": 0},
     }
     options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
     out = tmp_path / "rows.json"
