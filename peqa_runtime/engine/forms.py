@@ -1,9 +1,10 @@
 """One step of answers that keep to a form: what is chosen is checked, and chosen again where the form refuses it.
 
-A form refuses little of what a model that was told about it likes best, and to check one token takes a hundredth of
+A form refuses little of what a model that was told about it likes best, and to check one token takes a fraction of
 what it takes to find all that are allowed. So the first choice is free; only a row whose choice is refused is masked
 and chosen again, with a random number of its own. That gives the distribution of a mask from the start, as
-p(t) + P(refused) p(t) / P(allowed) = p(t) / P(allowed). Rows that narrow what they draw from are masked at once.
+p(t) + P(refused) p(t) / P(allowed) = p(t) / P(allowed). (Where a form forces its text, masks hold the usual tokens of
+that text only, and the first choice may cut it otherwise.) Rows that narrow what they draw from are masked at once.
 """
 
 from __future__ import annotations

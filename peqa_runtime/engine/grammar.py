@@ -55,8 +55,8 @@ def new_matcher(tokenizer: Any, constraint: Constraint) -> Any:
 
     Compiling may take any time and memory: whoever compiles for strangers asks `grammar_probe` first.
     """
-    # A step's share of fuel keeps one token of one answer within some 50 ms. States of the lexer take up to 2 kB each.
-    limits = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    # States of the lexer take up to 2 kB each, and stay as long as the form is kept.
+    limits = llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
     matcher = llguidance.LLMatcher(tokenizer, grammar_text(constraint), log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()  # the first takes longest

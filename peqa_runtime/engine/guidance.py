@@ -17,9 +17,8 @@ from peqa_runtime.errors import InvalidRequest
 
 _T = TypeVar("_T")
 
-KEPT = 64
+KEPT = 32
 """Compiled forms that are kept for requests to come."""
-
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _PENALTIES = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))

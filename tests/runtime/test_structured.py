@@ -333,6 +333,16 @@ def test_tokenizers_without_fast_code_or_end_are_refused_by_name(engine: Engine)
             guidance.compile(Constraint.json_object())
 
 
+def test_without_llguidance_a_form_is_refused_by_name(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peqa_runtime.engine.grammar.llguidance", None)
+    guidance = Guidance(engine.model.tokenizer, 300, (0,))
+    for compile_form in (guidance.compile, guidance.compile_carefully):
+        with pytest.raises(InvalidRequest, match="pip install llguidance"):
+            compile_form(Constraint.json_object())
+
+
 def test_forms_are_kept_up_to_a_number(engine: Engine) -> None:
     guidance = Guidance(engine.model.tokenizer, 300, (0,), kept=2)
     forms = [Constraint.regex(f"a{{{n}}}") for n in (1, 2, 3)]
