@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import time
 from pathlib import Path
@@ -123,4 +124,7 @@ def _nearest(path: Path) -> Path:
 
 
 def _me() -> str:
-    return os.environ.get("USER") or f"user {os.getuid()}"
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user need not have a name
+        return str(os.getuid())

@@ -357,3 +357,38 @@ def test_every_number_of_the_engine_is_explained(real: Real) -> None:
 
     missing = set(real.services.engine.stats()) - set(HELP)
     assert not missing, f"server/engine_metrics.py says nothing about {missing}"
+
+
+def test_the_engine_says_what_its_tasks_are_at(real: Real) -> None:
+    before = {
+        name: real.metric(f"peqa_engine_{name}_total") for name in ("set_hits", "row_writes", "step_tokens")
+    }
+    text = real.client.get("/metrics").text
+    queued = sum(
+        float(row.split()[-1]) for row in text.splitlines() if row.startswith("peqa_queue_seconds_count")
+    )
+    with real.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": "the cat", "task": "two", "max_tokens": 200, "ignore_eos": True, "stream": True},
+    ) as answer:
+        next(answer.iter_lines())
+        running, waiting = real.services.engine.tasks_in_work()
+        assert (dict(running), dict(waiting)) == ({"two": 1}, {})
+    wait_until(lambda: real.services.engine.tasks_in_work() == ({}, {}))
+    after = {name: real.metric(f"peqa_engine_{name}_total") for name in before}
+    assert after["set_hits"] == before["set_hits"] + 1
+    assert after["row_writes"] >= before["row_writes"]
+    assert after["step_tokens"] > before["step_tokens"] + 7
+    rows = real.client.get("/metrics").text.splitlines()
+    assert (
+        sum(float(row.split()[-1]) for row in rows if row.startswith("peqa_queue_seconds_count"))
+        == queued + 1
+    )
+    assert real.metric("peqa_engine_row_writes_total") >= 2, "both tasks have been put on the device"
+
+
+def test_the_table_of_numbers_has_none_that_the_engine_lacks(real: Real) -> None:
+    from peqa_server.engine_metrics import HELP
+
+    assert not set(HELP) - set(real.services.engine.stats())
