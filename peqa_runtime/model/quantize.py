@@ -135,8 +135,10 @@ def _no_other_run(destination: Path) -> Iterator[None]:
         destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         with lock:
-            yield
-            Path(lock.lock_file).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
         raise InvalidCheckpoint(
             f"another process is making {destination}; wait for it or choose another name"

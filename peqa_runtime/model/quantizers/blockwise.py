@@ -46,7 +46,7 @@ class TrainingOptions:
     scale_rate: float = 1e-3
     held_out: float = 0.125
     looks: int = 2
-    patience: int = 3
+    patience: int = 6
 
     def __post_init__(self) -> None:
         """Raise `InvalidRequest` naming the number that makes no sense."""

@@ -97,8 +97,8 @@ class Skeleton:
     def _value(self, name: str, parameter: nn.Parameter, source: FloatSource) -> Tensor:
         if name not in source:
             raise InvalidCheckpoint(
-                f"{self.folder} holds no {name}: its tensor names are not those of the model; load it with "
-                "transformers and save it again (save_pretrained)"
+                f"{self.folder} holds no {name}, and gptq and blockwise need a block's own tensors: names and shapes "
+                "must be those of transformers' modules (mixtures of experts are stored otherwise); use --method rtn"
             )
         value = source.tensor(name)
         if value.shape != parameter.shape:
@@ -141,6 +141,7 @@ class Skeleton:
 
     def _walk(self, ids: Tensor, *, only_first: bool = False) -> tuple[Tensor, list[Call]]:
         """Run a window up to the last block, with blocks that give back what they are given."""
+        wrongs: list[str] = []
         for as_tuple in (False, True):  # what blocks give back differs between models
             walk = _Walk(as_tuple, 1 if only_first else len(self.blocks))
             blocks = [self.model.get_submodule(name) for name in self.blocks]
@@ -148,15 +149,15 @@ class Skeleton:
                 for index, block in enumerate(blocks):
                     block.forward = walk.stand_in(index)
                 self.model(input_ids=ids, use_cache=False)
+                wrongs.append("some of its blocks are not called")
             except _Enough:
                 return walk.hidden, walk.calls
             except _Wrong as wrong:
-                if as_tuple:
-                    raise UnsupportedModel(self._refusal(str(wrong))) from None
+                wrongs.append(str(wrong))
             finally:
                 for block in blocks:
                     del block.forward
-        raise UnsupportedModel(self._refusal("some of its blocks are not called"))
+        raise UnsupportedModel(self._refusal(wrongs[0]))
 
     def _refusal(self, why: str) -> str:
         return (
@@ -187,7 +188,7 @@ class _Walk:
                 raise _Wrong("its blocks are not called one after the other")
             if index == 0:
                 self.hidden: Tensor = hidden.detach().clone()
-            elif hidden.shape != self.hidden.shape or not torch.equal(hidden, self.hidden):
+            elif not (isinstance(hidden, Tensor) and _same(hidden, self.hidden)):
                 raise _Wrong("something happens between its blocks")
             self.calls.append(Call(rest, kwargs))
             if len(self.calls) == self.last:
