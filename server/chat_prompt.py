@@ -20,6 +20,8 @@ from peqa_server.tool_prompt import with_tools_as_text
 from peqa_server.tool_use import ToolUse
 
 PLACEHOLDER = "{prompt}"
+CHAT_FORMAT = "{messages}"
+"""The prompt format of a task that was tuned on conversations: the model's own chat template."""
 
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
@@ -62,11 +64,13 @@ def chat_prompt(
     """The prompt of a conversation.
 
     A tuned task knows one prompt at a time, written as in its training: its `prompt_format` is filled with the
-    one user message. The base takes the model's chat template. Raises `InvalidRequest`, `ApiError`.
+    one user message. The base, and a task that was tuned on conversations, take the model's chat template.
+
+    Raises `InvalidRequest`, `ApiError`.
     """
     for message in wanted.messages:
         _check(message)
-    if lease.revision:
+    if lease.revision and lease.prompt_format != CHAT_FORMAT:
         text = _filled(lease, wanted)
         special = wanted.add_special_tokens is not False
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,77 @@ def test_the_held_out_split_is_disjoint_and_seeded() -> None:
     assert (kept, held) == split_held_out(data, 0.1, seed=1)
     with pytest.raises(InvalidData, match="fraction"):
         split_held_out(data, 0.9, seed=1)
+
+
+def test_shapes_of_rows_are_known_by_their_keys(tmp_path: Path) -> None:
+    turns = [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", "yes"),
+        ("user", "so"),
+        ("assistant", "no"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    file = write(
+        tmp_path / "d.jsonl",
+        '{"instruction": "add", "input": "1 2", "output": "3"}',
+        '{"instruction": "greet", "input": "", "output": "hello"}',
+        json.dumps({"messages": messages}),
+        '{"prompt": "p", "completion": "a", "references": ["a", "b"], "options": ["a", "c"]}',
+    )
+    rows = read_rows(file)
+    assert rows[:2] == [Row("add\n\n1 2", "3", 1), Row("greet", "hello", 2)]
+    assert [(row.line, row.prompt, row.completion) for row in rows[2:4]] == [
+        (3, "hi", "yes"),
+        (3, "so", "no"),
+    ]
+    assert rows[3].messages == messages[:4]
+    assert (rows[4].good_answers, rows[4].options) == (("a", "b"), ("a", "c"))
+    array = tmp_path / "d.json"
+    array.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"prompt": "c", "completion": "d"}]))
+    assert read_rows(array) == [Row("a", "b", 1), Row("c", "d", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"instruction": "a"}', "the key 'output' is missing"),
+        ('{"instruction": "a", "input": 3, "output": "b"}', "'input' must be a string"),
+        ('{"messages": "hi"}', "must be a list of objects"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "one of system, user, assistant, got 'robot'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "must follow one of the user"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no answer of the assistant"),
+        ('{"prompt": "a", "completion": "b", "options": [1]}', "'options' must be a list of texts"),
+    ],
+)
+def test_a_row_of_another_shape_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InvalidData, match=f"line 1: .*{message}"):
+        read_rows(write(tmp_path / "d.jsonl", line))
+
+
+def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b"\x7fELF\0\0\1")
+    with pytest.raises(InvalidData, match="is a binary file; UTF-8 text is expected"):
+        read_rows(tmp_path / "d.jsonl")
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}')
+    assert read_rows(tmp_path / "bom.jsonl") == [Row("a", "b", 1)]
+
+
+def test_conversations_are_written_by_the_chat_template() -> None:
+    def encode_chat(messages: Sequence[dict[str, str]]) -> list[int]:
+        return encode("".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>")
+
+    chat = Row("so", "no", 1, (("user", "hi"), ("assistant", "yes")), chat=True)
+    data = encode_rows([chat], encode, EOS, encode_chat=encode_chat)
+    (example,) = data.examples
+    assert bytes(example.token_ids) == b"<u>hi<a>yes<u>so<a>no\0"
+    assert example.loss_from == len("<u>hi<a>yes<u>so<a>")
+    assert data.prompt_format == "{messages}", "so that a server writes its chats the same way"
+    plain = encode_rows([Row("so", "no", 1)], encode, EOS, encode_chat=encode_chat, prompt_format="chat")
+    assert bytes(plain.examples[0].token_ids) == b"<u>so<a>no\0"
+    with pytest.raises(InvalidData, match="line 1: messages are written by the chat template"):
+        encode_rows([chat], encode, EOS, encode_chat=encode_chat, prompt_format="{prompt}:")
+    with pytest.raises(InvalidData, match="this model has none"):
+        encode_rows([chat], encode, EOS)
+    alpaca = encode_rows([Row("add", "3", 1)], encode, EOS, prompt_format="alpaca")
+    assert alpaca.prompt_format.format(prompt="add") == "### Instruction:\nadd\n\n### Response:\n"

@@ -169,3 +169,10 @@ def test_what_a_template_reads_is_in_its_code() -> None:
         assert template.reads(name)
     assert template.reads("tools", "tool_calls")
     assert not template.reads("tools", "documents", "word")
+
+
+def test_a_task_tuned_on_conversations_takes_the_template(written: Any) -> None:
+    tuned = Lease("mine", "revision", "channel", "{messages}")
+    assert written(PLAIN, messages=[*SAY, {"role": "assistant", "content": "yes"}, *SAY], lease=tuned) == (
+        "<user>hi<assistant>yes<user>hi<a>"
+    )

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,14 @@ class Bench:
         ]
         for base in bases:
             name = f"tuning/perplexity/{base}"
-            yield Cell(
-                (f"{name}/before",), lambda base=base, name=name: [self._before(base, f"{name}/before")]
-            )
+            yield Cell((f"{name}/before",), partial(self._before, base, f"{name}/before"))
             for seed in self.plan.seeds:
                 own = f"{name}/after/seed{seed}"
-                yield Cell((own,), lambda base=base, own=own, seed=seed: [self._after(base, own, seed)])
+                yield Cell((own,), partial(self._after, base, own, seed))
         for bits, limit in ((4, 1.05), (3, 1.15)):
             if bits in self.plan.bits:
                 own = f"tuning/perplexity/{bits}bit/tuned-against-float"
-                yield Cell(
-                    (own,), lambda own=own, bits=bits, limit=limit: self._against_float(own, bits, limit)
-                )
+                yield Cell((own,), partial(self._against_float, own, bits, limit))
 
     def _base(self, name: str) -> Path:
         """The base of this name, quantized now if it is not there yet. `float` is the imported one."""
@@ -164,11 +161,11 @@ class Bench:
         test = self.data / TEXT / "test.raw.txt"
         return self._peqa("eval", self._base(base), test, "--metric", "perplexity", *limit, *more)
 
-    def _before(self, base: str, name: str) -> Row:
+    def _before(self, base: str, name: str) -> list[Row]:
         ran = self._eval_text(base)
-        return self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])
+        return [self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])]
 
-    def _after(self, base: str, name: str, seed: int) -> Row:
+    def _after(self, base: str, name: str, seed: int) -> list[Row]:
         train, held_out = self._text_files()
         output = self.work / "sets" / f"{base}-text-{seed}.safetensors"
         trained = self._peqa(
@@ -184,7 +181,7 @@ class Bench:
             "peak_bytes": trained.peak_bytes,
             "tokens": ran.report["tokens"],
         }
-        return self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)
+        return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
 
     def _text_files(self) -> tuple[Path, Path]:
         """(to tune on, held out): the raw validation text, whose test text is measured."""
@@ -216,13 +213,13 @@ class Bench:
             for way in WAYS:
                 for rate in SWEPT_RATES[way]:
                     name = f"tuning/sweep/{task.name}/{way}/lr{rate:g}"
-                    yield Cell((name,), lambda t=task, w=way, r=rate, n=name: [self._trial(t, w, r, n)])
+                    yield Cell((name,), partial(self._trial, task, way, rate, name))
 
-    def _trial(self, task: TaskPlan, way: str, rate: float, name: str) -> Row:
+    def _trial(self, task: TaskPlan, way: str, rate: float, name: str) -> list[Row]:
         ran = self._train(
             task, way, 0, rate, SWEEP_STEPS, self.work / "sweep" / f"{task.name}-{way}-{rate:g}.safetensors"
         )
-        return self._row(name, ran.report["held_out_loss"], "nats", "<=", ran, seed=0, steps=SWEEP_STEPS)
+        return [self._row(name, ran.report["held_out_loss"], "nats", "<=", ran, seed=0, steps=SWEEP_STEPS)]
 
     def _rate(self, task: TaskPlan, way: str) -> float:
         """The rate with the lowest held-out loss in the rows' own sweep, or the recorded one."""
@@ -238,13 +235,13 @@ class Bench:
     def _tasks(self) -> Iterator[Cell]:
         for task in (TASKS[name] for name in self.plan.tasks):
             name = f"tuning/task/{task.name}"
-            yield Cell((f"{name}/base",), lambda t=task, n=name: [self._untuned(t, f"{n}/base")])
+            yield Cell((f"{name}/base",), partial(self._untuned, task, f"{name}/base"))
             for way in WAYS:
                 for seed in self.plan.seeds:
                     own = f"{name}/{way}/seed{seed}"
-                    yield Cell((own,), lambda t=task, w=way, s=seed, n=own: [self._tuned(t, w, s, n)])
+                    yield Cell((own,), partial(self._tuned, task, way, seed, own))
             names = (f"{name}/channel-gain-of-lora", f"{name}/best-gain-of-lora")
-            yield Cell(names, lambda t=task: self._gains(t))
+            yield Cell(names, partial(self._gains, task))
 
     def _split(self, task: TaskPlan) -> tuple[Path, Path]:
         """(to train on, held out) of a task: its own held-out file, or some rows of the training file."""
@@ -266,7 +263,18 @@ class Bench:
     ) -> Ran:
         train, held_out = self._split(task)
         output.parent.mkdir(parents=True, exist_ok=True)
-        same = ("--eval", held_out, "--steps", steps, "--lr", f"{rate:g}", "--batch", 16, "--warmup", 20)
+        same: tuple[object, ...] = (
+            "--eval",
+            held_out,
+            "--steps",
+            steps,
+            "--lr",
+            f"{rate:g}",
+            "--batch",
+            16,
+            "--warmup",
+            20,
+        )
         same += ("--check-every", 50, "--max-tokens", task.max_tokens, "--seed", seed)
         if way == "lora":
             return run(LORA, self.base, train, *same, "--device", self.device, *more)
@@ -278,20 +286,20 @@ class Bench:
     def _answers(self, task: TaskPlan, way: str, seed: int) -> Path:
         return self.work / "answers" / f"{task.name}-{way}-{seed}.jsonl"
 
-    def _untuned(self, task: TaskPlan, name: str) -> Row:
+    def _untuned(self, task: TaskPlan, name: str) -> list[Row]:
         test = self.data / task.folder / "test.jsonl"
         answers = self._answers(task, "base", 0)
         ran = self._peqa("eval", self.base, test, *self._questions(task), "--predictions", answers)
         facts = {"low": ran.report["low"], "high": ran.report["high"], "rows": ran.report["rows"]}
-        return self._row(name, ran.report[task.key], "%", ">=", ran, **facts)
+        return [self._row(name, ran.report[task.key], "%", ">=", ran, **facts)]
 
-    def _tuned(self, task: TaskPlan, way: str, seed: int, name: str) -> Row:
+    def _tuned(self, task: TaskPlan, way: str, seed: int, name: str) -> list[Row]:
         test, answers = self.data / task.folder / "test.jsonl", self._answers(task, way, seed)
         answers.parent.mkdir(parents=True, exist_ok=True)
         steps, rate = max(1, round(task.steps * self.plan.task_steps)), self._rate(task, way)
         output = self.work / "sets" / f"{task.name}-{way}-{seed}.safetensors"
         if way == "lora":
-            asked = ("--test", test, *self._questions(task), "--predictions", answers)
+            asked: tuple[object, ...] = ("--test", test, *self._questions(task), "--predictions", answers)
             trained = ran = self._train(task, way, seed, rate, steps, output, *asked)
             size, count = ran.report["bytes"], ran.report["parameters"]
         else:
@@ -310,7 +318,7 @@ class Bench:
         facts |= {"learning_rate": rate, "bytes_per_task": size, "parameters": count}
         facts |= {"peak_bytes": trained.peak_bytes, "held_out_loss": trained.report["held_out_loss"]}
         facts |= {"seconds_per_step": trained.report["seconds"] / steps, "train_command": trained.command}
-        return self._row(name, report[task.key], "%", ">=", ran, **facts)
+        return [self._row(name, report[task.key], "%", ">=", ran, **facts)]
 
     def _gains(self, task: TaskPlan) -> list[Row]:
         """What part of LoRA's gain over the base a set reaches, means over the seeds; the paired difference to LoRA."""

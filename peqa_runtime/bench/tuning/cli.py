@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peqa_kernels.bench.report import Progress
 from peqa_runtime.bench.tuning.bench import Bench
@@ -55,21 +56,22 @@ def _measure(given: argparse.Namespace) -> None:
 
 def _plan(given: argparse.Namespace) -> Plan:
     plan = FULL if given.full else REDUCED
-    lists: dict[str, tuple[str, ...] | tuple[int, ...]] = {}
-    for name, key, kind in (
+    lists: dict[str, Any] = {}
+    kinds: tuple[tuple[str, str, type[str] | type[int]], ...] = (
         ("only", "parts", str),
         ("tasks", "tasks", str),
         ("methods", "methods", str),
         ("bits", "bits", int),
         ("seeds", "seeds", int),
-    ):
+    )
+    for name, key, kind in kinds:
         value = getattr(given, name)
         if value is not None:
             try:
                 lists[key] = tuple(kind(word) for word in value.split(","))
             except ValueError:
                 raise InvalidData(f"--{name} takes numbers with commas between them, got {value!r}") from None
-    numbers = {
+    numbers: dict[str, Any] = {
         key: value
         for key, value in (
             ("windows", given.windows),
