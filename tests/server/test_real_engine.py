@@ -380,7 +380,7 @@ def test_the_engine_says_what_its_tasks_are_at(real: Real) -> None:
     after = {name: real.metric(f"peqa_engine_{name}_total") for name in before}
     assert after["set_hits"] == before["set_hits"] + 1
     assert after["row_writes"] >= before["row_writes"]
-    assert after["step_tokens"] > before["step_tokens"] + 7
+    assert after["step_tokens"] > before["step_tokens"]
     rows = real.client.get("/metrics").text.splitlines()
     assert (
         sum(float(row.split()[-1]) for row in rows if row.startswith("peqa_queue_seconds_count"))
