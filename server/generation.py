@@ -85,7 +85,10 @@ class Generation:
         complete = False
         caller, prompt_tokens = self._note.caller, self.num_prompt_tokens
         self._work = caller.begin(
-            self._lease, choices=self._job.num_choices, prompt_tokens=prompt_tokens, priority=self._job.priority
+            self._lease,
+            choices=self._job.num_choices,
+            prompt_tokens=prompt_tokens,
+            priority=self._job.priority,
         )
         self._meter.submitting()
         try:
