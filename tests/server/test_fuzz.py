@@ -47,7 +47,6 @@ SEED = int(os.environ.get("PEQA_FUZZ_SEED", "0"))
 HEAVY = 4  # an operation with a body gets so many times the examples of one without
 TASK = "one"
 VOCABULARY = 300
-STREAMED = 4
 FEW = 4
 SOUND = {"prompt": "the cat", "messages": [{"role": "user", "content": "the cat"}]}
 
@@ -112,8 +111,7 @@ def steer(case: Any, content: bytes) -> None:
             body["task"] = TASK
             field = "messages" if "chat" in case.path else "prompt"
             body |= {field: SOUND[field]} if field in case.body else {}
-        if choice == STREAMED and "completions" in case.path:
-            body["stream"] = True
+            body |= {"stream": True} if "completions" in case.path else {}
         case.body = body
 
 
