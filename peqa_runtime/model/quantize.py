@@ -163,8 +163,8 @@ def _opened(source: Path, destination: Path, progress: bool) -> Iterator[FloatSo
     shutil.rmtree(imported, ignore_errors=True)
     try:
         with disk_full_named(imported):
-            import_gguf(source, imported, progress=progress)
-        with open_source(imported) as opened:
+            import_gguf(source, imported / source.stem, progress=progress)
+        with open_source(imported / source.stem) as opened:
             yield opened
     finally:
         shutil.rmtree(imported, ignore_errors=True)

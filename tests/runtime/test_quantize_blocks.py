@@ -425,7 +425,7 @@ def test_blocks_of_other_families_run_as_the_model_does(family: str, tmp_path: P
     ids = torch.randint(1, 300, (1, 20))
     with open_source(tmp_path) as source, torch.no_grad():
         skeleton = load_skeleton(source)
-        (hidden,), calls = skeleton.entries([ids], source)
+        (hidden,), calls = skeleton.entries([ids], source), skeleton.calls(ids, source)
         for name, call in zip(skeleton.blocks, calls, strict=True):
             with skeleton.filled([name], source, torch.device("cpu")):
                 out = skeleton.model.get_submodule(name)(hidden, *call.args, **call.kwargs)

@@ -81,7 +81,8 @@ class Block:
         """`run` for every window, without gradients."""
         for window in range(inputs.windows):
             with torch.no_grad():
-                yield self.run(inputs.read(window).to(self._device))
+                found = self.run(inputs.read(window).to(self._device))
+            yield found
 
     def quantize(
         self, inputs: HiddenStates, targets: HiddenStates | None, options: BlockOptions

@@ -76,19 +76,19 @@ class BlockRun:
 
     def finish(self, *, progress: bool, say: Say) -> None:
         """Do the blocks that are not done yet. Each is on disk before the next begins."""
-        entries, calls = self.skeleton.entries(self._windows, self.source)
-        calls = [moved(call, self.device) for call in calls]
-        shape = (len(self._windows), entries[0].shape[1], entries[0].shape[2])
+        first = self._windows[0]
+        calls = [moved(call, self.device) for call in self.skeleton.calls(first, self.source)]
+        width = next(self.skeleton.entries([first], self.source)).shape[-1]
+        shape = (len(self._windows), first.shape[1], width)
         streams = 4 if self._last_blockwise >= 0 else 2
         require_space(self.bench.folder, streams * 4 * shape[0] * shape[1] * shape[2])
         start = self.bench.finished()
         if start:
             say(f"going on after {start} of {len(self.skeleton.blocks)} finished blocks")
         else:
-            self._hidden("quantized", 0, shape).write(entries)
-            if self._last_blockwise >= 0:
-                self._hidden("float", 0, shape).write(entries)
-        del entries
+            for kind in ("quantized", "float") if self._last_blockwise >= 0 else ("quantized",):
+                entries = self.skeleton.entries(self._windows, self.source)
+                self._hidden(kind, 0, shape).write(entries)
         bar = tqdm(
             total=len(calls), initial=start, desc=f"quantize {self.source.folder.name}", unit="block",
             disable=not progress,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,24 +109,30 @@ class Skeleton:
             raise InvalidCheckpoint(f"{self.folder}: {name}: the weight holds NaN or infinity")
         return value.to(torch.float32)
 
-    def entries(self, windows: Sequence[Tensor], source: FloatSource) -> tuple[list[Tensor], list[Call]]:
-        """What enters the first block for each window [1, tokens] of ids, [1, tokens, D], and each block's call.
+    def calls(self, window: Tensor, source: FloatSource) -> list[Call]:
+        """What each block is called with besides its hidden states, for windows [1, tokens] of this length.
 
-        Only what stands before the blocks is filled. Raises `UnsupportedModel` for a model that cannot be run block by
-        block: blocks are left out or called twice, something happens between them, or they are told of the text.
+        Raises `UnsupportedModel` for a model that cannot be run block by block: blocks are left out or called twice,
+        something happens between them, or they are told of the text.
         """
-        before = self._before_blocks()
-        with torch.no_grad(), self.filled(before, source, torch.device("cpu"), recurse=False):
-            hidden, calls = self._walk(windows[0])
-            _, others = self._walk(windows[0].flip(-1))
-            if not all(
-                _same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(calls, others, strict=True)
-            ):
-                raise UnsupportedModel(
-                    self._refusal("its blocks depend on the text other than by hidden states")
-                )
-            rest = [self._walk(window, only_first=True)[0] for window in windows[1:]]
-        return [hidden, *rest], calls
+        with self._entrance(source):
+            calls = self._walk(window, len(self.blocks)).calls
+            others = self._walk(window.flip(-1), len(self.blocks)).calls
+        if not all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(calls, others, strict=True)):
+            raise UnsupportedModel(self._refusal("its blocks depend on the text other than by hidden states"))
+        return calls
+
+    def entries(self, windows: Iterable[Tensor], source: FloatSource) -> Iterator[Tensor]:
+        """What enters the first block for each window [1, tokens] of ids, [1, tokens, D]."""
+        with self._entrance(source):
+            for window in windows:
+                yield self._walk(window, 1).hidden
+
+    @contextmanager
+    def _entrance(self, source: FloatSource) -> Iterator[None]:
+        """What stands before the blocks is filled."""
+        with self.filled(self._before_blocks(), source, torch.device("cpu"), recurse=False):
+            yield
 
     def _before_blocks(self) -> list[str]:
         """Modules with parameters outside of the blocks, the output head aside."""
@@ -139,11 +145,12 @@ class Skeleton:
                 found.append(name)
         return found
 
-    def _walk(self, ids: Tensor, *, only_first: bool = False) -> tuple[Tensor, list[Call]]:
-        """Run a window up to the last block, with blocks that give back what they are given."""
+    @torch.no_grad()
+    def _walk(self, ids: Tensor, last: int) -> _Walk:
+        """Run a window up to the `last` block, with blocks that give back what they are given."""
         wrongs: list[str] = []
         for as_tuple in (False, True):  # what blocks give back differs between models
-            walk = _Walk(as_tuple, 1 if only_first else len(self.blocks))
+            walk = _Walk(as_tuple, last)
             blocks = [self.model.get_submodule(name) for name in self.blocks]
             try:
                 for index, block in enumerate(blocks):
@@ -151,7 +158,7 @@ class Skeleton:
                 self.model(input_ids=ids, use_cache=False)
                 wrongs.append("some of its blocks are not called")
             except _Enough:
-                return walk.hidden, walk.calls
+                return walk
             except _Wrong as wrong:
                 wrongs.append(str(wrong))
             finally:
