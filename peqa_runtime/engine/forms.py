@@ -68,7 +68,7 @@ class FormStep:
             except NoTokenLeft as error:
                 self.refusals[item.row] = str(error)
             else:
-                add(logits[item.row], torch.from_numpy(penalties).to(logits.device))
+                add(logits, item.row, torch.from_numpy(penalties))
 
     def take(self, best: list[float], choices: list[int]) -> None:
         """Go on with the tokens that were chosen. Where none is left but the form is complete, the answer ends."""

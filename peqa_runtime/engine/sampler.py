@@ -63,7 +63,7 @@ class Sampler:
         self._apply_biases(ruled, logits, report)
         self._apply_penalties(layout, logits, report)
         for item in ruled:
-            item.rules.forbid(logits[item.row])
+            item.rules.forbid(logits, item.row)
         self._apply_min_tokens(layout, logits, report)
         if ruled:
             return self._choose_by_rules(layout, logits, report, ruled)
@@ -105,7 +105,7 @@ class Sampler:
         if report is not None:
             report.keep(item.row for item in ruled)
         for item in ruled:
-            item.rules.bias(logits[item.row])
+            item.rules.bias(logits, item.row)
 
     def _apply_penalties(self, layout: LogitRows, logits: Tensor, report: TokenReport | None) -> None:
         """repetition_penalty over prompt and output (as in transformers); presence and frequency over the output."""

@@ -33,8 +33,10 @@ class TokenRules:
         params = sequence.request.params
         self._sequence = sequence
         self._device = device
-        self._bias_at = self._ids([token for token, _ in params.logit_bias])
-        self._bias = torch.tensor([value for _, value in params.logit_bias], device=device)
+        self._bias: tuple[Tensor, Tensor] | None = None  # token ids and what to add
+        if params.logit_bias:
+            tokens, values = zip(*params.logit_bias, strict=True)
+            self._bias = self._ids(list(tokens)), torch.tensor(values, device=device)
         self._penalties: Tensor | None = None  # 0 or -inf for each token of the vocabulary
         single = [word[0] for word in params.bad_words if len(word) == 1]
         if params.allowed_token_ids is not None or single:
@@ -50,17 +52,18 @@ class TokenRules:
                 guidance, params.structured, params.stop_token_ids, ignore_eos=params.ignore_eos
             )
 
-    def bias(self, row: Tensor) -> None:
-        """Add the biases to a row of logits [vocab]."""
-        if len(self._bias_at):
-            row[self._bias_at] += self._bias
+    def bias(self, logits: Tensor, row: int) -> None:
+        """Add the biases to a row of logits [rows, vocab]."""
+        if self._bias is not None:
+            tokens, values = self._bias
+            logits[row, tokens] += values
 
-    def forbid(self, row: Tensor) -> None:
-        """Take what is not allowed and what would complete a bad word out of a row of logits [vocab]."""
+    def forbid(self, logits: Tensor, row: int) -> None:
+        """Take what is not allowed and what would complete a bad word out of a row of logits [rows, vocab]."""
         if self._penalties is not None:
-            add(row, self._penalties)
-        if ends := list(self._ends_of_words()):
-            row[self._ids(ends)] = -torch.inf
+            add(logits, row, self._penalties)
+        if self._words and (ends := list(self._ends_of_words())):
+            logits[row, self._ids(ends)] = -torch.inf
 
     def _ends_of_words(self) -> Iterator[int]:
         """The last tokens of bad words whose other tokens the answer ends with."""
@@ -74,13 +77,14 @@ class TokenRules:
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)
 
 
-def add(row: Tensor, values: Tensor) -> None:
-    """Add to a row of logits: both float32 [vocab], on one device. What is NaN stays so, and is found."""
-    if row.device.type == "cpu":
+def add(logits: Tensor, row: int, values: Tensor) -> None:
+    """Add float32 values [vocab] to a row of logits [rows, vocab]. What is NaN stays so, and is found."""
+    if logits.device.type == "cpu":
         # Torch shares a row among threads and waits for them: milliseconds on a busy machine, 10 microseconds here.
-        np.add(row.numpy(), values.numpy(), out=row.numpy())
+        sums = logits.numpy()[row]
+        np.add(sums, values.numpy(), out=sums)
     else:
-        row += values
+        logits[row] += values.to(logits.device)
 
 
 class RuledRow(NamedTuple):
