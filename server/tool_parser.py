@@ -14,6 +14,7 @@ model then breaks off stays in pieces, as it does at OpenAI.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ MISTRAL, MISTRAL_ARGS, MISTRAL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 PYTHON_TAG = "<|python_tag|>"
 MARKERS = (HERMES, MISTRAL, PYTHON_TAG)
 """What begins a call in the middle of an answer."""
+
+_PLAIN = re.compile(r"[^<\[]+")
+"""Text in which no marker begins."""
 
 _AFTER_BARE = " \t\r\n;,]"
 _NAME_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -108,8 +112,15 @@ class ToolCallParser:
 
     def push(self, text: str) -> Parsed:
         """Take text; return what is certain now."""
-        for letter in text:
-            self._state(letter)
+        at = 0
+        while at < len(text):
+            plain = _PLAIN.match(text, at) if self._state == self._text and not self._held.strip() else None
+            if plain is not None:
+                self._content(plain[0])  # in one go: long answers have little else
+                at = plain.end()
+            else:
+                self._state(text[at])
+                at += 1
         return self._taken()
 
     def finish(self) -> Parsed:
@@ -125,7 +136,7 @@ class ToolCallParser:
         return self._taken()
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """ "tool_calls" for an answer that is complete and has calls."""
+        """As it is, but "tool_calls" for an answer that is complete and has calls."""
         return "tool_calls" if reason == "stop" and self.num_calls else reason
 
     def _taken(self) -> Parsed:
