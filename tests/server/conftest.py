@@ -15,6 +15,7 @@ import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; the stubs are shared by name
 
+from page_visit import CHROMIUM, Visit
 from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, wait_until
 
 from peqa_server.app import create_app
@@ -92,3 +93,34 @@ def server(_shared: Live) -> Live:
     _shared.tasks.upload("sql", b"SET sql one")
     _shared.tasks.upload("qa", b"SET qa one")
     return _shared
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, while a module's tests run; they are skipped where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium, or name one in $PEQA_CHROMIUM")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # No sandbox: it needs a user that is not root. The rest: calls to its maker's hosts of the browser's own.
+        options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        options += ["--disable-component-update", "--disable-sync", "--disable-quic"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Open tabs; at the end none has asked another host for anything, nor complained."""
+    visits: list[Visit] = []
+
+    def visit(url: str, **options: Any) -> Visit:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield visit
+    for tab in visits:
+        tab.context.close()
+        assert tab.outside == []
+        assert tab.complaints == []
