@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
-FLUSH_SECONDS = 3.0  # at the end of the process, for spans not sent yet
+FLUSH_SECONDS = 2.0  # at the end of the process, for spans not sent yet
 TRACES_PATH = "/v1/traces"
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 
