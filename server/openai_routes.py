@@ -27,7 +27,7 @@ from peqa_server.task_choice import Admission, chosen_task
 router = APIRouter()
 
 
-_REFUSALS = refusals(403, 404, 409, 429, 500, 503)
+_REFUSALS = refusals(404, 409, 429, 507)
 
 
 @router.post(

@@ -29,7 +29,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 @router.post(
     "/tokenize",
     openapi_extra=json_body(TokenizeRequest, TokenizeChatRequest),
-    responses={200: {"model": TokenizeAnswer}, **refusals(404, 409)},
+    responses={200: {"model": TokenizeAnswer}, **refusals(404, 409, 507)},
 )
 async def tokenize(request: Request) -> JSONResponse:
     """Text, or a conversation written as a chat completion would write it, to token ids."""
@@ -59,7 +59,7 @@ async def tokenize(request: Request) -> JSONResponse:
 @router.post(
     "/detokenize",
     openapi_extra=json_body(DetokenizeRequest),
-    responses={200: {"model": DetokenizeAnswer}, **refusals(404, 409)},
+    responses={200: {"model": DetokenizeAnswer}, **refusals(404, 409, 507)},
 )
 async def detokenize(request: Request) -> JSONResponse:
     """Token ids to text, special tokens included unless `skip_special_tokens` is true."""
