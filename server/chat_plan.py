@@ -64,15 +64,18 @@ async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, setting
 async def _form(services: Services, wanted: ChatCompletionRequest, use: ToolUse | None) -> AnswerForm | None:
     """The form of the answer: the call of a function that must be called, or what the request's fields say."""
     form = await wanted_form(services, wanted)
-    schema = None if use is None else use.answer_schema()
-    if schema is None:
+    if use is None or not use.forced:
         return form
     if form is not None:
         raise InvalidRequest(
             f"{form.field} and tool_choice both say what form the answer has; send one of them",
             param="tool_choice",
         )
-    return await compiled(services, form_of("tools", Constraint.json_schema, schema))
+    return await compiled(services, await asyncio.to_thread(_call_form, use))  # tools may be megabytes
+
+
+def _call_form(use: ToolUse) -> AnswerForm:
+    return form_of("tools", Constraint.json_schema, use.answer_schema())
 
 
 def _logprobs(wanted: ChatCompletionRequest) -> int | None:

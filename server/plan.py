@@ -122,11 +122,6 @@ def truncated(model: ServedModel, prompt: Prompt, wanted: GenerationFields, max_
     """
     keep = wanted.truncate_prompt_tokens
     if keep is None:
-        if wanted.truncation_side is not None:
-            raise InvalidRequest(
-                "truncation_side needs truncate_prompt_tokens, else nothing is truncated",
-                param="truncation_side",
-            )
         return prompt
     if keep == -1:
         keep = max(1, model.max_model_len - max_tokens)  # none left: the check of the length says so

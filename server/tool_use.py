@@ -37,15 +37,18 @@ class ToolUse:
         """The tools as chat templates read them, `parameters` always there."""
         return [_templated(tool) for tool in self.tools]
 
-    def answer_schema(self) -> Json | None:
-        """The JSON schema that the answer must match; None: it is free.
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.required or self.named is not None
 
-        A named function: its arguments. `required`: an array of calls, or one call where only one is allowed.
+    def answer_schema(self) -> Json:
+        """The JSON schema that a forced answer must match.
+
+        A named function: its arguments. Else an array of calls, or one call where only one is allowed.
         """
         if self.named is not None:
             return self._arguments(self.named)
-        if not self.required:
-            return None
         definitions: Json = {}
         calls = [self._call(tool.function.name, str(i), definitions) for i, tool in enumerate(self.tools)]
         call = calls[0] if len(calls) == 1 else {"anyOf": calls}

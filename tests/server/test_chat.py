@@ -165,7 +165,7 @@ def test_echo_and_the_prompts_ids_stand_where_vllm_has_them(live: Any) -> None:
         ("lora_path", "/etc/passwd"),
         ("audio", {"voice": "x"}), ("mm_processor_kwargs", {"a": 1}), ("prompt_embeds", "x"), ("vllm_xargs", {"a": 1}),
         ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("stream_interval", 2), ("truncation_side", "middle"),
-        ("truncation_side", "left"), ("spaces_between_special_tokens", "x"), ("logprob_token_ids", [5]),
+        ("spaces_between_special_tokens", "x"), ("logprob_token_ids", [5]),
         ("logprob_token_ids", "x"),
         ("messages", [{"role": "user", "content": 5}]), ("messages", [{"role": "user", "content": ["x"]}]),
         ("messages", [{"role": "assistant", "tool_calls": [{"id": 5}]}]),
@@ -191,7 +191,7 @@ def test_fields_of_other_servers_that_change_nothing_are_taken(server: Any) -> N
         "vllm_xargs": {}, "kv_transfer_params": None, "thinking_token_budget": None, "repetition_detection": None,
         "prompt_embeds": None, "modalities": ["text"], "functions": [], "function_call": "none", "verbosity": "medium",
         "include_reasoning": True, "suffix": "", "user": "u", "tools": None, "tool_choice": "none", "documents": [],
-        "chat_template_kwargs": {}, "reasoning_effort": "low", "lora_path": None,
+        "chat_template_kwargs": {}, "reasoning_effort": "low", "truncation_side": "left", "lora_path": None,
     }  # fmt: skip
     answer = server.post(CHAT, messages=SAY, max_tokens=2, **neutral)
     assert answer.status_code == 200, answer.text
