@@ -51,11 +51,15 @@ class LeaseDesk:
         "sql@1a2b" is the kept revision of `sql` that begins so, whatever is current: everything then comes with the
         future, `NoSuchRevision` and (where several begin so) `InvalidRequest` too.
         """
+        return self._acquire(choice, retries=1)
+
+    def _acquire(self, choice: str | Blend, retries: int) -> Future[Lease]:
+        """`retries` of a load that failed though nothing has changed: the same content may have left and come back."""
         result: Future[Lease] = Future()
         if names_revision(choice):
             self._host.later(lambda: self._look_up(choice, result))
         else:
-            self._load(choice, *self._pin(choice), result)
+            self._load(choice, *self._pin(choice), result, retries)
         return result
 
     def _look_up(self, choice: str | Blend, result: Future[Lease]) -> None:
@@ -66,9 +70,11 @@ class LeaseDesk:
             if result.set_running_or_notify_cancel():
                 result.set_exception(error)
             return
-        self._load(choice, *pinned, result)
+        self._load(choice, *pinned, result, 0)
 
-    def _load(self, choice: str | Blend, lease: Lease, members: list[Lease], result: Future[Lease]) -> None:
+    def _load(
+        self, choice: str | Blend, lease: Lease, members: list[Lease], result: Future[Lease], retries: int
+    ) -> None:
         """Have the set in memory, then hand the lease over."""
 
         def hand_over() -> None:
@@ -90,7 +96,7 @@ class LeaseDesk:
                 return
             self.release(lease)
             if result.set_running_or_notify_cancel():
-                self._try_again(choice, members or [lease], error, result)
+                self._try_again(choice, members or [lease], error, result, retries)
 
         def read() -> ScaleSet:
             return self._mixed(lease.blend, members) if lease.blend else self._read(lease)
@@ -165,9 +171,14 @@ class LeaseDesk:
         return self._read(lease) if held is None else self._arranged(held)
 
     def _try_again(
-        self, choice: str | Blend, leases: list[Lease], error: BaseException, result: Future[Lease]
+        self,
+        choice: str | Blend,
+        leases: list[Lease],
+        error: BaseException,
+        result: Future[Lease],
+        retries: int,
     ) -> None:
-        """After a failed load: again when a task concerned has changed or left meanwhile, else that error."""
+        """After a failed load: again when a task concerned has changed or left meanwhile, or `retries` are left."""
         try:
             if not isinstance(error, StoreError | NoSuchRevision | UnknownTask):
                 raise error
@@ -175,9 +186,10 @@ class LeaseDesk:
                 lease, members = self._pin(choice)  # raises what is true now, when it has left meanwhile
                 self._release_all([lease, *members])
                 raise error
-            if not any(self._moved(lease) for lease in leases):
+            moved = any(self._moved(lease) for lease in leases)
+            if not moved and not retries:
                 raise error
-            again = self.acquire_soon(choice)
+            again = self._acquire(choice, retries if moved else retries - 1)
         except BaseException as final:  # noqa: BLE001  it must reach whoever waits for the result
             result.set_exception(final)
             return

@@ -143,6 +143,29 @@ def test_a_kept_revision_that_cannot_be_used_says_why(library: TaskLibrary, tmp_
         library.acquire(f"sql@{group[:8]}")
 
 
+def test_a_set_that_left_and_came_back_while_it_was_read_is_read_again(
+    library: TaskLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.upload("other", file_of(1.4))
+    library.upload("sql", file_of(1.5))  # what is in memory now
+    load, failures = library.store.load, [StoreError("its file is missing")]
+
+    def failing(task: str, revision: str | None = None) -> ScaleSet:
+        if failures:
+            raise failures.pop()
+        return load(task, revision)
+
+    monkeypatch.setattr(library.store, "load", failing)
+    lease = library.acquire("other")
+    assert value_of(library, lease.revision) == 1.4
+    library.release(lease)
+    library.upload("sql", file_of(1.6))
+    failures += [StoreError("again"), StoreError("and again")]
+    with pytest.raises(StoreError, match="again"):
+        library.acquire("other")
+    assert library.registry.counts().leases == 0
+
+
 def test_a_lease_that_nobody_waits_for_any_more_is_given_back(library: TaskLibrary) -> None:
     oldest = revisions(library)[-1]
     coming = [library.acquire_soon(f"sql@{oldest[:8]}") for _ in range(50)]
