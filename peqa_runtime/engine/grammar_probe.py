@@ -25,7 +25,10 @@ WALL_SECONDS = 30.0
 
 
 def check(constraint: Constraint) -> None:
-    """Raise `InvalidRequest` when the constraint cannot be compiled within the limits, or at all. Blocks meanwhile."""
+    """Raise `InvalidRequest` when the constraint cannot be compiled within the limits, or at all. Blocks meanwhile.
+
+    `RuntimeError`, `OSError`: the process could not do its work.
+    """
     check_installed()
     try:
         done = subprocess.run(
@@ -39,11 +42,13 @@ def check(constraint: Constraint) -> None:
         raise InvalidRequest(_TOO_LONG, param="structured") from None
     if done.returncode == -signal.SIGPROF:
         raise InvalidRequest(_TOO_LONG, param="structured")
-    if done.returncode != 0:
+    if done.returncode < 0 or b"MemoryError" in done.stderr:
         raise InvalidRequest(
             f"compiling it fails within {MEMORY_BYTES >> 20} MiB of memory; make it simpler",
             param="structured",
         )
+    if done.returncode != 0:
+        raise RuntimeError(f"{__name__} failed: {done.stderr.decode(errors='replace')[-500:]}")
     problem = json.loads(done.stdout)
     if problem is not None:
         raise InvalidRequest(problem, param="structured")

@@ -189,9 +189,20 @@ def test_what_takes_too_much_to_compile_is_ended_in_a_process_of_its_own(
         check(form)
 
 
-def test_a_form_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "stderr", "error", "message"),
+    [
+        (-6, b"memory allocation of 9 bytes failed", InvalidRequest, "memory"),
+        (1, b"Traceback ... MemoryError", InvalidRequest, "memory"),
+        (1, b"No module named peqa_runtime", RuntimeError, "No module"),
+    ],
+)
+def test_how_the_process_ended_says_whose_fault_it_was(
+    monkeypatch: pytest.MonkeyPatch, code: int, stderr: bytes, error: type[Exception], message: str
+) -> None:
     import peqa_runtime.engine.grammar_probe as probe
 
-    monkeypatch.setattr(probe.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=-6, stdout=b""))
-    with pytest.raises(InvalidRequest, match="memory"):
+    done = SimpleNamespace(returncode=code, stdout=b"", stderr=stderr)
+    monkeypatch.setattr(probe.subprocess, "run", lambda *a, **k: done)
+    with pytest.raises(error, match=message):
         check(Constraint.json_object())
