@@ -14,7 +14,7 @@ from peqa_runtime.errors import InvalidData
 Compute = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
 LEARNING_RATES = MappingProxyType({"channel": 1e-2, "channel+input": 5e-3, "group": 5e-3})
-"""Default per kind, per step on the relative scale; docs/results.md has the sweep."""
+"""Default per kind, per step on the relative scale; `--auto` finds the one for a base and its data."""
 
 
 @dataclass(frozen=True)

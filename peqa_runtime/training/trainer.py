@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from peqa_runtime.errors import InvalidData, StoreError
+from peqa_runtime.training.attention import tuning_attention
 from peqa_runtime.training.batches import StepBatches, TokenBatch, held_out_batches, plan_batches
 from peqa_runtime.training.callbacks import ClipEachTask, KeepPositive, ProgressBar, StopOnSignal
 from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
@@ -253,7 +254,8 @@ def tune(
     stop.install()
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with tuning_attention(tunable.model):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stop.restore()
         tunable.parts.parts = ()

@@ -219,7 +219,7 @@ def test_the_cost_of_both_ways_is_measured_on_the_same_batch(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    peaks = {"channel": 10, "lora": 20}
+    peaks = {"channel": 10, "lora": 20, "lora-our-attention": 20}
     monkeypatch.setattr(cost, "peak_bytes", lambda base, way, **_: peaks[way])
     rows = {row.name: row for row in cost.measure(tiny_base, rows=2, tokens=16, steps=2, device="cpu")}
     seconds = {way: rows[f"tuning/cost/{way}/seconds-per-step"].value for way in cost.WAYS}

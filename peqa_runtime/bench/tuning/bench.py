@@ -109,11 +109,12 @@ class Bench:
         names = [
             f"tuning/cost/{way}/{what}" for way in cost.WAYS for what in ("seconds-per-step", "peak-memory")
         ]
-        names += ["tuning/cost/steps-per-second-against-lora", "tuning/cost/peak-memory-against-lora"]
+        names += [f"tuning/cost/steps-per-second-against-{way}" for way in cost.WAYS[1:]]
+        names += ["tuning/cost/peak-memory-against-lora"]
 
         def measure() -> list[Row]:
             date = {"date": datetime.date.today().isoformat()}
-            found = cost.measure(self.base, rows=8, tokens=128, steps=10, device=self.device)
+            found = cost.measure(self.base, rows=16, tokens=64, steps=10, device=self.device)
             command = "python -m peqa_runtime.bench.tuning.cost BASE"
             return [
                 Row(r.name, r.value, r.unit, r.op, r.bar, r.facts | date | {"command": command})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.settings import LEARNING_RATES
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ SWEPT_RATES = MappingProxyType(
     {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (2e-4, 5e-4, 1e-3, 2e-3) for way in WAYS}
 )
 """As many trials for LoRA as for each kind of set, around where each is known to work."""
-RATES = MappingProxyType({"channel": 1e-2, "channel+input": 1e-2, "group": 1e-2, "lora": 1e-3})
+RATES = MappingProxyType({**LEARNING_RATES, "lora": 1e-3})
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
 SWEEP_STEPS = 60
 TEXT = "wikitext-2"
