@@ -21,6 +21,7 @@ from peqa_loadtest.bench.figure import Figure, print_figures, write_figures
 from peqa_loadtest.bench.gpu_load import gpu_is_there, mixed_load
 from peqa_loadtest.bench.many_tasks import many_tasks
 from peqa_loadtest.bench.offline import OfflineBench
+from peqa_loadtest.bench.overload import overload
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import Session, open_session
 from peqa_loadtest.bench.shutdown import shutdown
@@ -29,10 +30,20 @@ from peqa_loadtest.bench.throughput import throughput
 from peqa_loadtest.bench.updates import updates
 from peqa_loadtest.client import LoadTestError
 
-SERVED = ("throughput", "structured", "updates", "disconnects", "endurance", "sigterm", "many-tasks", "gpu-load")
+SERVED = (
+    "throughput",
+    "structured",
+    "updates",
+    "disconnects",
+    "overload",
+    "endurance",
+    "sigterm",
+    "many-tasks",
+    "gpu-load",
+)
 PARTS = ("offline", *SERVED)
 OFFLINE_PARTS = ("mixed", "profile", "equality", "gpu")
-ON_ONE_SERVER = SERVED[:5]
+ON_ONE_SERVER = SERVED[:6]
 WIDTH = 130  # columns of the table where there is no terminal to ask
 
 
@@ -52,6 +63,7 @@ class Options:
     structured_rounds: int = 8
     updates: int = 1000
     disconnects: int = 500
+    overload_seconds: float = 60.0
     minutes: float = 2.0
     many_tasks: int = 10_000
     probes: int = 100
@@ -165,6 +177,8 @@ async def _on_one_server(
         return await updates(session, tasks[:4], files, options.updates)
     if part == "disconnects":
         return await disconnects(session, tasks, options.disconnects)
+    if part == "overload":
+        return await overload(session, tasks[:4], options.overload_seconds)
     assert part == "endurance", part
     return await endurance(session, tasks[:4], files, options.minutes)
 
@@ -191,6 +205,7 @@ def _options(given: argparse.Namespace, parts: tuple[str, ...], work: Path) -> O
         structured_rounds=given.structured_rounds,
         updates=given.updates,
         disconnects=given.disconnects,
+        overload_seconds=given.overload_seconds,
         minutes=given.minutes,
         many_tasks=given.many_tasks,
         probes=given.probes,
@@ -214,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="where temporary files go; 10 000 tasks take 4 GB"
     )
+    parser.add_argument("--overload-seconds", type=float, default=60.0, help="of ten times too many requests")
     parser.add_argument("--minutes", type=float, default=2.0, help="of mixed load with updates")
     for name, count, what in (
         ("prompt-tokens", 128, "tokens of a prompt"),

@@ -161,6 +161,10 @@ NAMES = [
             "updates/inter-token-p99-ratio",
             "disconnects/leaked-blocks",
             "disconnects/leaked-rows",
+            "overload/lost",
+            "overload/first-token-p99-ratio",
+            "overload/goodput-ratio",
+            "overload/longest-queue",
             "endurance/memory-growth",
             "endurance/more-file-handles",
             "endurance/failed",
@@ -185,6 +189,7 @@ def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
     counts = {
         **{"prompt-tokens": 40, "output-tokens": 24, "rounds": 1, "updates": 20, "disconnects": 20},
         **{"structured-rounds": 1, "minutes": 0.2, "many-tasks": 30, "probes": 5, "batches": 5, "seconds": 0},
+        **{"overload-seconds": 0.2},
     }
     options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
     out = tmp_path / "rows.json"
@@ -200,7 +205,15 @@ def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
     assert list(rows) == NAMES
     assert all(name in done.stdout for name in NAMES)
     for name in NAMES:  # what must hold at any speed
-        if name.rpartition("/")[2] in ("failed", "mixed", "stale", "errors", "leaked-blocks", "leaked-rows"):
+        if name.rpartition("/")[2] in (
+            "failed",
+            "mixed",
+            "stale",
+            "errors",
+            "leaked-blocks",
+            "leaked-rows",
+            "lost",
+        ):
             assert rows[name]["ok"], rows[name]
     assert rows["engine/random-batches/equal-to-alone"]["ok"]
     assert rows["served/sigterm/exit-status"]["ok"]
