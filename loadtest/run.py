@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from peqa_loadtest.client import Answer, CompletionClient, LoadTestError, Target
 from peqa_loadtest.workload import PlannedRequest, PromptWriter
@@ -51,8 +52,16 @@ async def calibrate(target: Target, task: str, input_tokens: int, seed: int, num
     return Calibration(target, max(2, round(input_tokens / rate)), notes)
 
 
+class Completes(Protocol):
+    """A client that sends one completion and reads its answer; never raises for what the server does."""
+
+    async def complete(
+        self, task: str, prompt: str, max_tokens: int, started: float | None = None
+    ) -> Answer: ...
+
+
 async def run_plan(
-    client: CompletionClient,
+    client: Completes,
     plan: list[PlannedRequest],
     max_tokens: int,
     concurrency: int,

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.lean_client import LeanClient
 from peqa_loadtest.bench.session import Session, rate
 from peqa_loadtest.client import Answer
 from peqa_loadtest.report import percentile
@@ -48,6 +49,12 @@ class Outcome:
         return len(self.answers) - len(self.served) - self.refused
 
     @property
+    def complaint(self) -> str | None:
+        """What one of the lost ones says."""
+        said = [a.failure for a in self.answers if a.failure is not None and a.failure.status != 429]
+        return f"{said[0].status}: {said[0].message}" if said else None
+
+    @property
     def first_tokens(self) -> list[float]:
         """Seconds from when each served request was due to its first token."""
         return [answer.text_times[0] - answer.started for answer in self.served if answer.text_times]
@@ -74,8 +81,10 @@ def judge(peak: Outcome, burst: Outcome, many: Outcome, capacity: float) -> list
         "served": len(many.served),
         "refused": many.refused,
     }
+    lost = peak.lost + burst.lost + many.lost
+    complaint = many.complaint or burst.complaint or peak.complaint
     return [
-        figure("served/overload/lost", many.lost + burst.lost + peak.lost, "requests", "<=", 0, **facts),
+        figure("served/overload/lost", lost, "requests", "<=", 0, complaint=complaint, **facts),
         figure(
             "served/overload/first-token-p99-ratio",
             together / alone,
@@ -118,7 +127,7 @@ async def _open_loop(session: Session, tasks: list[str], count: int, per_second:
         first_number=first,
         rate=per_second,
     )
-    return await run_plan(session.client, plan, session.output_tokens, concurrency=0)
+    return await run_plan(LeanClient(session.client), plan, session.output_tokens, concurrency=0)
 
 
 async def _measured(session: Session, load: Coroutine[None, None, list[Answer]]) -> Outcome:

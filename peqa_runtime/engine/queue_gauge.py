@@ -88,12 +88,16 @@ class QueueGauge:
 
     def wait(self, task: str, running: Collection[str]) -> float:
         """Seconds that a new request of the task would wait for a place; `running`: ids of those that have one."""
-        waiting = self._waiting(running)
-        number = len(waiting) + self._reserved.total()
-        if not number or not self.rate:
-            return 0.0
+        waiting, coming = self._waiting(running), self._reserved.total()
+        free = self._config.max_sequences - len(running)
+        if len(waiting) + coming < max(1, free) or not self.rate:
+            return 0.0  # there is a place
+        if free > 0:  # the first ones need not wait either: the next step takes them in
+            coming -= max(0, free - len(waiting))
+            waiting = waiting[free:]
         mean = sum(e.work for e in waiting) / len(waiting) if waiting else self._mean_work()
-        by_task = defaultdict(float, {name: count * mean for name, count in self._reserved.items()})
+        share = mean * coming / max(1, self._reserved.total())
+        by_task = defaultdict(float, {name: count * share for name, count in self._reserved.items()})
         for entry in waiting:
             by_task[entry.task] += entry.work
         total, own = sum(by_task.values()), by_task[task]  # which is an entry of its own from here on

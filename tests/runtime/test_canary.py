@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peqa_runtime.core import Request, SamplingParams
 from peqa_runtime.engine.async_engine import AsyncEngine
+from peqa_runtime.engine.canary import PROMPT_TOKENS, PROMPTS
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import EngineDead, InvalidScaleSet
@@ -175,7 +176,7 @@ def test_uploads_beside_running_streams(fake_engine: Any, make_fake_set: Any) ->
 
     try:
         asyncio.run(asyncio.wait_for(work(), 30))
-        sizes = "".join("c" if size == 8 else "." for size in model.forwards)
+        sizes = "".join("c" if size == PROMPTS * PROMPT_TOKENS else "." for size in model.forwards)
         assert sizes.count("c") == 8
         first, last = sizes.index("."), sizes.rindex(".")
         assert "cc" not in sizes[first : last + 1]

@@ -18,8 +18,13 @@ def request(name: str, task: str = "a", prompt: int = 60, max_tokens: int = 40) 
     return Request(name, (1,) * prompt, SamplingParams(max_tokens=max_tokens), task)
 
 
+BUSY = ("busy",)
+
+
 def gauge(rate: float | None = 100.0, **config: Any) -> QueueGauge:
-    found = QueueGauge(EngineConfig(**config))
+    """Of a server whose one place is taken."""
+    found = QueueGauge(EngineConfig(max_sequences=1, **config))
+    found.add(request("busy"))
     if rate is not None:
         found.step(int(rate), 1.0)
     return found
@@ -27,43 +32,60 @@ def gauge(rate: float | None = 100.0, **config: Any) -> QueueGauge:
 
 def test_work_that_waits_over_what_is_done_a_second() -> None:
     queue = gauge(100.0)
-    assert queue.wait("a", ()) == 0
+    assert queue.wait("a", BUSY) == 0
     for i in range(5):
         queue.add(request(str(i)))  # 60 of the prompt, 40 to generate
-    assert queue.wait("a", ()) == pytest.approx(5.0)
-    assert queue.wait("a", ["0", "1"]) == pytest.approx(3.0)
-    assert queue.wait("a", [str(i) for i in range(5)]) == 0
+    assert queue.wait("a", BUSY) == pytest.approx(5.0)
+    assert queue.wait("a", ["busy", "0", "1"]) == pytest.approx(3.0)
+    assert queue.wait("a", [*BUSY, *map(str, range(5))]) == 0
     queue.drop("4")
-    assert queue.wait("a", ["0", "1"]) == pytest.approx(2.0)
+    assert queue.wait("a", ["busy", "0", "1"]) == pytest.approx(2.0)
     queue.reserve("a")
-    assert queue.wait("a", ["0", "1"]) == pytest.approx(3.0), "one that is being prepared is of a usual size"
+    assert queue.wait("a", ["busy", "0", "1"]) == pytest.approx(3.0), (
+        "one that is being prepared is of a usual size"
+    )
     queue.give_up("a")
     queue.step(10_000, 20.0)
-    assert queue.wait("a", ["0", "1"]) < 1.0, "it is faster now"
+    assert queue.wait("a", ["busy", "0", "1"]) < 1.0, "it is faster now"
+
+
+def test_who_finds_a_place_does_not_wait() -> None:
+    queue = QueueGauge(EngineConfig(max_sequences=4, max_wait=1.0))
+    queue.step(100, 1.0)
+    for i in range(3):
+        queue.refuse("a", ())
+        queue.add(request(str(i)))
+    queue.reserve("a")
+    assert queue.wait("a", ()) == 0, "four places, and nothing runs yet"
+    queue.refuse("a", ())
+    queue.add(request("3"))
+    assert queue.wait("a", ()) == pytest.approx(1.0), "the fifth"
+    queue.give_up("a")
+    assert queue.wait("a", ("0", "1")) == 0
 
 
 def test_before_anything_is_measured_only_numbers_count() -> None:
     queue = gauge(None, max_waiting=3, max_wait=1.0)
     for i in range(3):
-        queue.refuse("a", ())
+        queue.refuse("a", BUSY)
         queue.add(request(str(i), prompt=10_000))
     with pytest.raises(Overloaded, match="3 requests wait") as caught:
-        queue.refuse("a", ())
+        queue.refuse("a", BUSY)
     assert caught.value.retry_after == 1
 
 
 def test_the_refusal_says_how_long() -> None:
     queue = gauge(100.0, max_wait=4.0)
     for i in range(4):
-        queue.refuse("a", ())
+        queue.refuse("a", BUSY)
         queue.add(request(str(i), prompt=90))
     with pytest.raises(Overloaded, match=r"about 5 s .* limit is 4 s") as caught:
-        queue.refuse("a", ())
+        queue.refuse("a", BUSY)
     assert caught.value.retry_after == 6
     for i in range(4, 200):
         queue.add(request(str(i)))
     with pytest.raises(Overloaded) as caught:
-        queue.refuse("a", ())
+        queue.refuse("a", BUSY)
     assert caught.value.retry_after == 60, "at most"
 
 
@@ -72,13 +94,13 @@ def test_a_task_that_fills_the_queue_does_not_close_it_to_others() -> None:
     for i in range(20):
         queue.add(request(str(i), "flood"))
     with pytest.raises(Overloaded):
-        queue.refuse("flood", ())
-    queue.refuse("other", ())
-    assert queue.wait("other", ()) == pytest.approx(2.0), "one of each task goes before"
+        queue.refuse("flood", BUSY)
+    queue.refuse("other", BUSY)
+    assert queue.wait("other", BUSY) == pytest.approx(2.0), "one of each task goes before"
     for i in range(20):
         queue.add(request(f"x{i}", f"name {i}"))
     with pytest.raises(Overloaded):
-        queue.refuse("one more name", ())
+        queue.refuse("one more name", BUSY)
 
 
 def test_what_really_had_to_be_computed_corrects_what_was_expected() -> None:
@@ -88,13 +110,14 @@ def test_what_really_had_to_be_computed_corrects_what_was_expected() -> None:
         queue.finish(str(i), generated=20, cached=980)
     for i in range(10):
         queue.add(request(f"next {i}", prompt=1000, max_tokens=8000))
-    assert queue.wait("a", ()) == pytest.approx(10 * 40 / 100, rel=0.15)
+    assert queue.wait("a", BUSY) == pytest.approx(10 * 40 / 100, rel=0.15)
 
 
 @pytest.mark.parametrize("likely", [40, 4000], ids=["max_tokens true", "max_tokens far too high"])
 def test_ten_times_too_much(likely: int) -> None:
     """A server of 8 places that computes 1000 tokens a second gets 100 requests a second of 100 tokens each."""
-    queue, rng = gauge(None, max_wait=5.0, max_waiting=10_000), random.Random(0)
+    queue = QueueGauge(EngineConfig(max_sequences=8, max_wait=5.0, max_waiting=10_000))
+    rng = random.Random(0)
     running: dict[str, float] = {}
     waiting: list[tuple[float, str]] = []
     waits: list[tuple[float, float]] = []
