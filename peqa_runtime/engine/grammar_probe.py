@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from peqa_runtime.constraint import Constraint
@@ -19,7 +20,8 @@ from peqa_runtime.engine.grammar import check_installed, llguidance, new_matcher
 from peqa_runtime.errors import InvalidRequest
 
 CPU_SECONDS = 2.0
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 128 << 20
+"""For the form alone; forms are kept."""
 WALL_SECONDS = 30.0
 """For those CPU_SECONDS on a machine that is busy with other things."""
 
@@ -72,14 +74,17 @@ class _Bytes:
 
 def main() -> None:
     """Read a constraint from stdin, write null or what is wrong with it to stdout, as JSON."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     kind, source = json.load(sys.stdin)
     wrapper: Any = llguidance.TokenizerWrapper(_Bytes())
+    tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=257)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    most = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     problem = None
     try:
-        new_matcher(llguidance.LLTokenizer(wrapper, n_vocab=257), Constraint(kind, source))
+        new_matcher(tokenizer, Constraint(kind, source))
     except InvalidRequest as error:
         problem = str(error)
     json.dump(problem, sys.stdout)

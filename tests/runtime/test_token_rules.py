@@ -177,6 +177,7 @@ def test_wrong_rules_are_refused_by_name(params: dict[str, Any], field: str) -> 
             ),
             "longer|memory",
         ),
+        (Constraint.regex("(a{1000}){1000}"), "memory"),
         (Constraint.regex("(a"), "unclosed"),
     ],
 )
