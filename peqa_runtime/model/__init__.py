@@ -10,6 +10,7 @@ from peqa_runtime.model.base_checkpoint import read_manifest, verify_digest
 from peqa_runtime.model.forward_context import ForwardContext
 from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
 from peqa_runtime.model.hf_quantizer import PeqaConfig, PeqaQuantizer
+from peqa_runtime.model.importers.checkpoint import import_checkpoint
 from peqa_runtime.model.importers.gguf import import_gguf
 from peqa_runtime.model.loader import LoadedModel, load
 from peqa_runtime.model.quantize import quantize_folder, quantize_rtn
@@ -29,6 +30,7 @@ __all__ = [
     "StepRows",
     "TiedHead",
     "fuse_siblings",
+    "import_checkpoint",
     "import_gguf",
     "load",
     "quantize_folder",

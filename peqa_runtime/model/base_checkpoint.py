@@ -11,7 +11,7 @@ Large models have `model-0000i-of-0000n.safetensors` and `model.safetensors.inde
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,8 +179,15 @@ def open_tensors(folder: Path | str) -> Iterator[dict[str, Any]]:
 
     Nothing is read until asked for. Raises `InvalidCheckpoint` for a damaged file.
     """
+    with open_files(tensor_files(folder)) as handles:
+        yield handles
+
+
+@contextmanager
+def open_files(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """`open_tensors` for safetensors files that lie anywhere; raises `InvalidCheckpoint` for a damaged one."""
     handles: dict[str, Any] = {}
-    for file in tensor_files(folder):
+    for file in files:
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ from peqa_runtime.model.quantize import quantize_folder, quantize_rtn
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; helpers are shared by name
 
 END = "<end>"
 GROUP = 32

@@ -160,7 +160,8 @@ def test_import_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"not a model")
     assert peqa("import", file, "-o", tmp_path / "base", status=1).stderr.startswith("error: ")
-    assert "only .gguf" in peqa("import", tmp_path / "m.bin", "-o", tmp_path / "base", status=1).stderr
+    assert "is no folder" in peqa("import", tmp_path / "m.bin", "-o", tmp_path / "base", status=1).stderr
+    assert "says what it is" in peqa("import", file, "-o", tmp_path / "base", "--format", "gptq", status=1).stderr
     assert not (tmp_path / "base").exists()
 
 
