@@ -60,7 +60,7 @@ class Options:
     tasks: int = 16
     rounds: int = 2
     requests_per_stream: int = 2
-    structured_rounds: int = 8
+    structured_rounds: int = 16
     updates: int = 1000
     disconnects: int = 500
     overload_seconds: float = 60.0
@@ -236,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         ("output-tokens", 64, "tokens of an answer"),
         ("tasks", 16, "tasks of the mix"),
         ("rounds", 2, "offline and served throughput, in turn"),
-        ("structured-rounds", 8, "JSON to a schema and free text, in turn"),
+        ("structured-rounds", 16, "JSON to a schema and free text, in turn"),
         ("updates", 1000, "updates under load"),
         ("disconnects", 500, "clients that hang up"),
         ("many-tasks", 10_000, "registered tasks"),

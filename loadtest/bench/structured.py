@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import median
+from statistics import mean
 from typing import Any
 
 from peqa_loadtest.bench.figure import Figure, figure
@@ -14,8 +14,8 @@ from peqa_loadtest.run import run_plan
 from peqa_loadtest.workload import plan_requests
 
 STREAMS = 8
-REQUESTS = 16
 OF_FREE_TEXT = 0.9
+FASTEST = 4  # of so many loads one is judged: what else the machine does only ever slows a load down
 
 RECORD: Mapping[str, Any] = {
     "type": "object",
@@ -43,40 +43,42 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 
 async def structured(session: Session, rounds: int) -> list[Figure]:
-    """For each way of choosing: the median of `rounds` ratios, each of two loads that follow one another."""
+    """For each way of choosing: the fastest of `rounds` loads to the schema against the fastest of free text."""
     rows = []
     for way, fields in WAYS.items():
-        ratios, free_rates, kept_rates = [], [], []
+        rates: dict[str, list[float]] = {"free": [], "schema": []}
         await _load(session, {**fields, **FORM})  # warm-up: the schema is compiled, connections are open
         for number in range(rounds):
-            order = (FORM, {}) if number % 2 else ({}, FORM)
-            first, second = [rate(await _load(session, {**fields, **form})) for form in order]
-            kept, free = (first, second) if number % 2 else (second, first)
-            ratios.append(kept / free)
-            free_rates.append(free)
-            kept_rates.append(kept)
+            for kind in ("free", "schema") if number % 2 else ("schema", "free"):
+                form = FORM if kind == "schema" else {}
+                rates[kind].append(rate(await _load(session, {**fields, **form})))
+        free, kept = _fastest(rates["free"]), _fastest(rates["schema"])
         facts = {
             "streams": STREAMS,
-            "free_tokens_per_s": median(free_rates),
-            "schema_tokens_per_s": median(kept_rates),
-            "best_of_each": max(kept_rates) / max(free_rates),
             "rounds": rounds,
+            "free_tokens_per_s": free,
+            "schema_tokens_per_s": kept,
+            "all_loads": mean(rates["schema"]) / mean(rates["free"]),
         }
-        rows.append(
-            figure(f"served/structured/{way}/vs-free-text", median(ratios), "x", ">=", OF_FREE_TEXT, **facts)
-        )
+        name = f"served/structured/{way}/vs-free-text"
+        rows.append(figure(name, kept / free, "x", ">=", OF_FREE_TEXT, **facts))
     return rows
 
 
+def _fastest(rates: list[float]) -> float:
+    """Mean of the fastest one in FASTEST."""
+    return mean(sorted(rates, reverse=True)[: max(1, len(rates) // FASTEST)])
+
+
 async def _load(session: Session, fields: Mapping[str, Any]) -> list[Answer]:
-    """REQUESTS answers of the base to prompts that no load has used, STREAMS at a time."""
-    first = session.take_numbers(REQUESTS)
+    """STREAMS answers of the base at once, to prompts that no load has used."""
+    first = session.take_numbers(STREAMS)
     plan = plan_requests(
-        ["base"], mix="uniform", count=REQUESTS, words=session.words, seed=first, first_number=first
+        ["base"], mix="uniform", count=STREAMS, words=session.words, seed=first, first_number=first
     )
     async with CompletionClient(replace(session.client.target, fields=fields)) as client:
         answers = await run_plan(client, plan, session.output_tokens, STREAMS)
     if failed := failures(answers):
         reason = next(a.failure.message for a in answers if a.failure is not None)
-        raise LoadTestError(f"{failed} of {REQUESTS} requests failed: {reason}")
+        raise LoadTestError(f"{failed} of {STREAMS} requests failed: {reason}")
     return answers
