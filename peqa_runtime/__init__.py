@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peqa_runtime.engine.engine import Engine
     from peqa_runtime.engine.offline import Completion
     from peqa_runtime.errors import (
+        DiskFull,
         EngineDead,
         InvalidCheckpoint,
         InvalidData,
@@ -98,6 +99,7 @@ _HOMES = {
     "peqa_runtime.engine.engine": ("Engine",),
     "peqa_runtime.engine.offline": ("Completion",),
     "peqa_runtime.errors": (
+        "DiskFull",
         "EngineDead",
         "InvalidCheckpoint",
         "InvalidData",
@@ -147,6 +149,7 @@ __all__ = [
     "BaseManifest",
     "Completion",
     "Constraint",
+    "DiskFull",
     "Engine",
     "EngineConfig",
     "EngineDead",

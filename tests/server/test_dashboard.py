@@ -62,17 +62,17 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def served(server: Any) -> dict[str, set[str]]:
+def served(server: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """Names of the samples in /metrics, with their labels, of a server that has done a little of everything."""
     from prometheus_client.parser import text_string_to_metric_families
 
     from peqa_server.engine_metrics import HELP
 
-    server.engine.stats = lambda: dict.fromkeys(HELP, 1.0)
+    monkeypatch.setattr(server.engine, "stats", lambda: dict.fromkeys(HELP, 1.0))
     server.complete(task="sql", max_tokens=3)
     server.client.put("/v1/tasks/new", content=b"SET")
     server.error(404, prompt="x", task="nope")
-    server.engine.running = {server.engine.requests[-1].request_id}
+    monkeypatch.setattr(server.engine, "running", {server.engine.requests[-1].request_id})
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(server.client.get("/metrics").text):
         for sample in family.samples:
