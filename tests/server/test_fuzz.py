@@ -151,7 +151,9 @@ def test_every_answer_is_as_the_document_says(fuzzed: Fuzzed) -> None:
     modes = list(schemathesis.GenerationMode)
     operations = [result.ok() for result in fuzzed.schema.get_all_operations()]
     shares = [(HEAVY if o.body else 1) * bool(o.body or o.path_parameters or o.query) for o in operations]
-    each = -(-EXAMPLES // (sum(shares) * len(modes)))
+    each = -(
+        -EXAMPLES * 11 // (10 * sum(shares) * len(modes))
+    )  # a tenth more: small spaces of queries run out
     wrong: list[str] = []
     for operation, share in zip(operations, shares, strict=True):
         begin = time.monotonic()
