@@ -40,13 +40,17 @@ def naive(weight: Tensor, hessian: Tensor, bits: int, size: int, options: GptqOp
     damped = hessian + options.damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     inverse = torch.linalg.inv(damped)
     order = hessian.diagonal().argsort(descending=True, stable=True) if options.act_order else range(columns)
-    _, scales, zeros = fit(weight.view(len(weight), -1, size), bits)
+    importance = hessian.diagonal().sqrt().float().view(-1, size)
+    importance = importance / (importance.square().mean()).sqrt()
+    _, scales, zeros = fit(weight.view(len(weight), -1, size), bits, importance)
     codes = torch.zeros(weight.shape, dtype=torch.uint8)
     for k in (int(k) for k in order):
         group = k // size
         if not options.static_groups and k % size == 0:
             part = work[:, k : k + size].float().unsqueeze(1)
-            _, scales[:, group : group + 1], zeros[:, group : group + 1] = fit(part, bits)
+            _, scales[:, group : group + 1], zeros[:, group : group + 1] = fit(
+                part, bits, importance[group : group + 1]
+            )
         scale, zero = scales[:, group].double(), zeros[:, group].double()
         code = (work[:, k] / scale + zero).round().clamp(0, 2**bits - 1)
         codes[:, k] = code.to(torch.uint8)
@@ -92,6 +96,17 @@ def test_outputs_are_closer_than_rounding_makes_them(bits: int, group_size: int)
         return float(((quantized - weight) @ fresh.t()).square().sum())
 
     assert error(found) < 0.3 * error(rounded)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_ranges_are_fitted_to_the_inputs_that_count(bits: int) -> None:
+    """Each group has one input of a hundred times the power; its weights come out far closer than the others."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 64), torch.randn(500, 64)
+    x[:, ::32] *= 10
+    found = dequantize(gptq(weight, second_moment(x), Precision(bits, 32), GptqOptions()).weight)
+    error = (found - weight).square().mean(0)
+    assert error[::32].mean() < 0.8 * error.mean()
 
 
 def test_settled_weights_round_to_the_codes() -> None:

@@ -99,9 +99,10 @@ def gptq(
         raise ValueError("the calibration activations hold NaN or infinity")
     order = hessian.diagonal().argsort(descending=True, stable=True) if options.act_order else None
     factor = _factor(hessian if order is None else hessian[order][:, order], options.damping)
+    importance = _importance(hessian.diagonal()).view(groups, -1)
     step = max(1, _ELEMENTS // columns)
     parts = [
-        _rows(chunk.to(hessian.dtype), factor, order, precision, options, integer_zeros)
+        _rows(chunk.to(hessian.dtype), factor, importance, order, precision, options, integer_zeros)
         for chunk in weight.split(step)
     ]
     codes, scales, zeros, settled = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -136,9 +137,21 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     raise ValueError("the calibration activations leave no invertible Hessian; use more text or more damping")
 
 
+def _importance(diagonal: Tensor) -> Tensor:
+    """How much each input counts when a range is fitted, fp32 [K]: its root mean square. Dead inputs count as the mean.
+
+    Measured on SmolLM2's block 2 at 2 bits: error of the block's outputs 0.0198 when all count alike, 0.0116 so, 0.0111
+    by the mean square; at 3 bits 0.0030, 0.0027 and 0.0027, but more than now for some linears by the mean square.
+    """
+    alive = diagonal > 0
+    mean = diagonal[alive].mean() if bool(alive.any()) else torch.ones_like(diagonal[0])
+    return (torch.where(alive, diagonal, mean) / mean).sqrt().float()
+
+
 def _rows(
     weight: Tensor,  # [n, K]
     factor: Tensor,  # [K, K], in the order of work
+    importance: Tensor,  # [G, k], of inputs when ranges are fitted
     order: Tensor | None,  # [K], column that is worked on i-th
     precision: Precision,
     options: GptqOptions,
@@ -151,13 +164,13 @@ def _rows(
     top = (1 << precision.bits) - 1
     grouped = weight.view(count, groups, size)
 
-    def ranges(part: Tensor) -> tuple[Tensor, Tensor]:
-        _, scale, zero = fit(part.float(), precision.bits, integer_zeros=integer_zeros)
+    def ranges(part: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        _, scale, zero = fit(part.float(), precision.bits, weights, integer_zeros=integer_zeros)
         return scale, zero
 
     static = options.static_groups or options.act_order
     if static:
-        scales, zeros = ranges(grouped)
+        scales, zeros = ranges(grouped, importance)
     else:
         scales = torch.empty(count, groups, device=weight.device)
         zeros = torch.empty_like(scales)
@@ -175,7 +188,7 @@ def _rows(
             column, group = start + i, group_of[start + i]
             if not static and column % size == 0:
                 scales[:, group : group + 1], zeros[:, group : group + 1] = ranges(
-                    work[:, column : column + size].unsqueeze(1)
+                    work[:, column : column + size].unsqueeze(1), importance[group : group + 1]
                 )
             scale, zero = scales[:, group].to(work.dtype), zeros[:, group].to(work.dtype)
             value = block[:, i]

@@ -1,7 +1,7 @@
 """Rounding to nearest, in a range that is fitted per group: the start of every quantizer.
 
 A group of weights w becomes codes q = clamp(round(w / scale + zero), 0, 2^bits - 1); what counts is the squared error
-of scale * (q - zero).
+of scale * (q - zero), each weight by its importance where one is given.
 """
 
 from __future__ import annotations
