@@ -12,33 +12,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from peqa_runtime.errors import InvalidData, StoreError
+from peqa_runtime.errors import InvalidData
 from peqa_runtime.training.attention import tuning_attention
-from peqa_runtime.training.batches import StepBatches, TokenBatch, held_out_batches, plan_batches
+from peqa_runtime.training.batches import StepBatches, held_out_batches, plan_batches
 from peqa_runtime.training.callbacks import ClipEachTask, KeepPositive, ProgressBar, StopOnSignal
-from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
+from peqa_runtime.training.checkpoints import BestScales
 from peqa_runtime.training.data import EncodedData
-from peqa_runtime.training.distill import Teacher, divergence
+from peqa_runtime.training.distill import Teacher
 from peqa_runtime.training.packing import check_packing
+from peqa_runtime.training.scale_trainer import ScaleTrainer, detached, kept_checkpoint
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.tensorboard import tensorboard_callback
 from peqa_runtime.training.tuning import (
     TunableModel,
     fast_compute_dtype,
-    logits_at,
-    set_scales,
     start_tuning,
     tuned_scales,
 )
@@ -72,142 +67,6 @@ class TuneResult:
     last_step: int
     tokens: int
     seconds: float
-
-
-class ScaleTrainer(Trainer):
-    """`transformers.Trainer` that takes the planned batches in order, and trains, saves and restores scales only."""
-
-    control: TrainerControl
-
-    def __init__(
-        self,
-        *,
-        tunable: TunableModel,
-        config: TuneConfig,
-        held_out: Sequence[tuple[str, Sequence[TokenBatch]]],
-        best: BestScales,
-        teacher: Teacher | None = None,
-        tasks: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        """`held_out` has (name, batches) of every task, or of none."""
-        super().__init__(model=tunable.model, **kwargs)
-        self.tunable, self.config, self.held_out, self.best, self.teacher = (
-            tunable,
-            config,
-            held_out,
-            best,
-            teacher,
-        )
-        self.tasks = tasks
-        self.tokens_seen = 0
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Sum over the tasks of the mean loss over their loss tokens; this process's and part's share of it."""
-        self.tokens_seen += inputs["input_ids"].numel()
-        parts = tuple((int(task), int(count)) for task, count in inputs["parts"].tolist())
-        self.tunable.parts.parts = parts if self.tasks > 1 else ()
-        losses = self._losses(model, inputs)
-        # The loop divides by the parts of a step and the processes' gradients are averaged; the weights are whole.
-        return (
-            (losses * inputs["weights"]).sum()
-            * self.args.world_size
-            * self.current_gradient_accumulation_steps
-        )
-
-    def _losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """[loss tokens]."""
-        share = self.config.distill
-        teacher = self.teacher.logits(inputs) if self.teacher is not None and share else None
-        logits = logits_at(model, inputs["input_ids"], inputs["positions"], inputs.get("position_ids"))
-        losses = functional.cross_entropy(logits, inputs["targets"], reduction="none")
-        if teacher is None:
-            return losses
-        return (1 - share) * losses + share * divergence(logits, teacher, self.config.temperature)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out cross-entropy per token of each task, in the dtype of the training; the best scales are kept."""
-        self.model.eval()
-        metrics: dict[str, float] = {}
-        for task, (name, batches) in enumerate(self.held_out):
-            loss = self._held_out_loss(task, batches)
-            metrics[f"eval_loss_{name}"] = loss
-            scales = detached(tuned_scales(self.model, task))
-            self.best.offer(task, loss, self.state.global_step, scales, write=self.args.process_index == 0)
-        metrics["eval_loss"] = sum(metrics.values()) / len(self.held_out)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        waited = self.state.global_step - max(self.best.steps)
-        if self.config.patience and waited >= self.config.patience * self.args.eval_steps:
-            self.control.should_training_stop = True
-        return metrics
-
-    def _held_out_loss(self, task: int, batches: Sequence[TokenBatch]) -> float:
-        totals = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for given in batches[self.args.process_index :: self.args.world_size]:
-                batch = given.to(self.args.device)
-                self.tunable.parts.parts = ((task, batch.input_ids.numel()),)
-                logits = logits_at(self.model, batch.input_ids, batch.positions, batch.position_ids)
-                totals[0] += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
-                totals[1] += len(batch.targets)
-        loss, count = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
-        return float(loss / count)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The training loss is shown as the mean over the tasks."""
-        if "loss" in logs:
-            logs = {**logs, "loss": logs["loss"] / self.tasks}
-        super().log(logs, *args, **kwargs)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted."""
-        return 0
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise StoreError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}); "
-                f"{kept_checkpoint(Path(self.args.output_dir))}; make room, and the same command goes on"
-            ) from error
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        scales = {
-            f"{task}.{name}": scale
-            for task in range(self.tasks)
-            for name, scale in detached(tuned_scales(self.model, task)).items()
-        }
-        save_file(scales, folder / MASTERS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        found = load_file(Path(resume_from_checkpoint) / MASTERS)
-        for task in range(self.tasks):
-            own = {n.partition(".")[2]: s for n, s in found.items() if n.startswith(f"{task}.")}
-            set_scales(self.model, own, task)
-
-
-def detached(scales: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies on the host, fp32."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in scales.items()}
-
-
-def kept_checkpoint(folder: Path) -> str:
-    """Half a sentence that says what of a run is safe."""
-    kept = last_checkpoint(folder)
-    return f"{kept} is kept" if kept else "no checkpoint had been written yet"
 
 
 def tune(

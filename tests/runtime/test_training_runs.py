@@ -18,15 +18,16 @@ from transformers import AutoTokenizer
 
 from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.training import trainer as trainer_module
+from peqa_runtime.training import scale_trainer as trainer_module
 from peqa_runtime.training.auto import Trial, best_of, sweep
 from peqa_runtime.training.batches import collate
 from peqa_runtime.training.checkpoints import last_checkpoint
 from peqa_runtime.training.distill import divergence, load_teacher
 from peqa_runtime.training.guards import count_clamped, count_zero_codes
 from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of, train_files
+from peqa_runtime.training.scale_trainer import ScaleTrainer
 from peqa_runtime.training.settings import TuneConfig, Wanted
-from peqa_runtime.training.trainer import ScaleTrainer
+from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.tuning import (
     TunableModel,
     load_tunable,
@@ -290,7 +291,7 @@ def test_a_sweep_tries_all_on_a_slice_and_goes_on_where_it_stopped(
     files = [TrainingFiles("t", rows("t", 40), tmp_path / "t.safetensors")]
     wanted = Wanted(steps=3, batch_rows=4, others={"compute": "float32"})
     monkeypatch.setattr("peqa_runtime.training.auto.RATES", (1e-3, 3e-2))
-    tune, calls = trainer_module.tune, []
+    calls: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs["folder"].name)
