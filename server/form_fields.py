@@ -60,7 +60,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """`structured_outputs` of vLLM: exactly one kind."""
+    """`structured_outputs` of vLLM: exactly one kind. `disable_fallback` may be set: nothing to fall back to."""
 
     json_: Annotated[Schema | None, Field(alias="json")] = None
     regex: Text | None = None

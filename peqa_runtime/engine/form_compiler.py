@@ -24,7 +24,14 @@ class FormCompiler:
         self._pending = 0
 
     def submit(self, constraint: Constraint) -> Future[None]:
-        """Compile a form. The future raises `InvalidRequest` with param "structured"; this raises `Overloaded`."""
+        """Compile a form. The future raises `InvalidRequest` with param "structured"; this raises `Overloaded`.
+
+        A form that is known waits for nobody's.
+        """
+        if self._guidance.knows(constraint):
+            ready: Future[None] = Future()
+            ready.set_result(None)
+            return ready
         with self._lock:
             if self._pending >= WAITING:
                 raise Overloaded(f"{self._pending} forms of answers wait to be compiled; try again later")

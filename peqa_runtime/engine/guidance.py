@@ -52,11 +52,14 @@ class Guidance:
         """Compile a form, unless it is kept. Raises `InvalidRequest` with param "structured" where that fails."""
         self._form(constraint)
 
+    def knows(self, constraint: Constraint) -> bool:
+        """Whether a form is compiled and kept."""
+        with self._lock:
+            return constraint in self._forms
+
     def compile_carefully(self, constraint: Constraint) -> None:
         """`compile`, after it was found to take little time and memory: for forms that strangers send."""
-        with self._lock:
-            known = constraint in self._forms
-        if not known:
+        if not self.knows(constraint):
             grammar_probe.check(constraint)
             self._form(constraint)
 
