@@ -103,7 +103,10 @@ def remove(
 def rollback(
     task: Task,
     revision: Annotated[
-        str | None, typer.Option(help="Default: the one before the current.", envvar="PEQA_REVISION")
+        str | None,
+        typer.Option(
+            help="4 or more of its digits. Default: the one before the current.", envvar="PEQA_REVISION"
+        ),
     ] = None,
     if_match: IfMatch = None,
     server: Server = LOCAL,
@@ -124,7 +127,7 @@ def pull(
     task: Task,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", envvar="PEQA_OUTPUT")],
     revision: Annotated[
-        str | None, typer.Option(help="Default: the current.", envvar="PEQA_REVISION")
+        str | None, typer.Option(help="4 or more of its digits. Default: the current.", envvar="PEQA_REVISION")
     ] = None,
     server: Server = LOCAL,
     api_key: ApiKey = None,

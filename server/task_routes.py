@@ -13,7 +13,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import NO_TASK, RevisionInfo, TaskInfo, check_task_name
-from peqa_runtime.errors import NoSuchRevision
+from peqa_runtime.errors import InvalidRequest, NoSuchRevision
+from peqa_runtime.scales.revision_name import SHORTEST_REVISION, matching
 from peqa_server.access.upload_admission import admitted_upload
 from peqa_server.access_log import note_of
 from peqa_server.api_document import bytes_body, json_body, parameter, refusals
@@ -79,15 +80,17 @@ async def list_revisions(request: Request, task: TaskName) -> JSONResponse:
     response_class=Response,
     responses={
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-        **refusals(404, 409, 422),
+        **refusals(400, 404, 409, 422),
     },
 )
 async def get_content(request: Request, task: TaskName, revision: str | None = None) -> Response:
-    """The scale set file of a task, byte for byte as uploaded; `?revision=` for an older one that is kept."""
+    """The scale set file of a task, byte for byte as uploaded; `?revision=` for a kept one that begins so."""
     services = _services(request, task)
     info = await asyncio.to_thread(services.tasks.info, task)
-    wanted = info.revision if revision is None else revision
+    wanted = info.revision
     try:
+        if revision is not None:
+            wanted = await asyncio.to_thread(_kept, services.tasks, task, revision)
         data = await asyncio.to_thread(services.tasks.content, task, wanted)
     except NoSuchRevision as error:
         raise ApiError(404, str(error), code="no_such_revision", param="revision") from None
@@ -101,13 +104,16 @@ async def get_content(request: Request, task: TaskName, revision: str | None = N
     openapi_extra={**json_body(RollbackRequest, required=False), "parameters": [_IF_MATCH]},
 )
 async def rollback(request: Request, task: TaskName) -> JSONResponse:
-    """Make the previous revision current, or the one that the body's `revision` names."""
+    """Make the previous revision current, or the kept one that begins with the body's `revision`."""
     gate = gate_of(request)
     services = _services(request, task)
     body = await read_body(request, gate.settings)
     wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
     with _counted(request, gate, "rollback", task):
-        info = await asyncio.to_thread(services.tasks.rollback, task, wanted.revision, _if_match(request))
+        revision = wanted.revision
+        if revision is not None:
+            revision = await asyncio.to_thread(_kept, services.tasks, task, revision)
+        info = await asyncio.to_thread(services.tasks.rollback, task, revision, _if_match(request))
     return _changed(request, services.tasks, info)
 
 
@@ -173,6 +179,22 @@ def _services(request: Request, task: str) -> Services:
     # The `$` of a route's pattern also matches before a last line break, which would be lost from the name.
     check_task_name(task + "\n" if request.scope["path"].endswith("\n") else task)
     return services
+
+
+def _kept(tasks: TaskService, task: str, beginning: str) -> str:
+    """The kept revision that begins so, as after the "@" of a task's name: messages and lists show 12 digits.
+
+    Raises `UnknownTask`, `NoSuchRevision`, and a 400 where several begin so.
+    """
+    revisions = [row.revision for row in tasks.revisions(task)]
+    if len(beginning) < SHORTEST_REVISION:
+        raise NoSuchRevision(
+            f"a revision is named by at least {SHORTEST_REVISION} of its digits, got {beginning!r}"
+        )
+    try:
+        return matching(task, revisions, beginning)
+    except InvalidRequest as error:
+        raise ApiError(400, str(error), code="invalid_value", param="revision") from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from peqa_runtime.core import Blend
 from peqa_runtime.errors import InvalidRequest, NoSuchRevision
 
-_PREFIX = re.compile(r"[0-9a-f]{4,64}")
+SHORTEST_REVISION = 4
+"""Digits that name a revision at least."""
+
+_PREFIX = re.compile(rf"[0-9a-f]{{{SHORTEST_REVISION},64}}")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -21,7 +24,8 @@ def split_revision(name: str) -> tuple[str, str | None]:
         return name, None
     if not _PREFIX.fullmatch(prefix):
         raise InvalidRequest(
-            f"{name[:80]!r}: after '@' stands a revision, by at least 4 of its hexadecimal digits (0-9, a-f)",
+            f"{name[:80]!r}: after '@' stands a revision, by at least {SHORTEST_REVISION} of its hexadecimal "
+            "digits (0-9, a-f)",
             param="task",
         )
     return task, prefix

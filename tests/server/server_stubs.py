@@ -236,6 +236,8 @@ class StubTasks:
         if len(self.history[task]) < 2:
             raise NoSuchRevision(f"task {task!r} has no earlier revision")
         self.history[task].pop()
+        while revision not in (None, self.info(task).revision):
+            self.history[task].pop()
         return self.info(task)
 
     def delete(self, task: str, if_match: str | None = None) -> None:

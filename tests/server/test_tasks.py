@@ -61,6 +61,35 @@ def test_revisions_and_rollback(server: Any) -> None:
     check_error(server.client.post("/v1/tasks/sql/rollback", content=b"[]"), 400)
 
 
+def test_the_digits_that_lists_and_messages_show_name_a_revision(server: Any) -> None:
+    first = revision_of(b"SET sql one")
+    for content in (b"SET two", b"SET three"):
+        server.client.put("/v1/tasks/sql", content=content)
+    old = server.client.get("/v1/tasks/sql/content", params={"revision": first[:12]})
+    assert (old.content, old.headers["etag"]) == (b"SET sql one", f'"{first}"')
+    for unknown in ("f" * 12, first[:3], ""):
+        answer = server.client.post("/v1/tasks/sql/rollback", json={"revision": unknown})
+        assert check_error(answer, 409)["code"] == "no_such_revision"
+    back = server.client.post("/v1/tasks/sql/rollback", json={"revision": first[:4]})
+    assert back.json()["revision"] == first
+
+
+def test_a_beginning_of_several_revisions_is_not_guessed_at(server: Any) -> None:
+    beginnings: dict[str, bytes] = {}
+    for number in range(100_000):
+        content = b"SET %d" % number
+        twin = beginnings.setdefault(revision_of(content)[:4], content)
+        if twin is not content:
+            break
+    for upload in (twin, content):
+        server.client.put("/v1/tasks/sql", content=upload)
+    body = {"revision": revision_of(content)[:4]}
+    error = check_error(server.client.post("/v1/tasks/sql/rollback", json=body), 400)
+    assert error["param"] == "revision"
+    assert "give more digits" in error["message"]
+    check_error(server.client.get("/v1/tasks/sql/content", params=body), 400)
+
+
 def test_if_match(server: Any) -> None:
     now = revision_of(b"SET sql one")
     url = "/v1/tasks/sql"
