@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -110,6 +111,7 @@ def tune(
         _keep_frozen_at_home(tunable.model)
     if config.checkpoint_activations:
         _checkpoint_activations(tunable.model, True)
+    own_forward = tunable.model.__dict__.get("forward")
     stop.install()
     start = time.monotonic()
     try:
@@ -118,6 +120,7 @@ def tune(
     finally:
         stop.restore()
         tunable.parts.parts = ()
+        _give_back_forward(tunable.model, own_forward)
         if config.checkpoint_activations:
             _checkpoint_activations(tunable.model, False)
     if stop.stopped and trainer.state.global_step < config.steps:
@@ -186,6 +189,14 @@ def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
     settings = [{"use_reentrant": False}] if on else []
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{prefix}_checkpointing_{verb}")(*settings)
+
+
+def _give_back_forward(model: PreTrainedModel, before: Any) -> None:
+    """Accelerate leaves a forward on the model that runs under autocast: evaluation in fp32 would not be in fp32."""
+    if before is not None:
+        model.forward = before
+    else:
+        model.__dict__.pop("forward", None)
 
 
 def _longest(tasks: Sequence[TaskData]) -> int:

@@ -161,7 +161,10 @@ def test_import_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     file.write_bytes(b"not a model")
     assert peqa("import", file, "-o", tmp_path / "base", status=1).stderr.startswith("error: ")
     assert "is no folder" in peqa("import", tmp_path / "m.bin", "-o", tmp_path / "base", status=1).stderr
-    assert "says what it is" in peqa("import", file, "-o", tmp_path / "base", "--format", "gptq", status=1).stderr
+    assert (
+        "says what it is"
+        in peqa("import", file, "-o", tmp_path / "base", "--format", "gptq", status=1).stderr
+    )
     assert not (tmp_path / "base").exists()
 
 
@@ -189,3 +192,65 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_base: Path, rows: Path
     )
     assert failed.stderr.splitlines()[-1].startswith("error: ")
     assert "/dev/null" in failed.stderr.splitlines()[-1]
+
+
+def test_several_tasks_are_tuned_in_one_run(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """By rows of two shapes, packed, with a sweep first; each task gets its set, and its events are written."""
+    pytest.importorskip("tensorboard")
+    alpaca = tmp_path / "alpaca.json"
+    alpaca.write_text(json.dumps([{"instruction": f"say {i}", "output": "dog"} for i in range(12)]))
+    given = (
+        "train",
+        tiny_base,
+        rows,
+        alpaca,
+        "--task",
+        "cat",
+        "--task",
+        "dog",
+        "-o",
+        tmp_path / "sets",
+        "-q",
+    )
+    given += ("--steps", 4, "--batch", 4, "--eval-fraction", "0.2", "--pack", "--lr", "2e-2", "--json")
+    shown = peqa(*given, "--auto", "--tensorboard", tmp_path / "events")
+    reports = {report["task"]: report for report in json.loads(shown.stdout)}
+    assert reports.keys() == {"cat", "dog"}
+    for task, report in reports.items():
+        saved = ScaleSet.parse(tmp_path / "sets" / f"{task}.safetensors", read_manifest(tiny_base))
+        assert (saved.task, saved.revision) == (task, report["revision"])
+        assert report["held_out_loss"] < report["base_held_out_loss"]
+        trials = {trial["kind"]: trial["loss"] for trial in report["trials"]}
+        assert trials.keys() == {"channel", "channel+input", "group"}, "the given rate is the only one"
+        assert report["kind"] == min(trials, key=lambda kind: trials[kind])
+        assert report["learning_rate"] == 2e-2
+    assert shown.stderr.count("held-out loss") == 1
+    assert list((tmp_path / "events").glob("events.*"))
+    assert not list((tmp_path / "sets").glob("*.sweep"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "a"], "2 files of rows and 1 --task names"),
+        (["--task", "a", "--task", "b", "--eval", "x"], "2 files of rows and 1 --eval files"),
+        (["--task", "a", "--task", "b", "-o", "one.safetensors"], "several tasks are written to a folder"),
+        (["--task", "a", "--task", "a"], "a name and an output of its own"),
+        (["--task", "a", "--task", "b", "--recipe", "peqa-paper"], "--group-size -1"),
+        (["--task", "a", "--task", "b", "--accumulate", "99"], "accumulate must be between 1"),
+        (["--task", "a", "--task", "b", "--teacher", "nowhere"], "the teacher nowhere cannot be loaded"),
+    ],
+)
+def test_several_tasks_that_do_not_go_together(
+    tiny_base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = [] if "-o" in options else ["-o", "sets"]
+    result = peqa("train", tiny_base, rows, rows, *options, *output, "-q", status=1)
+    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert message in error

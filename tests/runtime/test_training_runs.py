@@ -24,12 +24,14 @@ from peqa_runtime.training.batches import collate
 from peqa_runtime.training.checkpoints import last_checkpoint
 from peqa_runtime.training.distill import divergence, load_teacher
 from peqa_runtime.training.guards import count_clamped, count_zero_codes
+from peqa_runtime.training.logprobs import token_logprobs
 from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of, train_files
 from peqa_runtime.training.scale_trainer import ScaleTrainer
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.tuning import (
     TunableModel,
+    drop_scales,
     load_tunable,
     logits_at,
     quantized_linears,
@@ -95,6 +97,15 @@ def test_tasks_tuned_together_become_what_they_become_apart(
     assert worst(together[0].scale_set, together[1].scale_set) > 1e-2
 
 
+def test_a_run_in_bfloat16_leaves_a_model_of_fp32(tunable: TunableModel, rows: Rows, tmp_path: Path) -> None:
+    ids = [tunable.encode("some words")]
+    before = token_logprobs(tunable, ids)
+    files = TrainingFiles("t", rows("t", 8), tmp_path / "t.safetensors")
+    run(tunable, files, config=replace(CONFIG, steps=1, compute="bfloat16"))
+    drop_scales(tunable)
+    assert token_logprobs(tunable, ids) == before
+
+
 def worst_change(scale_set: ScaleSet) -> float:
     return max((t.float() - 1).abs().max().item() for t in scale_set.tensors.values())
 
@@ -107,6 +118,21 @@ def test_ways_to_save_memory_do_not_change_the_result(
     (plain,) = run(tunable, files)
     (other,) = run(tunable, files, config=replace(CONFIG, **change))
     assert worst(plain.scale_set, other.scale_set) < 2e-4 < worst_change(plain.scale_set)
+
+
+def test_checkpointed_activations_are_computed_again(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = TrainingFiles("t", rows("t", 8), tmp_path / "t.safetensors")
+    layer = tunable.model.model.layers[1].mlp
+    forward, calls = layer.forward, []
+    monkeypatch.setattr(layer, "forward", lambda *args: (calls.append(1), forward(*args))[1])
+    counts: list[int] = []
+    for on in (False, True):
+        calls.clear()
+        run(tunable, files, config=replace(CONFIG, steps=2, checkpoint_activations=on))
+        counts.append(len(calls))
+    assert counts == [2, 4]
 
 
 def test_a_teacher_draws_the_model_to_itself(
