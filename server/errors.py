@@ -127,7 +127,10 @@ _WANTED: Mapping[str, str] = {
     "string_type": "must be a string",
     "string_unicode": "must be a string of valid Unicode",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must match {pattern}",
     "list_type": "must be a list",
+    "too_short": "must not be an empty list",
+    "none_required": "must be null",
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
@@ -145,7 +148,7 @@ def describe_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"{path} is missing", code="missing_field", param=path)
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown field {path[:80]!r}", code="unknown_field", param=path[:80])
-    wanted = _WANTED.get(kind, first["msg"])
+    wanted = _WANTED.get(kind, first["msg"]).replace("{pattern}", first.get("ctx", {}).get("pattern", ""))
     if not path:
         return ApiError(400, f"the body {wanted}, got {show(first['input'])}", code="invalid_type")
     return ApiError(400, f"{path} {wanted}, got {show(first['input'])}", code="invalid_type", param=path)

@@ -153,9 +153,11 @@ def list_(file: File, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"keys": rows}))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("id", "name", "tenant", "role", "tasks", "limits", "state")
+    # The id is what `revoke` wants where a name is not enough, so it stays whole in a narrow terminal.
+    whole = Column("id", no_wrap=True, min_width=12)
+    table = Table(whole, "name", "tenant", "role", "tasks", "limits", "state")
     for row in rows:
         tasks = (
             "all"
@@ -266,7 +268,12 @@ def _when(text: str) -> float | None:
     if text.lower() == "never":
         return None
     span = re.fullmatch(r"(\d{1,6})([mhd])", text, re.ASCII)
-    when = time.time() + int(span[1]) * _SPANS[span[2]] if span else time_of(text, "--expires")
+    try:
+        when = time.time() + int(span[1]) * _SPANS[span[2]] if span else time_of(text, "--expires")
+    except ValueError:
+        raise ValueError(
+            f"--expires must be 90d, 12h, 30m, a time such as 2027-01-31T12:00:00Z, or never, got {text[:40]!r}"
+        ) from None
     if when is not None and when <= time.time():
         raise ValueError(f"--expires must lie in the future, got {text[:40]!r}")
     return when

@@ -127,7 +127,8 @@ def pull(
     task: Task,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", envvar="PEQA_OUTPUT")],
     revision: Annotated[
-        str | None, typer.Option(help="4 or more of its digits. Default: the current.", envvar="PEQA_REVISION")
+        str | None,
+        typer.Option(help="4 or more of its digits. Default: the current.", envvar="PEQA_REVISION"),
     ] = None,
     server: Server = LOCAL,
     api_key: ApiKey = None,

@@ -38,7 +38,12 @@ async def tokenize(request: Request) -> JSONResponse:
     model = gate.services.model
     ids: tuple[int, ...]
     wanted: TokenizeRequest | TokenizeChatRequest
-    if "messages" in body and "prompt" not in body:
+    for name in ("prompt", "messages"):
+        if name in body and body[name] is None:
+            del body[name]
+    if "messages" in body and "prompt" in body:
+        raise InvalidRequest("send prompt or messages, not both", param="messages")
+    if "messages" in body:
         wanted = parse(TokenizeChatRequest, body)
         lease = await _known(gate, wanted)
         prompt = await asyncio.to_thread(chat_prompt, model, lease, wanted, tool_use(wanted), gate.settings)

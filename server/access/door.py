@@ -61,8 +61,9 @@ class Access:
         holder.admit()
         lowest = Role.USER if route is None else self._roles.lowest(route)
         if key.role < lowest:
+            shown = str(route).replace(":path}", "}")  # as /openapi.json spells it
             raise ApiError(
-                403, f"{route} needs the role {_NEEDS[lowest]}; this key's role is {key.role.word}",
+                403, f"{shown} needs the role {_NEEDS[lowest]}; this key's role is {key.role.word}",
                 code="role_not_allowed",
             )  # fmt: skip
         return holder

@@ -237,7 +237,12 @@ def test_tokenize_writes_a_chat_as_the_chat_route_does(live: Any) -> None:
         ({"messages": []}, 400, "messages"),
         ({}, 400, "prompt"),
     ):
-        assert server.error(status, path="/tokenize", **wrong)["param"] == param
+        error = server.error(status, path="/tokenize", **wrong)
+        assert error["param"] == param
+        assert "unknown field" not in error["message"]
+        assert " should " not in error["message"], "a sentence of ours, not of the parser's"
+    assert server.post("/tokenize", prompt=None, messages=SAY).status_code == 200
+    assert server.post("/tokenize", prompt="x", messages=None).status_code == 200
 
 
 def test_small_routes(server: Any) -> None:

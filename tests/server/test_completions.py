@@ -199,7 +199,7 @@ WRONG: list[tuple[str, Any]] = [
     ("use_beam_search", True), ("truncate_prompt_tokens", 0), ("response_format", {"type": "xml"}),
     ("user", 5), ("return_token_ids", "x"),
     ("priority", False), ("priority", 1.5), ("priority", 2**31), ("priority", -(2**31) - 1), ("cache_salt", 5),
-    ("cache_salt", ""), ("cache_salt", "x" * 257),
+    ("cache_salt", ""), ("cache_salt", "x" * 257), ("request_id", "a b"), ("request_id", ""),
 ]  # fmt: skip
 
 
@@ -209,6 +209,7 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     answer = server.send(text)
     error = check_error(answer, 400)
     assert field in error["message"]
+    assert " should " not in error["message"], "a sentence of ours, not of the parser's"
     assert error["param"].startswith(field)
     assert server.idle
     assert not server.engine.requests

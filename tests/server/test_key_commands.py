@@ -133,7 +133,7 @@ def test_revoke(file: Path) -> None:
      (["bob", "--tasks", "x", "--disk", "9999TB9"], "--disk must"),
      (["bob", "--tasks", "x", "--disk", "999999999999999TB"], "disk_bytes must"),
      (["bob", "--tasks", "x", "--highest-priority", "1"], "highest_priority must"),
-     (["bob", "--tasks", "x", "--expires", "soon"], "--expires must"),
+     (["bob", "--tasks", "x", "--expires", "1s"], "--expires must be 90d, 12h, 30m, a time"),
      (["bob", "--tasks", "x", "--expires", "2001-01-01T00:00:00Z"], "future"),
      (["bob", "--tasks", "x", "--expires", "0m"], "future"),
      (["taken", "--tasks", "x"], "there is a key named 'taken'")],
@@ -185,6 +185,9 @@ def test_the_table_says_what_matters(file: Path) -> None:
     assert "acme-*, base" in text
     assert "60000 tokens/min" in text
     assert "all" in text
+    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["keys", "list", "--file", str(file)]).stdout
+    rows = json.loads(keys("list", "--file", str(file), "--json").stdout)["keys"]
+    assert all(row["id"] in narrow for row in rows), "revoke asks for a whole id"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
