@@ -92,19 +92,24 @@ def quantize(
     ] = Zeros.float,
     epochs: Annotated[
         float | None,
-        typer.Option(help="blockwise: times over the windows. Default: 4.", envvar="PEQA_EPOCHS"),
+        typer.Option(help="blockwise: times over the windows. Default: 4.", envvar="PEQA_BLOCKWISE_EPOCHS"),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="blockwise: windows of a step. Default: 4.", envvar="PEQA_BATCH")
+        int | None,
+        typer.Option(help="blockwise: windows of a step. Default: 4.", envvar="PEQA_BLOCKWISE_BATCH"),
     ] = None,
     weight_rate: Annotated[
         float | None,
-        typer.Option("--lr", help="blockwise: of weights, in steps. Default: 5e-3.", envvar="PEQA_LR"),
+        typer.Option(
+            "--lr", help="blockwise: of weights, in steps. Default: 5e-3.", envvar="PEQA_BLOCKWISE_LR"
+        ),
     ] = None,
     scale_rate: Annotated[
         float | None,
         typer.Option(
-            "--scale-lr", help="blockwise: of scales, relative. Default: 1e-3.", envvar="PEQA_SCALE_LR"
+            "--scale-lr",
+            help="blockwise: of scales, relative. Default: 1e-3.",
+            envvar="PEQA_BLOCKWISE_SCALE_LR",
         ),
     ] = None,
     seed: Seed = 0,

@@ -75,6 +75,7 @@ def test_a_person_sees_what_was_done(tiny_hf_folder: Path, text: Path, tmp_path:
         (["--method", "gptq", "--calibration", "TEXT", "--damping", "7"], "damping must be above 0"),
         (["--method", "gptq", "--calibration", "TEXT", "--calibration-windows", "1"], "at least 2 windows"),
         (["--method", "gptq", "--calibration", "TEXT", "--calibration-windows", "100000"], "is too short"),
+        (["--method", "gptq", "--calibration", "TEXT", "--calibration-tokens", "1000"], "context of 512"),
         (
             ["--method", "gptq", "--calibration", "TEXT", "--act-order", "--no-static-groups"],
             "act-order without static groups",

@@ -11,7 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
+from peqa_runtime.model.loader import context_limit
 from peqa_runtime.model.quantizers.block import Block, BlockOptions, BlockResult
 from peqa_runtime.model.quantizers.calibration import Calibration, CalibrationText, read_calibration
 from peqa_runtime.model.quantizers.float_source import FloatSource
@@ -26,8 +27,15 @@ Say = Callable[[str], None]
 def calibrate(source: FloatSource, text: CalibrationText, model: Any) -> Calibration:
     """The calibration windows in the tokens of the source's tokenizer.
 
-    Raises `InvalidData` for text that cannot be used, `InvalidCheckpoint` where there is no tokenizer that fits.
+    Raises `InvalidData` for text that cannot be used, `InvalidRequest` for windows longer than the model's context,
+    `InvalidCheckpoint` where there is no tokenizer that fits.
     """
+    context = context_limit(model)
+    if text.tokens > context:
+        raise InvalidRequest(
+            f"a calibration window of {text.tokens} tokens is longer than the model's context of {context}",
+            param="calibration_tokens",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
