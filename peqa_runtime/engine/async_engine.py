@@ -140,12 +140,14 @@ class AsyncEngine:
     def try_out(self, scale_set: ScaleSet) -> None:
         """Compute with a set that is no task's yet, between two steps; see `Canary`. Blocks meanwhile.
 
-        Raises `InvalidScaleSet`, `EngineDead`.
+        Content that passed before is not computed again. Raises `InvalidScaleSet`, `EngineDead`.
         """
         trial = _Trial(scale_set)
         with self._lock:
             if self._error is not None:
                 raise self._error
+            if self.engine.canary.knows(scale_set.revision):
+                return
             self._commands.put(trial)
         trial.verdict.result()
 

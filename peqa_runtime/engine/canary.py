@@ -1,7 +1,7 @@
 """Before an uploaded set becomes a task's: does the model compute finite numbers with it?
 
-Two short prompts go through the model in a batch of their own, in the engine's thread between two steps, so what runs
-waits for one small step at most. Nothing of it can be seen: their K/V lie in a block that is nobody's, and their bank
+A short prompt goes through the model in a batch of its own, in the engine's thread between two steps, so what runs
+waits for one small step at most. Nothing of it can be seen: its K/V lie in a block that is nobody's, and its bank
 row is borrowed. It is a free one, or one that no running request uses, or else one whose content is put back before
 the next step. No request, prefix or metric hears of it.
 """
@@ -23,9 +23,12 @@ from peqa_runtime.scales.task_registry import BorrowedRow, TaskRegistry
 
 logger = logging.getLogger(__name__)
 
-PROMPTS = 2
+PROMPTS = 1
 PROMPT_TOKENS = 4
-"""With two prompts of four tokens the CPU's kernels for few rows, which are the cheapest, serve the canary."""
+"""A step of four rows is a small one; more prompts would find little more, and hold up what runs for longer."""
+
+_REMEMBERED = 4096
+"""Revisions that passed. A revision is its content, so what it gives on one base is always the same."""
 
 _PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 
@@ -36,7 +39,10 @@ def blocks_needed(block_size: int) -> int:
 
 
 class Canary:
-    """Tries sets out. `blocks`: ids of `blocks_needed` blocks that nobody else uses. Belongs to the engine's thread."""
+    """Tries sets out. `blocks`: ids of `blocks_needed` blocks that nobody else uses.
+
+    Belongs to the engine's thread, but for `knows`.
+    """
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Canary:
         self._bank = bank
         self._registry = registry
         self._held = held
+        self._passed: dict[str, None] = {}  # oldest first
         count = len(blocks) // PROMPTS
         self._tables = [list(blocks[i * count : (i + 1) * count]) for i in range(PROMPTS)]
         # Ids from all over the vocabulary, so from all over the embedding.
@@ -60,8 +67,12 @@ class Canary:
         ]
         self._prompts = [tuple(ids[i::PROMPTS]) for i in range(PROMPTS)]
 
+    def knows(self, revision: str) -> bool:
+        """True when this content has passed before."""
+        return revision in self._passed
+
     def try_out(self, scale_set: ScaleSet) -> None:
-        """Raise `InvalidScaleSet` when the model's answer to either prompt is not finite, or cannot be computed."""
+        """Raise `InvalidScaleSet` when the model's answer to the prompt is not finite, or cannot be computed."""
         borrowed = self._registry.borrow(scale_set.kind)
         try:
             self._bank.write(borrowed.row, borrowed.group_row, scale_set)
@@ -80,6 +91,9 @@ class Canary:
                 "with this set the model computes NaN or infinity where the base computes numbers: its scales are "
                 "too far from 1.0 together, though each is within bounds"
             )
+        self._passed[scale_set.revision] = None
+        if len(self._passed) > _REMEMBERED:
+            del self._passed[next(iter(self._passed))]
 
     def _answers_are_finite(self, at: BorrowedRow) -> bool:
         items = [

@@ -35,11 +35,13 @@ def test_lost_refused_and_served_are_told_apart() -> None:
     )
     assert (len(outcome.served), outcome.refused, outcome.lost) == (2, 1, 2)
     assert outcome.first_tokens == [1, 3]
-    rows = {row["name"].rpartition("/")[2]: row for row in judge(outcome, outcome, outcome, 1.0)}
+    rows = {row["name"].rpartition("/")[2]: row for row in judge([outcome], outcome, outcome, 1.0)}
     assert rows["lost"]["ok"] is False
     assert rows["first-token-p99-ratio"]["value"] == rows["goodput-ratio"]["value"] == 1
     late = Outcome([answer(7, 8), answer(8, 9)], 12)
-    rows = {row["name"].rpartition("/")[2]: row["ok"] for row in judge(outcome, outcome, late, 1.0)}
+    rows = {
+        row["name"].rpartition("/")[2]: row["ok"] for row in judge([outcome, outcome], outcome, late, 1.0)
+    }
     assert rows == {
         "lost": False,
         "first-token-p99-ratio": False,
