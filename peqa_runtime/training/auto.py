@@ -119,7 +119,9 @@ def _try(
     fingerprint: dict[str, Any],
 ) -> Trial:
     own = folder / f"{config.kind}-{config.learning_rate:g}"
-    prepare_folder(own, fingerprint, resume=False if PartialState().is_main_process else None)
+    if PartialState().is_main_process:
+        prepare_folder(own, fingerprint, resume=False)
+    PartialState().wait_for_everyone()
     try:
         results = tune(tunable, config, tasks, folder=own, progress=False)
     except TrainingDiverged:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from peqa_runtime.core import check_task_name
 from peqa_runtime.errors import InvalidData, StoreError
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.training.checkpoints import prepare_folder
+from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, file_digest, split_held_out
 from peqa_runtime.training.distill import load_teacher
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
@@ -138,7 +138,7 @@ def train_files(
     checkpoint = prepare_folder(folder, fingerprint, resume=resume) if process.is_main_process else None
     process.wait_for_everyone()
     if not process.is_main_process:
-        checkpoint = prepare_folder(folder, fingerprint, resume=None)
+        checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     results = tune(

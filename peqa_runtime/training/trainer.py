@@ -125,6 +125,7 @@ def tune(
             _checkpoint_activations(tunable.model, False)
     if stop.stopped and trainer.state.global_step < config.steps:
         raise TrainingInterrupted(f"stopped after step {trainer.state.global_step} of {config.steps}")
+    PartialState().wait_for_everyone()  # the best scales are written by one process and read by all
     return [_result(trainer, task, time.monotonic() - start) for task in range(len(tasks))]
 
 
