@@ -14,15 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidCheckpoint
-from peqa_runtime.model.base_checkpoint import INDEX_FILE, SINGLE_FILE, QuantizationSpec
+from peqa_runtime.model.base_checkpoint import QuantizationSpec
 from peqa_runtime.model.base_digest import BaseDigest, digest_float, digest_linear
-
-_SHARD_BYTES = 2 << 30  # a shard is held in memory while it grows
+from peqa_runtime.model.shard_writer import ShardWriter
 
 
 @contextmanager
@@ -73,8 +71,7 @@ class BaseWriter:
         self._config = dict(config)
         self._spec = spec
         self._digest = BaseDigest()
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[dict[str, int]] = []
+        self._files = ShardWriter(folder)
 
     def add_codes(self, module: str, weight: QuantizedWeight) -> None:
         """Add a quantized module; its precision must be the one that the spec gives."""
@@ -83,29 +80,15 @@ class BaseWriter:
         assert (weight.bits, weight.groups) == expected, (module, expected)
         if module not in self._spec.embeddings:
             self._digest.add(digest_linear(module, weight))
-        self._put(f"{module}.qweight", weight.qweight)
-        self._put(f"{module}.scales", weight.scales)
-        self._put(f"{module}.zeros", weight.zeros)
+        self._files.add(f"{module}.qweight", weight.qweight)
+        self._files.add(f"{module}.scales", weight.scales)
+        self._files.add(f"{module}.zeros", weight.zeros)
 
     def add_float(self, name: str, tensor: Tensor) -> None:
         """Add a tensor that stays as it is (norm, bias, 16-bit embedding ...)."""
         if name.rpartition(".")[0] not in self._spec.embeddings:
             self._digest.add(digest_float(name, tensor))
-        self._put(name, tensor)
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.contiguous()
-        size = sum(t.nbytes for t in self._pending.values())
-        if self._pending and size + tensor.nbytes > _SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor
-
-    def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards)}"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600, the other files of the folder are readable
-        self._shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
-        self._pending = {}
+        self._files.add(name, tensor)
 
     def __enter__(self) -> BaseWriter:
         return self
@@ -117,18 +100,7 @@ class BaseWriter:
             self._finish()
 
     def _finish(self) -> None:
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(self._shards):
-            name = SINGLE_FILE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self.folder / f"shard-{i}", self.folder / name)
-            weight_map.update(dict.fromkeys(shard, name))
-        if count > 1:
-            total = sum(sum(shard.values()) for shard in self._shards)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True))
+        self._files.finish()
         spec = replace(self._spec, base_digest=self._digest.hexdigest())
         config = {**self._config, "quantization_config": spec.to_json()}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

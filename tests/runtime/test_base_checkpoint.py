@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from peqa_kernels.packing import unpack_codes
 from peqa_runtime.errors import InvalidCheckpoint
-from peqa_runtime.model import base_writer, load, quantize_folder, read_manifest, verify_digest
+from peqa_runtime.model import load, quantize_folder, read_manifest, shard_writer, verify_digest
 from peqa_runtime.model.base_checkpoint import compute_digest, read_spec
 
 Tensors = dict[str, Tensor]
@@ -83,7 +83,7 @@ def test_digest_does_not_depend_on_file_dtype_head_or_name(base: Path) -> None:
 def test_digest_does_not_depend_on_sharding(
     tiny_hf_folder: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_writer, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shard_writer, "_SHARD_BYTES", 30_000)
     quantize_folder(tiny_hf_folder, tmp_path / "base", 4, 32, progress=False)
     assert len(list((tmp_path / "base").glob("model-0000*-of-0000*.safetensors"))) > 2
     assert read_manifest(tmp_path / "base").base_digest == read_manifest(tiny_base).base_digest

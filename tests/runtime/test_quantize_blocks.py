@@ -442,7 +442,7 @@ MEASURED = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from peqa_runtime.model import base_writer
+from peqa_runtime.model import shard_writer
 from peqa_runtime.model.quantize import QuantizeOptions, quantize_folder
 from peqa_runtime.model.quantizers.calibration import CalibrationText
 from peqa_runtime.model.quantizers.plan import Rule
@@ -452,7 +452,7 @@ def held():
     return int(line.split()[1]) * 1024
 
 small, source, text, out = map(Path, sys.argv[1:])
-base_writer._SHARD_BYTES = 1 << 20
+shard_writer._SHARD_BYTES = 1 << 20
 options = QuantizeOptions(
     calibration=CalibrationText(text, 4, 16), device="cpu", rules=(Rule("*[!k]_proj", {"method": "rtn"}),)
 )

@@ -53,7 +53,7 @@ def import_checkpoint(
     """
     source, destination = Path(source), Path(destination)
     files = checkpoint_files(source)
-    with disk_full_named(destination), one_thread(), open_files(files) as handles:
+    with disk_full_named(destination, resumes=False), one_thread(), open_files(files) as handles:
         layout = layout_of(source, handles, format)
         config = {key: value for key, value in read_config(source).items() if key != "quantization_config"}
         floats = FloatSource(source, config, None, handles)

@@ -19,7 +19,7 @@ def unpack_words(words: Tensor, bits: int, count: int, *, dense: bool = True) ->
     A dense row is one stream of bits, in which a code may lie across two words.
     """
     if dense or 32 % bits == 0:
-        stream = words.contiguous().view(torch.uint8)
+        stream = words.reshape(-1).view(torch.uint8).view(len(words), -1)
         return unpack_codes(stream[:, : packed_width(count, bits)].contiguous(), bits, count)
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
     codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
@@ -29,4 +29,5 @@ def unpack_words(words: Tensor, bits: int, count: int, *, dense: bool = True) ->
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [R, count] -> dense int32 words [R, words_of(count)]; bits that no code fills are zero."""
     stream = pack_codes(codes, bits)
-    return torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4)).view(torch.int32)
+    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4))
+    return padded.reshape(-1).view(torch.int32).view(len(codes), -1)

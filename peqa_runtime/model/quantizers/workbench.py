@@ -33,8 +33,8 @@ _LEAVES = ("qweight", "scales", "zeros")
 
 
 @contextmanager
-def disk_full_named(where: Path) -> Iterator[None]:
-    """Turn what a full disk raises into `DiskFull` with a sentence."""
+def disk_full_named(where: Path, *, resumes: bool = True) -> Iterator[None]:
+    """Turn what a full disk raises into `DiskFull` with a sentence; `resumes`: the same command would go on."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -43,7 +43,7 @@ def disk_full_named(where: Path) -> Iterator[None]:
             raise
         raise DiskFull(
             f"the disk is full at {where}: {shutil.disk_usage(_existing(where)).free >> 20} MB are free; make room "
-            "and run the same command again, it goes on where it stopped"
+            f"and run the same command again{', it goes on where it stopped' if resumes else ''}"
         ) from error
 
 
