@@ -10,6 +10,7 @@ from typing import Any
 
 from peqa_runtime.core import Lease
 from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.prompt_format import CHAT_FORMAT, PLACEHOLDER
 from peqa_runtime.text import encode
 from peqa_server.chat_schemas import ChatFields, ChatMessage, ToolCall
 from peqa_server.choice import Prompt
@@ -18,10 +19,6 @@ from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
 from peqa_server.tool_prompt import with_tools_as_text
 from peqa_server.tool_use import ToolUse
-
-PLACEHOLDER = "{prompt}"
-CHAT_FORMAT = "{messages}"
-"""The prompt format of a task that was tuned on conversations: the model's own chat template."""
 
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}

@@ -27,6 +27,7 @@ from peqa_runtime.errors import (
     InvalidTaskName,
     NoSuchRevision,
 )
+from peqa_runtime.prompt_format import prompt_format_fault
 from peqa_runtime.scales.host_cache import HostCache
 from peqa_runtime.scales.lease_desk import LeaseDesk
 from peqa_runtime.scales.scale_set import DEFAULT_MAX_RATIO, ScaleSet, read_set_file
@@ -87,6 +88,8 @@ class TaskLibrary:
         self._check_name(task)
         data = self._bytes_of(data)
         scale_set = self._parsed(data)
+        if (fault := prompt_format_fault(scale_set.prompt_format)) is not None:
+            raise InvalidScaleSet(f"the metadata's prompt_format {fault}")
         if self.check is not None:
             self.check(scale_set)
         with self._change_lock:

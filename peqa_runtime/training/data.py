@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.prompt_format import CHAT_FORMAT
 from peqa_runtime.training.rows import (
-    CHAT_FORMAT,
     Row,
     check_prompt_format,
     fill_prompt,

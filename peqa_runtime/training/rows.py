@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.prompt_format import CHAT_FORMAT, PLACEHOLDER, prompt_format_fault
 
-PLACEHOLDER = "{prompt}"
-CHAT_FORMAT = "{messages}"
-"""The prompt format that stands for the model's own chat template."""
 NAMED_FORMATS = {"alpaca": "### Instruction:\n{prompt}\n\n### Response:\n", "chat": CHAT_FORMAT}
 ROLES = ("system", "user", "assistant")
 
@@ -162,11 +160,11 @@ def _texts(record: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 def check_prompt_format(prompt_format: str) -> str:
     """Return a format that can be filled; a name (`alpaca`, `chat`) becomes the format that it stands for.
 
-    A format is empty (the prompt alone), text with one `{prompt}` in it, or `{messages}`: the model's chat template.
+    Raises `InvalidData`.
     """
     prompt_format = NAMED_FORMATS.get(prompt_format, prompt_format)
-    if prompt_format not in ("", CHAT_FORMAT) and prompt_format.count(PLACEHOLDER) != 1:
-        raise InvalidData(f"the prompt format must hold {PLACEHOLDER} exactly once, got {prompt_format!r}")
+    if (fault := prompt_format_fault(prompt_format)) is not None:
+        raise InvalidData(f"the prompt format {fault}")
     return prompt_format
 
 

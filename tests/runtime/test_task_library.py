@@ -152,6 +152,9 @@ NAN[-2:] = b"\x00\x7e"
     [
         ("sql", A[:-1], InvalidScaleSet),
         ("sql", bytes(NAN), InvalidScaleSet),
+        ("sql", file_of(0.9, prompt_format="no place for it"), InvalidScaleSet),
+        ("sql", file_of(0.9, prompt_format="{prompt}{prompt}"), InvalidScaleSet),
+        ("sql", file_of(0.9, prompt_format="{prompt}" + "x" * 8192), InvalidScaleSet),
         ("sql", file_of(1, manifest=BaseManifest("b", "e" * 64, MANIFEST.linears)), WrongBase),
         ("base", B, InvalidTaskName),
         ("tiny-model", B, InvalidTaskName),
@@ -169,6 +172,11 @@ def test_a_refused_upload_changes_nothing(
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [i.task for i in library.page()] == ["sql"]
     assert library.acquire("sql").revision == revision_of(A)
+
+
+def test_a_set_of_conversations_is_taken(folder: Path) -> None:
+    library = new_library(folder)
+    assert library.upload("sql", file_of(0.9, prompt_format="{messages}")).prompt_format == "{messages}"
 
 
 def test_if_match_and_a_full_disk_leave_the_old_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
