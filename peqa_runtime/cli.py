@@ -1,4 +1,4 @@
-"""The offline verbs of `peqa`: import, quantize, export, train, eval, generate (also `python -m peqa_runtime`)."""
+"""The offline verbs of `peqa`, from import to generate (also `python -m peqa_runtime`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from peqa_runtime.commands.evaluate import evaluate
 from peqa_runtime.commands.export import export
 from peqa_runtime.commands.generate import generate
+from peqa_runtime.commands.import_adapter import import_adapter
 from peqa_runtime.commands.import_base import import_base
 from peqa_runtime.commands.quantize import quantize
 from peqa_runtime.commands.train import train
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command("import")(import_base)
+app.command("import-adapter")(import_adapter)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.command("train")(train)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, OptionalSet, Quiet
 from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.errors import InvalidRequest
 
 
 class Format(str, Enum):
@@ -18,6 +19,7 @@ class Format(str, Enum):
 
     hf = "hf"
     gptq = "gptq"
+    ia3 = "ia3"
 
 
 class Dtype(str, Enum):
@@ -35,7 +37,9 @@ def export(
     output_format: Annotated[
         Format,
         typer.Option(
-            "--format", help="hf: floats. gptq: codes, for vLLM and transformers.", envvar="PEQA_FORMAT"
+            "--format",
+            help="hf: floats. gptq: codes, for vLLM and transformers. ia3: the set alone, for PEFT.",
+            envvar="PEQA_FORMAT",
         ),
     ],
     scale_set: OptionalSet = None,
@@ -50,20 +54,46 @@ def export(
 
     Example: peqa export bases/smollm2 --scale-set sql.safetensors --format hf -o smollm2-sql
     """
-    from peqa_runtime.export.folder import export_folder
-
     quiet_libraries()
-    export_folder(
-        base,
-        output,
-        output_format.value,
-        scale_set=scale_set,
-        dtype=dtype.value if dtype else None,
-        progress=not quiet,
-        say=say,
-    )
+    if output_format is Format.ia3:
+        _adapter(base, scale_set, output, dtype)
+    else:
+        _folder(base, scale_set, output, "gptq" if output_format is Format.gptq else "hf", dtype, quiet)
     size = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
         typer.echo(json.dumps({"output": str(output), "format": output_format.value, "bytes": size}))
     else:
         say(f"{output}: {output_format.value}, {size / 1e6:.1f} MB")
+
+
+def _adapter(base: Path, scale_set: Path | None, output: Path, dtype: Dtype | None) -> None:
+    from peqa_runtime.export.ia3 import export_ia3
+
+    if scale_set is None:
+        raise InvalidRequest(
+            "an (IA)3 adapter is a scale set alone; name one with --scale-set", param="scale-set"
+        )
+    if dtype is not None:
+        raise InvalidRequest("an (IA)3 adapter keeps the set's own dtype; leave --dtype out", param="dtype")
+    export_ia3(base, scale_set, output)
+
+
+def _folder(
+    base: Path,
+    scale_set: Path | None,
+    output: Path,
+    output_format: Literal["hf", "gptq"],
+    dtype: Dtype | None,
+    quiet: bool,
+) -> None:
+    from peqa_runtime.export.folder import export_folder
+
+    export_folder(
+        base,
+        output,
+        output_format,
+        scale_set=scale_set,
+        dtype=dtype.value if dtype else None,
+        progress=not quiet,
+        say=say,
+    )
