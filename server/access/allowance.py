@@ -71,13 +71,16 @@ class Allowance:
         bucket.take(1, now)
 
     def take_places(self, count: int) -> None:
-        """Begin `count` choices or uploads; pair with `give_back`. 429 when they are too many at once."""
+        """Begin `count` choices or uploads; pair with `give_back`.
+
+        429 when they are too many at once; 400, which no client tries again, when they always would be.
+        """
         if self.concurrent is not None and self.running + count > self.concurrent:
             message = f"this key may have {self.concurrent} choices and uploads in work at once; "
             if count > self.concurrent:
                 message += f"this request alone asks for {count}: send fewer prompts, or a smaller n"
-            else:
-                message += f"{self.running} are, and this request asks for {count} more"
+                raise ApiError(400, message, code="concurrency_limit", param="n")
+            message += f"{self.running} are, and this request asks for {count} more"
             raise _too_many(message, "concurrency", 1)
         self.running += count
 
