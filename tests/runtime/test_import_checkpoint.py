@@ -18,13 +18,18 @@ from checkpoint_writers import (
     gptq,
     write_checkpoint,
 )
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peqa_kernels.packing import unpack_codes
+from peqa_kernels.quant_matmul import dequantize
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model import import_checkpoint, read_manifest, verify_digest
 from peqa_runtime.model.base_checkpoint import PER_CHANNEL, Precision, open_tensors, read_spec
+from peqa_runtime.model.importers.awq import awq_layout
+from peqa_runtime.model.importers.coded_linear import CodedLinear, Layout
+from peqa_runtime.model.importers.gptq import EFFICIENT_QAT, gptq_layout
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 GPTQ_V2 = {**GPTQ, "checkpoint_format": "gptq_v2"}
@@ -111,6 +116,34 @@ def test_every_number_is_kept(
     check_import(tmp_path / "src", tmp_path / "base", model, parts)
     precision = read_spec(tmp_path / "base").of(DOWN)
     assert precision == Precision(bits, PER_CHANNEL if group_size == -1 else group_size)
+
+
+def library_layout(name: str) -> Layout:
+    kind, _, bits = name.partition("-")
+    if kind == "awq":
+        return awq_layout({})
+    if kind == "efficientqat":
+        return EFFICIENT_QAT
+    return gptq_layout({"bits": int(bits), "checkpoint_format": kind})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{kind}-{bits}" for kind in ("gptq", "gptq_v2") for bits in (2, 3, 4, 8)),
+        *(f"efficientqat-{bits}" for bits in (2, 3, 4)),
+        "awq-4",
+    ],
+)
+def test_what_the_libraries_packed(name: str) -> None:
+    """One linear [32, 64], packed by GPTQModel, AutoAWQ and EfficientQAT; `reference`: what it decodes to, in fp16."""
+    file = Path(__file__).with_name("written_by_others.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        linear = CodedLinear(name, 32, 64, dict.fromkeys(tensors.keys(), tensors))
+        weight = library_layout(name).read(linear)
+        assert weight.bits == int(name[-1])
+        assert weight.group_size == 32
+        assert torch.equal(dequantize(weight).half(), linear.tensor("reference"))
 
 
 def test_v1_stores_the_middle_of_four_bits_as_seven(tmp_path: Path) -> None:
