@@ -52,8 +52,11 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WrongBase,
     )
+    from peqa_runtime.export.folder import export_folder
+    from peqa_runtime.export.ia3 import export_ia3, import_ia3
     from peqa_runtime.model import (
         LoadedModel,
+        import_checkpoint,
         import_gguf,
         load,
         quantize_folder,
@@ -119,8 +122,14 @@ _HOMES = {
         "UnsupportedModel",
         "WrongBase",
     ),
+    "peqa_runtime.export.folder": ("export_folder",),
+    "peqa_runtime.export.ia3": (
+        "export_ia3",
+        "import_ia3",
+    ),
     "peqa_runtime.model": (
         "LoadedModel",
+        "import_checkpoint",
         "import_gguf",
         "load",
         "quantize_folder",
@@ -192,7 +201,11 @@ __all__ = [
     "check_task_name",
     "decode",
     "encode",
+    "export_folder",
+    "export_ia3",
+    "import_checkpoint",
     "import_gguf",
+    "import_ia3",
     "load",
     "quantize_folder",
     "read_manifest",

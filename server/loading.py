@@ -103,7 +103,8 @@ def load_services(options: ServeOptions, say: Say) -> tuple[Services, Report]:
 def find_base(options: ServeOptions, say: Say) -> tuple[Path, tuple[Path, ...]]:
     """The base folder to serve and the scale sets that a new store starts with.
 
-    No name: the demo. A .gguf file or a folder of floats is turned into a base in the home folder, once.
+    No name: the demo. A .gguf file, a quantized checkpoint or a folder of floats is turned into a base in the home
+    folder, once.
     """
     source = options.base
     if source is None:
@@ -136,14 +137,17 @@ def _is_base(folder: Path) -> bool:
 
 def _converted(source: Path, options: ServeOptions, say: Say) -> Path:
     """The base made from `source`, in the home folder; made now when it is not there yet."""
-    from peqa_runtime.model import import_gguf, quantize_folder
+    from peqa_runtime.model import import_checkpoint, import_gguf, is_quantized, quantize_folder
 
     source = source.resolve()
+    coded = source.is_dir() and is_quantized(source)
     made_from = (
         [source] if source.is_file() else [*sorted(source.glob("*.safetensors")), source / "config.json"]
     )
     if source.is_file():
         how = "gguf"
+    elif coded:
+        how = "imported"
     else:
         how = f"{options.bits}bit-{'channel' if options.group_size < 0 else f'g{options.group_size}'}"
     stamp = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in made_from]
@@ -155,6 +159,9 @@ def _converted(source: Path, options: ServeOptions, say: Say) -> Path:
         if source.is_file():
             say(f"importing {source.name} into {base} (once)")
             import_gguf(source, base)
+        elif coded:
+            say(f"importing {source.name} into {base} (once)")
+            import_checkpoint(source, base, model_id=source.name)
         else:
             say(f"quantizing {source.name} into {base} (once)")
             quantize_folder(source, base, options.bits, options.group_size)

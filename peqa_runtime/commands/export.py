@@ -39,13 +39,15 @@ def export(
         typer.Option(
             "--format",
             help="hf: floats. gptq: codes, for vLLM and transformers. ia3: the set alone, for PEFT.",
-            envvar="PEQA_FORMAT",
+            envvar="PEQA_EXPORT_FORMAT",
         ),
     ],
     scale_set: OptionalSet = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of floats. Default: hf float32 (exact), gptq float16.", envvar="PEQA_DTYPE"),
+        typer.Option(
+            help="Of floats. Default: hf float32 (exact), gptq float16.", envvar="PEQA_EXPORT_DTYPE"
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -36,7 +36,7 @@ def import_base(
     output: NewBase,
     source_format: Annotated[
         SourceFormat,
-        typer.Option("--format", help="For checkpoints that do not say it.", envvar="PEQA_FORMAT"),
+        typer.Option("--format", help="For checkpoints that do not say it.", envvar="PEQA_SOURCE_FORMAT"),
     ] = SourceFormat.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,

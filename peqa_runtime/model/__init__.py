@@ -12,6 +12,7 @@ from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
 from peqa_runtime.model.hf_quantizer import PeqaConfig, PeqaQuantizer
 from peqa_runtime.model.importers.checkpoint import import_checkpoint
 from peqa_runtime.model.importers.gguf import import_gguf
+from peqa_runtime.model.importers.recognition import is_quantized
 from peqa_runtime.model.loader import LoadedModel, load
 from peqa_runtime.model.quantize import quantize_folder, quantize_rtn
 from peqa_runtime.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, StepRows, TiedHead
@@ -32,6 +33,7 @@ __all__ = [
     "fuse_siblings",
     "import_checkpoint",
     "import_gguf",
+    "is_quantized",
     "load",
     "quantize_folder",
     "quantize_rtn",

@@ -284,6 +284,21 @@ def test_what_a_config_may_not_say(tmp_path: Path, changes: dict, sentence: str)
         import_checkpoint(tmp_path / "src", tmp_path / "base", progress=False)
 
 
+def test_what_is_stated_may_not_contradict_the_config(tmp_path: Path) -> None:
+    """A config without checkpoint_format may be version 2 all the same: some that convert files do not say it."""
+    for name, config, sentence in (
+        ("v2", GPTQ_V2, "is of format 'gptq_v2', not 'gptq'"),
+        ("awq", AWQ, "is 'awq', not 'gptq'"),
+    ):
+        write_checkpoint(tmp_path / name, tiny(), gptq(2), config, all_in(4, 32))
+        with pytest.raises(InvalidCheckpoint, match=sentence):
+            import_checkpoint(tmp_path / name, tmp_path / "base", format="gptq", progress=False)
+    model = tiny()
+    parts = write_checkpoint(tmp_path / "mute", model, gptq(2), GPTQ, all_in(4, 32))
+    import_checkpoint(tmp_path / "mute", tmp_path / "base", format="gptq_v2", progress=False)
+    check_import(tmp_path / "mute", tmp_path / "base", model, parts)
+
+
 def test_folders_that_are_no_checkpoint(tmp_path: Path, tiny_hf_folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -14,7 +14,9 @@ import pytest
 import torch
 from server_stubs import check_error, wait_until
 
-from peqa_runtime.model import read_manifest
+from peqa_runtime.export.folder import export_folder
+from peqa_runtime.model import quantize_folder, read_manifest
+from peqa_runtime.model.quantize import QuantizeOptions
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_server.app import create_loading_app
 from peqa_server.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
@@ -313,6 +315,21 @@ def test_a_folder_of_floats_is_quantized_once(tiny_hf_folder: Path, tmp_path: Pa
     assert len(said) == 1
     other = ServeOptions(tiny_hf_folder, home=tmp_path, bits=4, group_size=32)
     assert find_base(other, said.append)[0] != base
+
+
+def test_a_checkpoint_of_codes_is_imported_once(tiny_hf_folder: Path, tmp_path: Path) -> None:
+    integers = QuantizeOptions(integer_zeros=True)
+    quantize_folder(tiny_hf_folder, tmp_path / "base", 4, 32, options=integers, progress=False)
+    export_folder(tmp_path / "base", tmp_path / "tiny-gptq", "gptq", progress=False)
+    said: list[str] = []
+    options = ServeOptions(tmp_path / "tiny-gptq", home=tmp_path / "home", bits=3, group_size=-1)
+    base, _ = find_base(options, said.append)
+    assert said == [f"importing tiny-gptq into {base} (once)"]
+    manifests = [read_manifest(folder) for folder in (base, tmp_path / "base")]
+    assert manifests[0].linears == manifests[1].linears
+    assert manifests[0].model_id == "tiny-gptq"
+    assert find_base(options, said.append)[0] == base
+    assert len(said) == 1
 
 
 def test_demo_tasks_are_seeded_once(real: Real, tiny_base: Path, tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def layout_of(folder: Path, names: Mapping[str, Any], stated: str | None = None)
     config = quantization_of(folder)
     method = str(config.get("quant_method") or "").lower()
     if stated is not None:
-        return _stated(folder, stated, method)
+        return _stated(
+            folder, stated, method, str(config.get("checkpoint_format") or config.get("format") or "")
+        )
     if method == "peqa":
         raise InvalidCheckpoint(f"{folder} is a base already")
     if method:
@@ -106,9 +108,18 @@ def layout_of(folder: Path, names: Mapping[str, Any], stated: str | None = None)
     raise InvalidCheckpoint(f"{folder} is not quantized; `peqa quantize` makes a base of floats")
 
 
-def _stated(folder: Path, stated: str, method: str) -> Layout:
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder says that it holds codes of some kind; raises `InvalidCheckpoint` for a damaged config."""
+    return bool(quantization_of(folder))
+
+
+def _stated(folder: Path, stated: str, method: str, kind: str) -> Layout:
     if stated not in STATED:
         raise InvalidCheckpoint(f"format must be one of {', '.join(STATED)}, not {stated!r}")
     if method not in ("", "gptq"):
         raise InvalidCheckpoint(f"{folder} says that it is {method!r}, not {stated!r}; leave --format out")
+    if kind and kind != stated:
+        raise InvalidCheckpoint(
+            f"{folder} says that it is of format {kind!r}, not {stated!r}; leave --format out"
+        )
     return EFFICIENT_QAT if stated == "efficientqat" else GptqLayout(stated, stated == "gptq", dense=True)
