@@ -14,7 +14,7 @@ from peqa_kernels.quant_matmul import dequantize
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.core import BaseManifest
 from peqa_runtime.errors import InvalidCheckpoint
-from peqa_runtime.model.base_checkpoint import QuantizationSpec, read_manifest
+from peqa_runtime.model.base_checkpoint import QuantizationSpec, read_manifest, verify_digest
 from peqa_runtime.model.quantizers.float_source import FloatSource, open_source
 from peqa_runtime.scales.scale_set import ScaleSet
 
@@ -69,10 +69,12 @@ class MergedBase:
 def open_merged(base: Path, scale_set: Path | None) -> Iterator[MergedBase]:
     """Open a base folder, and a set of it.
 
-    Raises `InvalidCheckpoint` when the folder is no base, `InvalidScaleSet` or `WrongBase` for the set.
+    Raises `InvalidCheckpoint` when the folder is no base or its tensors are not those of its digest, `InvalidScaleSet`
+    or `WrongBase` for the set.
     """
     manifest = read_manifest(base)
     parsed = None if scale_set is None else ScaleSet.parse(scale_set, manifest)
+    verify_digest(base)
     with open_source(base) as source:
         if source.spec is None:
             raise InvalidCheckpoint(f"{base} is no base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest, WrongBase
 from peqa_runtime.export.folder import export_folder
 from peqa_runtime.model import import_checkpoint, quantize_folder, read_manifest
-from peqa_runtime.model.base_checkpoint import open_tensors, read_spec
+from peqa_runtime.model.base_checkpoint import compute_digest, open_tensors, read_spec
 from peqa_runtime.model.quantize import QuantizeOptions
 from peqa_runtime.model.quantizers.plan import Rule
 from peqa_runtime.sampling_params import SamplingParams
@@ -178,19 +179,26 @@ def test_gptq_files_hold_the_merged_weights_and_come_back(
             assert torch.equal(dequantize(weight), published(tensors, name, bits, 0))
 
 
-def middle_zeros(base: Path) -> None:
-    """Make the base symmetric: every zero 8."""
-
+def edit_base(base: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change tensors of a base, and its digest with them."""
     tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["base_digest"] = compute_digest(base)
+    (base / "config.json").write_text(json.dumps(config))
+
+
+def middle_zeros(tensors: dict[str, Tensor]) -> None:
+    """Make a base symmetric: every zero 8."""
     for name, tensor in tensors.items():
         if name.endswith(".zeros"):
             tensor.fill_(8)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_symmetric_bases_are_written_as_version_1(tiny_hf_folder: Path, tmp_path: Path) -> None:
     base = integer_base(tiny_hf_folder, tmp_path / "base")
-    middle_zeros(base)
+    edit_base(base, middle_zeros)
     export_folder(base, tmp_path / "out", "gptq", progress=False)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -227,10 +235,7 @@ def test_what_a_gptq_file_cannot_hold(tiny_hf_folder: Path, tiny_base: Path, tmp
     base = integer_base(tiny_hf_folder, tmp_path / "base")
     inputs = random_set(base, "channel+input", tmp_path / "in.safetensors")
     eights = integer_base(tiny_hf_folder, tmp_path / "eights", 4, 32)
-    tensors = load_file(eights / "model.safetensors")
-    tensors[f"{DOWN}.scales"][0, 0] = 1e-7
-
-    save_file(tensors, eights / "model.safetensors", metadata={"format": "pt"})
+    edit_base(eights, lambda tensors: tensors[f"{DOWN}.scales"][0].fill_(1e-7))
     for folder, scale_set, sentence in (
         (tiny_base, None, "zero points that are no codes.*--format hf, or quantize with --zeros integer"),
         (base, inputs, "scales the inputs of 14 linears .*use --format hf"),
@@ -254,6 +259,11 @@ def test_sets_and_folders_that_do_not_fit(tiny_hf_folder: Path, tiny_base: Path,
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InvalidCheckpoint, match="exists already"):
         export_folder(tiny_base, tmp_path / "full", "hf", progress=False)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match="is damaged: its contents have digest"):
+        export_folder(other, tmp_path / "out", "hf", progress=False)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.tmp-*"))
 

@@ -232,6 +232,10 @@ def put(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
     ("change", "sentence"),
     [
         (permute_groups, "g_idx is permuted .desc_act.*quantize --method gptq"),
+        (
+            put("model.norm.weight", torch.ones(63)),
+            r"norm.weight' has shape \[63\], LlamaForCausalLM needs \[64\]",
+        ),
         (drop(f"{DOWN}.qzeros"), "incomplete: .*down_proj.qzeros is missing"),
         (drop("model.norm.weight"), "incomplete: no tensor for model.norm.weight"),
         (drop(f"{DOWN}.qweight"), "no place for tensor"),
@@ -282,6 +286,18 @@ def test_what_a_config_may_not_say(tmp_path: Path, changes: dict, sentence: str)
     edit_config(tmp_path / "src", **changes)
     with pytest.raises(InvalidCheckpoint, match=sentence):
         import_checkpoint(tmp_path / "src", tmp_path / "base", progress=False)
+
+
+def test_desc_act_in_name_only(tmp_path: Path) -> None:
+    """With a g_idx in order it changes nothing; without g_idx nobody can tell."""
+    model = tiny()
+    config = {**GPTQ, "desc_act": True}
+    parts = write_checkpoint(tmp_path / "src", model, gptq(1), config, all_in(4, 32))
+    import_checkpoint(tmp_path / "src", tmp_path / "base", progress=False)
+    check_import(tmp_path / "src", tmp_path / "base", model, parts)
+    edit_tensors(tmp_path / "src", drop(f"{DOWN}.g_idx"))
+    with pytest.raises(InvalidCheckpoint, match="says desc_act, and there is no g_idx"):
+        import_checkpoint(tmp_path / "src", tmp_path / "other", progress=False)
 
 
 def test_what_is_stated_may_not_contradict_the_config(tmp_path: Path) -> None:

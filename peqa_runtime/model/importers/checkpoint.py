@@ -93,13 +93,19 @@ def _sort(source: Path, handles: Mapping[str, Any], layout: Layout, skeleton: Sk
     if not coded.keys() - skeleton.heads:
         raise InvalidCheckpoint(f"{source} holds no linear in the layout of {layout.label}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known = parameters | set(model.state_dict())
+    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     floats: list[str] = []
     for name in handles:
         module, _, leaf = name.rpartition(".")
         if module in coded and leaf in layout.leaves:
             continue
         if name in known and not (module in coded and leaf == "weight"):
+            found = tuple(handles[name].get_slice(name).get_shape())
+            if found != known[name]:
+                raise InvalidCheckpoint(
+                    f"{source}: tensor {name!r} has shape {list(found)}, {type(model).__name__} needs "
+                    f"{list(known[name])}"
+                )
             floats.append(name)
         elif not _may_be_left_out(name, handles, module in coded):
             raise InvalidCheckpoint(

@@ -38,6 +38,8 @@ class GptqLayout:
     dense: bool
     bits: int | None = None
     """What the config says for all linears; None: linears may differ, and shapes tell."""
+    sorted_inputs: bool = False
+    """The config says desc_act, so that g_idx must be there to show whether groups are in order."""
     marker = "qweight"
     leaves = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
@@ -58,6 +60,10 @@ class GptqLayout:
         linear.need("qweight", (rows, linear.out_features), "I32")
         linear.need("scales", (groups, linear.out_features))
         linear.need("qzeros", (groups, words_of(linear.out_features, bits, dense=self.dense)), "I32")
+        if self.sorted_inputs and groups > 1 and "g_idx" not in linear:
+            raise linear.refuse(
+                "its config says desc_act, and there is no g_idx that shows the order of inputs"
+            )
         linear.check_groups_in_order("g_idx", groups)
         return precision
 
@@ -91,7 +97,13 @@ def gptq_layout(config: Mapping[str, Any]) -> GptqLayout:
     bits = config.get("bits")
     if type(bits) is not int or bits not in BITS:
         raise InvalidCheckpoint(f"GPTQ checkpoints of {bits!r} bits cannot be imported; 2, 3, 4 and 8 can")
-    return GptqLayout(kind, kind == "gptq", dense=True, bits=None if config.get("dynamic") else bits)
+    return GptqLayout(
+        kind,
+        kind == "gptq",
+        dense=True,
+        bits=None if config.get("dynamic") else bits,
+        sorted_inputs=bool(config.get("desc_act")),
+    )
 
 
 EFFICIENT_QAT = GptqLayout("efficientqat", minus_one=False, dense=False)
