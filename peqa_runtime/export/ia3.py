@@ -23,6 +23,7 @@ from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidScaleS
 from peqa_runtime.export.merged import open_merged
 from peqa_runtime.model.base_checkpoint import open_files, open_tensors, read_manifest
 from peqa_runtime.model.base_writer import staged_folder
+from peqa_runtime.model.quantizers.workbench import disk_full_named
 from peqa_runtime.scales.scale_set import ScaleSet
 
 CONFIG_FILE = "adapter_config.json"
@@ -62,8 +63,8 @@ def export_ia3(base: Path | str, scale_set: Path | str, destination: Path | str)
     """Write a set of kind `channel`, or `channel+input`, as an (IA)3 adapter folder that PEFT loads.
 
     A linear whose inputs are scaled becomes a feedforward module, which must leave its outputs alone. An interrupted
-    run leaves nothing at `destination`. Raises `InvalidScaleSet`, `WrongBase`, and `InvalidRequest` for a set that an
-    adapter cannot hold.
+    run leaves nothing at `destination`. Raises `InvalidScaleSet`, `WrongBase`, `DiskFull`, and `InvalidRequest` for a
+    set that an adapter cannot hold.
     """
     base, destination = Path(base), Path(destination)
     with open_merged(base, Path(scale_set)) as merged:
@@ -92,7 +93,7 @@ def export_ia3(base: Path | str, scale_set: Path | str, destination: Path | str)
             else:
                 vectors[f"{_PREFIX}{linear}{_SUFFIX}"] = tensors[out][:, None].contiguous()
         config = _config(merged.manifest, feedforward)
-        with staged_folder(destination) as folder:
+        with disk_full_named(destination, resumes=False), staged_folder(destination) as folder:
             save_file(vectors, folder / TENSOR_FILE, metadata={"format": "pt"})
             (folder / TENSOR_FILE).chmod(0o644)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

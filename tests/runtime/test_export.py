@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,9 @@ from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.cli import app
 from peqa_runtime.core import ScaleKind
 from peqa_runtime.engine.engine import Engine
-from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest, WrongBase
+from peqa_runtime.errors import DiskFull, InvalidCheckpoint, InvalidRequest, WrongBase
 from peqa_runtime.export.folder import export_folder
-from peqa_runtime.model import import_checkpoint, quantize_folder, read_manifest
+from peqa_runtime.model import import_checkpoint, quantize_folder, read_manifest, shard_writer
 from peqa_runtime.model.base_checkpoint import compute_digest, open_tensors, read_spec
 from peqa_runtime.model.quantize import QuantizeOptions
 from peqa_runtime.model.quantizers.plan import Rule
@@ -266,6 +267,39 @@ def test_sets_and_folders_that_do_not_fit(tiny_hf_folder: Path, tiny_base: Path,
         export_folder(other, tmp_path / "out", "hf", progress=False)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(OSError(errno.ENOSPC, "No space left on device"), DiskFull), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["disk-full", "interrupted"],
+)
+def test_what_breaks_off_leaves_nothing(
+    tiny_base: Path,
+    tiny_hf_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    error: type[BaseException],
+) -> None:
+    base = integer_base(tiny_hf_folder, tmp_path / "base")
+    export_folder(base, tmp_path / "gptq", "gptq", progress=False)
+    before = [path for path in sorted(tmp_path.iterdir()) if path.suffix != ".lock"]
+
+    def save(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise fault
+
+    monkeypatch.setattr(shard_writer, "save_file", save)
+    for run in (
+        lambda: export_folder(tiny_base, tmp_path / "out", "hf", progress=False),
+        lambda: export_folder(base, tmp_path / "out", "gptq", progress=False),
+        lambda: import_checkpoint(tmp_path / "gptq", tmp_path / "out", progress=False),
+    ):
+        with pytest.raises(error) as caught:
+            run()
+        assert "goes on" not in str(caught.value)
+        assert [path for path in sorted(tmp_path.iterdir()) if path.suffix != ".lock"] == before
 
 
 def test_the_command(tiny_base: Path, tmp_path: Path) -> None:

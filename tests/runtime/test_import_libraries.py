@@ -287,6 +287,8 @@ def having(leaf: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
         (without("axis"), "axis is missing"),
         (having("axis", torch.tensor(0)), "axis 0 groups weights across outputs"),
         (having("axis", torch.tensor([1, 1])), "axis must be one number"),
+        (having("axis", torch.tensor(float("nan"))), "axis must be one number"),
+        (having("W_q", torch.tensor(3)), "W_q must hold 4-bit codes, not torch.int64"),
         (having("nbits", torch.tensor(1.58)), "0 bits cannot be imported"),
         (having("nbits", torch.tensor(6)), "6 bits cannot be imported; 2, 3, 4, 8 can"),
         (having("scale", torch.ones(7, 1)), "7 groups do not divide into 64 rows"),

@@ -74,7 +74,10 @@ class HqqLayout:
         precision = self.precision(linear)
         rows = linear.out_features * precision.groups(linear.in_features)
         packed = linear.tensor("W_q")
-        packed = packed.view(torch.int32 if precision.bits == 3 else torch.uint8)  # view_as_float
+        try:
+            packed = packed.view(torch.int32 if precision.bits == 3 else torch.uint8)  # view_as_float
+        except RuntimeError:  # of a size that no words fit
+            raise linear.refuse(f"W_q must hold {precision.bits}-bit codes, not {packed.dtype}") from None
         columns = linear.in_features * linear.out_features // rows
         if tuple(packed.shape) != (-(-rows // _PARTS[precision.bits]), columns):
             raise linear.refuse(
@@ -87,7 +90,7 @@ class HqqLayout:
 
 def _number(linear: CodedLinear, leaf: str) -> Any:
     value = linear.tensor(leaf)
-    if value.numel() != 1:
+    if value.numel() != 1 or not bool(torch.isfinite(value).all()):
         raise linear.refuse(f"{leaf} must be one number")
     return value.item()
 
