@@ -36,7 +36,9 @@ async def list_models(request: Request) -> Response:
     return await list_response(request, services.tasks, lambda info: _task_row(model, info), first=base)
 
 
-@router.get("/v1/models/{model:path}", responses={200: {"model": ModelAnswer}, **refusals(400, 404, 409, 507)})
+@router.get(
+    "/v1/models/{model:path}", responses={200: {"model": ModelAnswer}, **refusals(400, 404, 409, 507)}
+)
 async def get_model(request: Request, model: str) -> JSONResponse:
     """The base, or one task, by any name that `model` of a completion may have."""
     services = gate_of(request).services

@@ -168,7 +168,9 @@ def test_import_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     assert not (tmp_path / "base").exists()
 
 
-@pytest.mark.parametrize("verb", ["import", "import-adapter", "quantize", "export", "train", "eval", "generate"])
+@pytest.mark.parametrize(
+    "verb", ["import", "import-adapter", "quantize", "export", "train", "eval", "generate"]
+)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     shown = peqa(verb, "--help").stdout
     assert f"Example: peqa {verb}" in shown
