@@ -24,6 +24,9 @@ class BuildKernels(build_py):
         compiler = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(compiler)
         try:
+            if compiler.is_current():  # an editable install may be repeated for an extra
+                super().run()
+                return
             made = compiler.compile_all()
             sys.stderr.write(f"peqa: compiled the CPU kernels: {', '.join(path.name for path in made)}\n")
         except (RuntimeError, OSError) as error:

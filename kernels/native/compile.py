@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +46,7 @@ FLAGS = (
     "-s",  # ziglang adds debug information
     "-ffreestanding",  # a compiler without the C library's headers will do
 )
+_MAKERS = ("compile.py", "isa.py")
 _TIMEOUT = 600.0  # seconds; ziglang takes under a minute on a slow core
 
 
@@ -74,23 +77,31 @@ def compile_all(folder: Path | None = None, output: Path | None = None) -> list[
         raise RuntimeError(f"there is no build for {platform.machine()}")
     failures = []
     for compiler in compilers():
-        made = []
-        for isa in builds:
-            target = output / isa.file_name
-            error = _compile(compiler, isa.compiler_flags, folder, target)
-            if error and not isa.wanted:
-                target.unlink(missing_ok=True)  # one of earlier sources would be found stale
-                continue
+        with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as pool:
+            targets = [output / isa.file_name for isa in builds]
+            flags = [isa.compiler_flags for isa in builds]
+            errors = list(pool.map(partial(_compile, compiler, folder=folder), flags, targets))
+        missed = [error for isa, error in zip(builds, errors, strict=True) if error and isa.wanted]
+        if missed:
+            failures.append(f"{' '.join(compiler)}: {missed[0]}")
+            continue
+        for target, error in zip(targets, errors, strict=True):
             if error:
-                failures.append(f"{' '.join(compiler)}: {error}")
-                break
-            made.append(target)
-        else:
-            return made
+                target.unlink(missing_ok=True)  # one of earlier sources would be found stale
+        return [target for target, error in zip(targets, errors, strict=True) if not error]
     raise RuntimeError("\n".join(failures) or "no C compiler (cc, gcc, clang) and no ziglang package")
 
 
-def _compile(compiler: list[str], flags: tuple[str, ...], folder: Path, target: Path) -> str:
+def is_current(folder: Path | None = None) -> bool:
+    """Whether `folder` (default: this file's) has every wanted library, made after the last change of what makes it."""
+    folder = Path(__file__).parent if folder is None else folder
+    made = [folder / isa.file_name for isa in _isa(folder).builds() if isa.wanted]
+    sources = [path for path in folder.iterdir() if path.suffix in (".c", ".h") or path.name in _MAKERS]
+    changed = max(path.stat().st_mtime for path in sources)
+    return bool(made) and all(path.is_file() and path.stat().st_mtime > changed for path in made)
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...], target: Path, *, folder: Path) -> str:
     """Compile one build; the empty string, or what went wrong."""
     with tempfile.TemporaryDirectory(prefix="peqa-build-") as scratch:
         # Renamed at the end, so that a process that has the old library open, or an interruption, does no harm.

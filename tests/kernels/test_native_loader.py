@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from peqa_kernels import native
-from peqa_kernels.native.compile import SOURCES, compile_all, compilers
+from peqa_kernels.native import isa
+from peqa_kernels.native.compile import SOURCES, compile_all, compilers, is_current
 from peqa_kernels.native.isa import builds, cpu_flags, usable
 
 AVX2 = frozenset({"sse2", "avx", "avx2", "fma", "f16c"})
@@ -107,3 +110,17 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="/nowhere/cc"):
         compile_all(output=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_up_to_date_is_not_compiled_again(tmp_path: Path) -> None:
+    shutil.copy(Path(isa.__file__), tmp_path)
+    (tmp_path / "kernel.c").write_text("int x;")
+    assert not is_current(tmp_path), "nothing is made yet"
+    later = time.time() + 10
+    for build in builds():
+        if build.wanted:
+            (tmp_path / build.file_name).write_text("library")
+            os.utime(tmp_path / build.file_name, (later, later))
+    assert is_current(tmp_path), "a build that a compiler may not know need not be there"
+    os.utime(tmp_path / "kernel.c", (later + 1, later + 1))
+    assert not is_current(tmp_path)

@@ -33,7 +33,9 @@ def build_of(folder: Path, flags: tuple[str, ...], name: str) -> NativeOps:
     """A build of the sources with more flags than its instruction set's."""
     failures = []
     for compiler in compile.compilers():
-        error = compile._compile(compiler, (*flags, "-O1"), Path(native.__file__).parent, folder / "built.so")
+        error = compile._compile(
+            compiler, (*flags, "-O1"), folder / "built.so", folder=Path(native.__file__).parent
+        )
         if not error:
             return NativeOps(folder / "built.so", Isa(name, (), frozenset()))
         failures.append(error)
