@@ -1,6 +1,6 @@
 # Everything starts here: each target does all the set-up it needs on a fresh machine (Python 3.10+, git, make).
 #   make serve   a server on $(HOST):$(PORT) with the demo model and three tasks; MODEL=DIR|FILE.gguf serves that instead
-#   make test    the tests (ALL=1: the slow ones too, as CI does)
+#   make test    the tests (ALL=1: the slow ones too; JOBS=2: two at a time, but for those that judge times; CI does both)
 #   make lint    ruff and mypy
 #   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
 #   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
@@ -34,8 +34,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+CHOSEN = $(if $(ALL),not gpu,not slow and not gpu)
 test: $(STAMP_DEV)
-	$(BIN)/python -m pytest $(if $(ALL),-m "not gpu" --durations=25,-m "not slow and not gpu") $(ARGS)
+ifdef JOBS
+	$(if $(ALL),$(BIN)/python -m pytest -m "alone and $(CHOSEN)" $(ARGS))
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=40 -m "not alone and $(CHOSEN)" $(ARGS)
+else
+	$(BIN)/python -m pytest -m "$(CHOSEN)" $(ARGS)
+endif
 
 # mypy follows no import hook, which is what an editable install with renamed folders is: give it the import names.
 lint: $(STAMP_DEV)

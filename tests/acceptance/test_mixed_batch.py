@@ -66,6 +66,7 @@ def test_one_prompt_differs_by_task(demo_server: Any) -> None:
     assert len(set(answers.values())) == 4, "the tasks are not mixed up, nor is the base served instead"
 
 
+@pytest.mark.alone
 def test_throughput_of_mixed_tasks(demo_server: Any, together: Callable[..., list[Any]]) -> None:
     """The fastest 5 of 20 interleaved runs each: 16 requests over 4 tasks against 16 on the base.
 

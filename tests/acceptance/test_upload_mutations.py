@@ -24,7 +24,7 @@ from peqa_runtime import ScaleSet, read_manifest
 from peqa_runtime.core import BaseManifest
 from peqa_runtime.scales.set_layout import expected_shapes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MUTATIONS = 2000
 WARM_UP = 100

@@ -89,6 +89,7 @@ def slow_server(tiny_base: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ten_times_too_much_for_ten_seconds(slow_server: Any) -> None:
     async def measure() -> list[dict[str, Any]]:
         session = await open_session(slow_server, 16, 16)

@@ -26,7 +26,7 @@ from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 COUNT = 10_000
 COLD = 240

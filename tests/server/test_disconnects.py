@@ -173,6 +173,7 @@ def test_too_little_cache_for_the_load_changes_no_answer(server: Leaving) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path: Path) -> None:
     """60 s of answers, clients that leave and uploads to a process of its own; the first 20 s are warm-up."""
     sets = [scale_set(tiny_base, 100 + i) for i in range(10)]
