@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -16,6 +17,7 @@ from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks,
 
 from peqa_server.app import create_app
 from peqa_server.connection import MAX_HEAD_BYTES, bounded_connection
+from peqa_server.run import listen
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
 
@@ -142,3 +144,23 @@ def test_a_stream_that_is_read_slowly_is_not(server: Bounded) -> None:
             time.sleep(0.02)
     assert b"".join(parts).endswith(b"data: [DONE]\n\n")
     assert not server.engine.cancelled
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """With Nagle's algorithm the second part of an answer waits for the client's acknowledgement of the first, 40 ms."""
+    listener = listen("127.0.0.1", 0)
+
+    async def nodelay_of_a_connection() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(serve, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(nodelay_of_a_connection()) != 0
