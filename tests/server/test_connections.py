@@ -147,7 +147,7 @@ def test_a_stream_that_is_read_slowly_is_not(server: Bounded) -> None:
 
 
 def test_small_answers_are_sent_at_once() -> None:
-    """With Nagle's algorithm the second part of an answer waits for the client's acknowledgement of the first, 40 ms."""
+    """With Nagle's algorithm an answer's second part waits for the client's acknowledgement of the first: 40 ms."""
     listener = listen("127.0.0.1", 0)
 
     async def nodelay_of_a_connection() -> int:
