@@ -480,13 +480,13 @@ def test_memory_is_that_of_a_block_not_of_the_model(tiny_hf_folder: Path, text: 
     source = tmp_path / "deep"
     shutil.copytree(tiny_hf_folder, source)
     config = AutoConfig.from_pretrained(source)
-    for name, value in (("hidden_size", 256), ("intermediate_size", 512), ("num_hidden_layers", 40)):
+    for name, value in (("hidden_size", 512), ("intermediate_size", 1024), ("num_hidden_layers", 60)):
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(source, max_shard_size="20MB")
     total = sum(p.numel() for p in model.parameters()) * 4
     block = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
-    assert total > 40 * block
+    assert total > 60 * block
     command = [sys.executable, "-c", MEASURED, *map(str, (tiny_hf_folder, source, text, tmp_path))]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
