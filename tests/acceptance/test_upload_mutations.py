@@ -255,5 +255,5 @@ def test_2000_mutated_uploads(
     assert statuses[200] > 0.02 * MUTATIONS, "some did no harm, so the checker had something to say"
     assert grown < GROWTH_BYTES
     assert median < 0.1
-    assert p99 < 0.2 + 0.3  # the bar is 0.2 s on a quiet machine; CI shares its own
+    assert p99 < 0.2
     assert server.complete([5, 6, 7], "t", max_tokens=2)["task"] == "t"
