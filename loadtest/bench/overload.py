@@ -14,6 +14,7 @@ from peqa_loadtest.client import Answer
 from peqa_loadtest.report import percentile
 from peqa_loadtest.run import run_plan
 from peqa_loadtest.workload import plan_requests
+from peqa_runtime import EngineConfig
 
 FACTOR = 10.0
 PLACES = 64  # choices that the server computes at once, by default
@@ -61,9 +62,15 @@ class Outcome:
         return [answer.text_times[0] - answer.started for answer in self.served if answer.text_times]
 
 
-async def overload(session: Session, tasks: list[str], seconds: float, places: int = PLACES) -> list[Figure]:
+async def overload(
+    session: Session,
+    tasks: list[str],
+    seconds: float,
+    places: int = PLACES,
+    max_wait: float = EngineConfig.max_wait,
+) -> list[Figure]:
     """Closed loop for the capacity, before and after; a burst that fills the queue once, then `seconds` of Poisson
-    arrivals."""
+    arrivals at a server that lets in what waits at most `max_wait` seconds."""
 
     async def at_capacity() -> Outcome:
         return await _measured(session, session.load(tasks, int(places * AHEAD), ROUNDS * places))
@@ -75,11 +82,14 @@ async def overload(session: Session, tasks: list[str], seconds: float, places: i
     many = await _measured(
         session, _open_loop(session, tasks, int(FACTOR * capacity * seconds), FACTOR * capacity)
     )
-    return judge([peak, await at_capacity()], burst, many, capacity)
+    return judge([peak, await at_capacity()], burst, many, capacity, max_wait)
 
 
-def judge(peaks: list[Outcome], burst: Outcome, many: Outcome, capacity: float) -> list[Figure]:
-    """The rows; `capacity` in requests per second. The peak is the mean of those measured before and after."""
+def judge(
+    peaks: list[Outcome], burst: Outcome, many: Outcome, capacity: float, max_wait: float
+) -> list[Figure]:
+    """The rows; `capacity` in requests per second. The peak is the mean of those measured before and after. A full
+    queue is as long as the burst made it, or as what the capacity serves in the longest wait, whichever is more."""
     peak_rate = fmean(rate(peak.served) for peak in peaks)
     alone, together = (percentile(outcome.first_tokens, 99) for outcome in (burst, many))
     facts = {
@@ -119,7 +129,7 @@ def judge(peaks: list[Outcome], burst: Outcome, many: Outcome, capacity: float) 
             many.most_waiting,
             "requests",
             "<=",
-            QUEUE_RATIO * max(1.0, burst.most_waiting),
+            QUEUE_RATIO * max(1.0, burst.most_waiting, max_wait * capacity),
             burst=burst.most_waiting,
             **facts,
         ),

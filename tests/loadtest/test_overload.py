@@ -22,6 +22,7 @@ from peqa_server.loading import ServeOptions, load_services
 
 PLACES = 8
 STEP_SECONDS = 0.08
+MAX_WAIT = 3.0
 
 
 def answer(first: float, last: float, status: int | None = 200) -> Answer:
@@ -35,12 +36,12 @@ def test_lost_refused_and_served_are_told_apart() -> None:
     )
     assert (len(outcome.served), outcome.refused, outcome.lost) == (2, 1, 2)
     assert outcome.first_tokens == [1, 3]
-    rows = {row["name"].rpartition("/")[2]: row for row in judge([outcome], outcome, outcome, 1.0)}
+    rows = {row["name"].rpartition("/")[2]: row for row in judge([outcome], outcome, outcome, 1.0, 2.0)}
     assert rows["lost"]["ok"] is False
     assert rows["first-token-p99-ratio"]["value"] == rows["goodput-ratio"]["value"] == 1
     late = Outcome([answer(7, 8), answer(8, 9)], 12)
     rows = {
-        row["name"].rpartition("/")[2]: row["ok"] for row in judge([outcome, outcome], outcome, late, 1.0)
+        row["name"].rpartition("/")[2]: row["ok"] for row in judge([outcome, outcome], outcome, late, 1.0, 2.0)
     }
     assert rows == {
         "lost": False,
@@ -53,7 +54,7 @@ def test_lost_refused_and_served_are_told_apart() -> None:
 @pytest.fixture
 def slow_server(tiny_base: Path, tmp_path: Path) -> Iterator[Any]:
     """Steps sleep most of their time, so that this process can be its client as well."""
-    sizes = {"num_blocks": 256, "max_sequences": PLACES, "max_wait": 3.0}
+    sizes = {"num_blocks": 256, "max_sequences": PLACES, "max_wait": MAX_WAIT}
     services, _ = load_services(
         ServeOptions(tiny_base, home=tmp_path, store=tmp_path / "s", engine=sizes), print
     )
@@ -94,7 +95,7 @@ def test_ten_times_too_much_for_ten_seconds(slow_server: Any) -> None:
     async def measure() -> list[dict[str, Any]]:
         session = await open_session(slow_server, 16, 16)
         try:
-            return await overload(session, ["base"], 10.0, PLACES)
+            return await overload(session, ["base"], 10.0, PLACES, MAX_WAIT)
         finally:
             await session.close()
 
