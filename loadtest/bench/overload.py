@@ -14,10 +14,10 @@ from peqa_loadtest.client import Answer
 from peqa_loadtest.report import percentile
 from peqa_loadtest.run import run_plan
 from peqa_loadtest.workload import plan_requests
-from peqa_runtime import EngineConfig
 
 FACTOR = 10.0
 PLACES = 64  # choices that the server computes at once, by default
+MAX_WAIT = 20.0  # seconds that a request may wait for its turn, by default
 AHEAD = 1.25  # of its places: so many requests at once keep all of them busy
 ROUNDS = 2  # of all places, to find out the capacity
 BURST_SECONDS = 30.0  # of work, all at once: more than a queue of default length takes
@@ -67,7 +67,7 @@ async def overload(
     tasks: list[str],
     seconds: float,
     places: int = PLACES,
-    max_wait: float = EngineConfig.max_wait,
+    max_wait: float = MAX_WAIT,
 ) -> list[Figure]:
     """Closed loop for the capacity, before and after; a burst that fills the queue once, then `seconds` of Poisson
     arrivals at a server that lets in what waits at most `max_wait` seconds."""
