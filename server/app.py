@@ -13,26 +13,30 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
-from peqa_server import (
-    model_routes,
-    openai_routes,
-    ops_routes,
-    page_routes,
-    task_routes,
-    tokenizer_routes,
-)
 from peqa_server.access.door import Access, Door
 from peqa_server.access.route_roles import RouteRoles
-from peqa_server.access_log import Edge, Tracer, note_of, refused
-from peqa_server.api_document import DescribedApp
-from peqa_server.errors import ApiError, to_api_error
-from peqa_server.metrics import Metrics
+from peqa_server.http.api_document import DescribedApp
+from peqa_server.http.errors import ApiError, to_api_error
+from peqa_server.observe import routes as observe_routes
+from peqa_server.observe.access_log import Edge, Tracer, note_of, refused
+from peqa_server.observe.metrics import Metrics
+from peqa_server.openai import model_routes, tokenizer_routes
+from peqa_server.openai import routes as openai_routes
+from peqa_server.page import routes as page_routes
 from peqa_server.services import EngineService, Gate, ServedModel, Services, TaskService
 from peqa_server.settings import ServerSettings
+from peqa_server.tasks import routes as task_routes
 
 ROUTERS = tuple(
     part.router
-    for part in (openai_routes, model_routes, tokenizer_routes, task_routes, ops_routes, page_routes)
+    for part in (
+        openai_routes,
+        model_routes,
+        tokenizer_routes,
+        task_routes,
+        observe_routes,
+        page_routes,
+    )
 )
 
 

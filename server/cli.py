@@ -11,15 +11,15 @@ import typer
 
 from peqa_runtime.cli import app as offline_app
 from peqa_runtime.cli import wait_asleep
-from peqa_server.doctor_command import doctor
-from peqa_server.key_commands import app as keys_app
-from peqa_server.task_commands import app as tasks_app
+from peqa_server.commands.doctor import doctor
+from peqa_server.commands.keys import app as keys_app
+from peqa_server.commands.tasks import app as tasks_app
 
 if TYPE_CHECKING:
-    from peqa_server.entrance import Entrance
-    from peqa_server.loading import ServeOptions
     from peqa_server.services import Services
-    from peqa_server.start_report import Observing
+    from peqa_server.start.entrance import Entrance
+    from peqa_server.start.loading import ServeOptions
+    from peqa_server.start.report import Observing
 
 app = typer.Typer(
     name="peqa",
@@ -224,10 +224,10 @@ def serve(
     Example: peqa serve bases/smollm2 --port 8000 --store tasks
     """
     began = time.perf_counter()
-    from peqa_server.entrance import Entrance
-    from peqa_server.loading import ServeOptions
-    from peqa_server.log_format import set_up_logging
-    from peqa_server.start_report import Observing
+    from peqa_server.observe.log_format import set_up_logging
+    from peqa_server.start.entrance import Entrance
+    from peqa_server.start.loading import ServeOptions
+    from peqa_server.start.report import Observing
 
     set_up_logging(log_level, log_format)
     sizes = {
@@ -270,11 +270,11 @@ def _serve(
 ) -> int:
     """Bind, then load beside the running server; the exit status."""
     from peqa_server.app import create_loading_app
-    from peqa_server.loading import load_services
-    from peqa_server.run import CannotBind, run
+    from peqa_server.observe.tracing import TracingUnavailable, open_tracer, tracing_wanted
     from peqa_server.settings import MIB, ServerSettings
-    from peqa_server.start_report import announce
-    from peqa_server.tracing import TracingUnavailable, open_tracer, tracing_wanted
+    from peqa_server.start.loading import load_services
+    from peqa_server.start.report import announce
+    from peqa_server.start.run import CannotBind, run
 
     try:
         endpoint, environ = seen.traces_endpoint, os.environ

@@ -22,11 +22,11 @@ from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo,
 from peqa_server.access.caller import Anybody, Caller
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.access.upload_ledger import UploadLedger
-from peqa_server.access_log import note_of
-from peqa_server.errors import ApiError
-from peqa_server.metrics import Metrics
+from peqa_server.http.errors import ApiError
+from peqa_server.observe.access_log import note_of
+from peqa_server.observe.metrics import Metrics
 from peqa_server.settings import ServerSettings
-from peqa_server.upload import UploadLane
+from peqa_server.tasks.upload import UploadLane
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from peqa_server.access.api_key import ApiKey, Limits
-from peqa_server.errors import ApiError
+from peqa_server.http.errors import ApiError
 
 Clock = Callable[[], float]
 

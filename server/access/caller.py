@@ -11,7 +11,7 @@ from peqa_runtime.scales.revision_name import task_of
 from peqa_server.access.allowance import Allowance, Clock
 from peqa_server.access.api_key import ApiKey, Role
 from peqa_server.access.key_metrics import KeyMetrics
-from peqa_server.errors import ApiError
+from peqa_server.http.errors import ApiError
 
 
 def names_of(choice: str | Blend) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from peqa_server.access.caller import Anybody, Caller, KeyHolder
 from peqa_server.access.key_metrics import KeyMetrics
 from peqa_server.access.key_ring import KeyRing
 from peqa_server.access.route_roles import RouteRoles
-from peqa_server.access_log import note_of, refused
-from peqa_server.errors import ApiError
+from peqa_server.http.errors import ApiError
+from peqa_server.observe.access_log import note_of, refused
 
 _NEEDS = {Role.UPLOADER: "uploader or admin", Role.ADMIN: "admin"}
 

@@ -14,7 +14,7 @@ from peqa_runtime.core import BASE_TASK, Blend, Lease, RevisionInfo, TaskInfo
 from peqa_runtime.errors import TaskUnusable, UnknownTask
 from peqa_server.access.caller import Caller, absent, names_of
 from peqa_server.access.upload_ledger import QuotaExceeded, UploadLedger
-from peqa_server.errors import ApiError
+from peqa_server.http.errors import ApiError
 
 if TYPE_CHECKING:
     from peqa_server.services import TaskService

@@ -14,8 +14,8 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from peqa_server.access.api_key import Role
-from peqa_server.errors import ApiError
-from peqa_server.page_routes import PUBLIC_PATHS
+from peqa_server.http.errors import ApiError
+from peqa_server.page.routes import PUBLIC_PATHS
 
 ANYONE = None
 """No key is asked for: what a probe needs, which says nothing but whether the server works, and the page's files, which

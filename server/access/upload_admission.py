@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from peqa_server.access.guarded_tasks import GuardedTasks
-from peqa_server.access_log import note_of
+from peqa_server.observe.access_log import note_of
 
 if TYPE_CHECKING:
     from peqa_server.services import TaskService

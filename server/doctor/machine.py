@@ -157,7 +157,7 @@ def limits(asked: Asked) -> list[Finding]:
 def clock(asked: Asked) -> list[Finding]:
     """The system's time, which keys, logs and certificates go by: not before anything that is installed here."""
     now = time.time()
-    newest = max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
+    newest = max(path.stat().st_mtime for path in Path(__file__).parent.rglob("*.py"))
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if now < newest - 60:
         advice = "set the clock (timedatectl set-ntp true): keys expire and logs are dated by it"

@@ -11,7 +11,7 @@ import httpx
 from peqa_server.access import key_file
 from peqa_server.access.key_json import KeyFileError
 from peqa_server.doctor.finding import Asked, Finding
-from peqa_server.run import CannotBind, is_loopback, listen
+from peqa_server.start.run import CannotBind, is_loopback, listen
 
 SECONDS = 3.0
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from peqa_server.doctor.finding import Asked, Finding
-from peqa_server.tracing import tracing_wanted
+from peqa_server.observe.tracing import tracing_wanted
 
 SHOWN = ("torch", "triton", "transformers", "safetensors", "fastapi", "uvicorn")
 

@@ -18,7 +18,7 @@ from peqa_loadtest.bench.overload import Outcome, judge, overload
 from peqa_loadtest.bench.session import open_session
 from peqa_loadtest.client import Answer, Failure
 from peqa_server.app import create_loading_app
-from peqa_server.loading import ServeOptions, load_services
+from peqa_server.start.loading import ServeOptions, load_services
 
 PLACES = 8
 STEP_SECONDS = 0.08
@@ -41,7 +41,8 @@ def test_lost_refused_and_served_are_told_apart() -> None:
     assert rows["first-token-p99-ratio"]["value"] == rows["goodput-ratio"]["value"] == 1
     late = Outcome([answer(7, 8), answer(8, 9)], 12)
     rows = {
-        row["name"].rpartition("/")[2]: row["ok"] for row in judge([outcome, outcome], outcome, late, 1.0, 2.0)
+        row["name"].rpartition("/")[2]: row["ok"]
+        for row in judge([outcome, outcome], outcome, late, 1.0, 2.0)
     }
     assert rows == {
         "lost": False,

@@ -20,9 +20,9 @@ from peqa_runtime.engine.async_engine import AsyncEngine
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_server.app import create_loading_app
-from peqa_server.run import listen, run
 from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
+from peqa_server.start.run import listen, run
 
 NAN, RAISE, CRASH, CRASHES, SLOW, FAST = range(290, 296)
 

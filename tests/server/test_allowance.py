@@ -16,7 +16,7 @@ from peqa_server.access.allowance import Allowance, Allowances, TokenBucket
 from peqa_server.access.api_key import Limits
 from peqa_server.access.caller import Caller, KeyHolder
 from peqa_server.access.key_metrics import KeyMetrics
-from peqa_server.errors import ApiError
+from peqa_server.http.errors import ApiError
 
 
 def allowance(**limits: int) -> Allowance:

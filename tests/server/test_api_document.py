@@ -9,7 +9,7 @@ import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
 
 from peqa_server.app import create_loading_app
-from peqa_server.page_routes import PUBLIC_PATHS
+from peqa_server.page.routes import PUBLIC_PATHS
 
 BODIES = {
     ("post", "/v1/completions"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from server_stubs import EOS, Script, StubEngine
 
-from peqa_server.tool_use import moved
+from peqa_server.tools.use import moved
 
 CHAT = "/v1/chat/completions"
 SAY = [{"role": "user", "content": "hi"}]

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from peqa_runtime.core import Lease
 from peqa_runtime.errors import InvalidRequest
-from peqa_server.chat_prompt import ChatTemplate, chat_prompt
-from peqa_server.chat_schemas import ChatCompletionRequest
-from peqa_server.errors import ApiError
+from peqa_server.fields.chat_schemas import ChatCompletionRequest
+from peqa_server.http.errors import ApiError
+from peqa_server.openai.chat_prompt import ChatTemplate, chat_prompt
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
-from peqa_server.tool_use import tool_use
+from peqa_server.tools.use import tool_use
 
 SAY = [{"role": "user", "content": "hi"}]
 TOOLS = [

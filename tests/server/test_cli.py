@@ -204,7 +204,7 @@ sys.path.insert(0, {folder!r})
 from pathlib import Path
 from server_stubs import *
 from peqa_server.app import create_loading_app
-from peqa_server.run import listen, run
+from peqa_server.start.run import listen, run
 from peqa_server.services import ServedModel, Services
 
 def load():

@@ -19,8 +19,8 @@ from server_stubs import (
 )
 
 from peqa_runtime.core import Lease, TokenLogprobs
-from peqa_server.answers import Answer, AnswerStyle
-from peqa_server.choice import Choice, Piece, Prompt, TextRules, TokenPiece
+from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules, TokenPiece
+from peqa_server.openai.completion_json import Answer, AnswerStyle
 from peqa_server.services import ServedModel
 
 SQL = revision_of(b"SET sql one")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from server_stubs import StubEngine, StubTasks
 
-from peqa_server import conditions
-from peqa_server.conditions import LOW_DISK_BYTES, REMIND_SECONDS, Conditions
+from peqa_server.observe import conditions
+from peqa_server.observe.conditions import LOW_DISK_BYTES, REMIND_SECONDS, Conditions
 from peqa_server.services import Services
 
 PLENTY = 1 << 40

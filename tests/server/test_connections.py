@@ -16,10 +16,10 @@ import pytest
 from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, wait_until
 
 from peqa_server.app import create_app
-from peqa_server.connection import MAX_HEAD_BYTES, bounded_connection
-from peqa_server.run import listen
+from peqa_server.http.connection import MAX_HEAD_BYTES, bounded_connection
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
+from peqa_server.start.run import listen
 
 HEAD_SECONDS = 0.3
 LIMIT = 8

@@ -66,7 +66,7 @@ def served(server: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """Names of the samples in /metrics, with their labels, of a server that has done a little of everything."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    from peqa_server.engine_metrics import HELP
+    from peqa_server.observe.engine_metrics import HELP
 
     monkeypatch.setattr(server.engine, "stats", lambda: dict.fromkeys(HELP, 1.0))
     server.complete(task="sql", max_tokens=3)
@@ -146,7 +146,7 @@ def test_the_manual_names_metrics_that_exist(served: dict[str, set[str]]) -> Non
 def test_the_manual_lists_every_name_of_vllms(live: Any) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    from peqa_server.engine_metrics import HELP
+    from peqa_server.observe.engine_metrics import HELP
     from peqa_server.settings import ServerSettings
 
     server = live(settings=ServerSettings(metrics_compat="vllm"))

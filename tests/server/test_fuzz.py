@@ -25,8 +25,8 @@ from server_stubs import wait_until
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.synthetic import synthetic_sets
 from peqa_server.app import create_loading_app
-from peqa_server.loading import ServeOptions, load_services
 from peqa_server.settings import ServerSettings
+from peqa_server.start.loading import ServeOptions, load_services
 
 schemathesis = pytest.importorskip("schemathesis")
 CHECKS = [

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from peqa_server.access import key_file
 from peqa_server.cli import app
-from peqa_server.entrance import Entrance
+from peqa_server.start.entrance import Entrance
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_the_table_says_what_matters(file: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_without_keys_only_loopback_is_listened_on(tmp_path: Path, host: str) -> None:
-    from peqa_server.run import CannotBind
+    from peqa_server.start.run import CannotBind
 
     with pytest.raises(CannotBind, match="insecure-open-to-network"):
         Entrance(host, 0).listen()
@@ -208,7 +208,7 @@ def test_without_keys_only_loopback_is_listened_on(tmp_path: Path, host: str) ->
 
 
 def test_serve_says_why_it_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peqa_server.log_format.set_up_logging", lambda *_: None)
+    monkeypatch.setattr("peqa_server.observe.log_format.set_up_logging", lambda *_: None)
     done = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0", "--port", "0"])
     assert (done.exit_code, "insecure-open-to-network" in done.stderr) == (1, True)
     done = CliRunner().invoke(app, ["serve", "--port", "0", "--api-key-file", str(tmp_path / "none")])

@@ -16,7 +16,14 @@ import httpx
 import pytest
 from server_stubs import Script, StubEngine, wait_until
 
-from peqa_server.log_format import JsonFormatter, LogFormat, TextFormatter, event, set_up_logging, shown
+from peqa_server.observe.log_format import (
+    JsonFormatter,
+    LogFormat,
+    TextFormatter,
+    event,
+    set_up_logging,
+    shown,
+)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_stubs import Script, StubEngine, wait_until
 
 from peqa_runtime.core import Blend, Lease, TokenOutput
-from peqa_server.access_log import RequestNote
-from peqa_server.meter import ChoiceMeter, RequestMeter
-from peqa_server.metrics import Metrics
+from peqa_server.observe.access_log import RequestNote
+from peqa_server.observe.meter import ChoiceMeter, RequestMeter
+from peqa_server.observe.metrics import Metrics
 from peqa_server.settings import ServerSettings
 
 

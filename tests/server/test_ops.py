@@ -26,8 +26,8 @@ from server_stubs import (
 
 from peqa_runtime.errors import Overloaded
 from peqa_server.app import create_app, create_loading_app
-from peqa_server.log_format import JsonFormatter
-from peqa_server.metrics import Metrics
+from peqa_server.observe.log_format import JsonFormatter
+from peqa_server.observe.metrics import Metrics
 from peqa_server.services import ServedModel, Services
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)

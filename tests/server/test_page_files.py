@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from server_stubs import check_error
 
-from peqa_server.page_routes import ASSETS, PUBLIC_PATHS
+from peqa_server.page.routes import ASSETS, PUBLIC_PATHS
 from peqa_server.settings import ServerSettings
 
 OURS = [asset for asset in ASSETS if asset.file.name not in ("swagger-ui.css", "swagger-ui-bundle.js")]

@@ -19,7 +19,7 @@ from peqa_runtime.model import quantize_folder, read_manifest
 from peqa_runtime.model.quantize import QuantizeOptions
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_server.app import create_loading_app
-from peqa_server.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
+from peqa_server.start.loading import SEEDED, Report, ServeOptions, find_base, load_services, seed_tasks
 
 
 def scale_set(base: Path, seed: int, kind: str = "channel") -> bytes:
@@ -370,10 +370,10 @@ def test_usage_and_metrics_say_what_was_found_computed(real: Real) -> None:
 
 
 def test_every_number_of_the_engine_is_explained(real: Real) -> None:
-    from peqa_server.engine_metrics import HELP
+    from peqa_server.observe.engine_metrics import HELP
 
     missing = set(real.services.engine.stats()) - set(HELP)
-    assert not missing, f"server/engine_metrics.py says nothing about {missing}"
+    assert not missing, f"server/observe/engine_metrics.py says nothing about {missing}"
 
 
 def test_the_engine_says_what_its_tasks_are_at(real: Real) -> None:
@@ -407,6 +407,6 @@ def test_the_engine_says_what_its_tasks_are_at(real: Real) -> None:
 
 
 def test_the_table_of_numbers_has_none_that_the_engine_lacks(real: Real) -> None:
-    from peqa_server.engine_metrics import HELP
+    from peqa_server.observe.engine_metrics import HELP
 
     assert not set(HELP) - set(real.services.engine.stats())

@@ -17,7 +17,7 @@ from server_stubs import check_error, wait_until
 from peqa_server.access.api_key import Role
 from peqa_server.access.route_roles import ANYONE, ROLES
 from peqa_server.app import create_loading_app
-from peqa_server.page_routes import PUBLIC_PATHS
+from peqa_server.page.routes import PUBLIC_PATHS
 from peqa_server.settings import ServerSettings
 
 PROBES = {"GET /health", "GET /ready", "GET /ping", "POST /ping"}

@@ -16,7 +16,7 @@ from peqa_runtime.core import BaseManifest
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_server.app import create_loading_app
-from peqa_server.loading import ServeOptions, load_services
+from peqa_server.start.loading import ServeOptions, load_services
 
 
 def tensors(manifest: BaseManifest, seed: int) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ import pytest
 from server_stubs import check_error, wait_until
 
 from peqa_server.app import create_loading_app
-from peqa_server.loading import ServeOptions, load_services
+from peqa_server.start.loading import ServeOptions, load_services
 
 PERSON = {
     "type": "object",

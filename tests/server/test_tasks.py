@@ -246,7 +246,7 @@ def test_a_full_disk(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peqa_server.upload._write_all", full)
+        patch.setattr("peqa_server.tasks.upload._write_all", full)
         error = check_error(server.client.put("/v1/tasks/t", content=b"SET" + b"x" * 2_000), 507)
         assert "No space left" in error["message"]
     assert not list(server.spool.iterdir())

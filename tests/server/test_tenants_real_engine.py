@@ -15,8 +15,8 @@ from server_stubs import check_error, wait_until
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_server.app import create_loading_app
-from peqa_server.loading import ServeOptions, load_services
 from peqa_server.settings import ServerSettings
+from peqa_server.start.loading import ServeOptions, load_services
 
 PROMPT = list(range(3, 3 + 100))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_server.tool_parser import NamedCall, Parsed, ToolCallParser
+from peqa_server.tools.parser import NamedCall, Parsed, ToolCallParser
 
 NAMES = ("look", "add_2")
 LOOK = '{"name": "look", "arguments": {"at": "}{\\" [x]", "n": [1, {"a": null}]}}'

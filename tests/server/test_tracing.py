@@ -18,9 +18,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks, wait_until
 
 from peqa_server.app import create_loading_app
+from peqa_server.observe.trace_export import ToldExporter
+from peqa_server.observe.tracing import RequestTracer, TracingUnavailable, open_tracer, tracing_wanted
 from peqa_server.services import ServedModel, Services
-from peqa_server.trace_export import ToldExporter
-from peqa_server.tracing import RequestTracer, TracingUnavailable, open_tracer, tracing_wanted
 
 MODEL = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_said(
 
 def test_nothing_is_imported_unless_asked() -> None:
     code = (
-        "import sys, peqa_server.app, peqa_server.tracing; "
+        "import sys, peqa_server.app, peqa_server.observe.tracing; "
         "assert not {'opentelemetry.sdk', 'opentelemetry.exporter'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,0 +1,1 @@
+"""What clients may send: fields, their types, and those of other servers."""

@@ -1,0 +1,203 @@
+"""What clients may send to the chat route, and to the routes of the tokenizer, which take chats too."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from peqa_runtime.sampling_params import MAX_LOGPROBS
+from peqa_server.fields.schemas import GenerationFields
+from peqa_server.fields.types import Strict, TaskChoice, between, one_of, valid_text
+
+MAX_TOOLS = 128
+
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+FunctionKind = Annotated[str, one_of("function")]
+Text = Annotated[str, BeforeValidator(valid_text)]
+
+
+class Function(Strict):
+    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """One entry of `tools`."""
+
+    type: FunctionKind
+    function: Function
+
+
+class FunctionChoice(Strict):
+    """The function that a `tool_choice` names."""
+
+    name: FunctionName
+
+
+class ToolChoice(Strict):
+    """A `tool_choice` that names the one function to call."""
+
+    type: FunctionKind
+    function: FunctionChoice
+
+
+class FunctionCall(Strict):
+    """A call that was made earlier; `arguments` is JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """One call of an assistant's message. (`index` is what clients keep of a stream.)"""
+
+    id: str
+    type: FunctionKind = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class TextPart(Strict):
+    """One part of a message's content; only text is understood."""
+
+    type: Annotated[str, one_of("text")]
+    text: str
+
+
+def _content(value: object) -> object:
+    """The text of a content, which may come in parts. (A union of types would describe its failures all at once.)"""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string, or a list of parts of type 'text'")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise PydanticCustomError(
+                "content", 'may hold parts {"type": "text", "text": …} only: the model reads text'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(valid_text),
+    BeforeValidator(_content, json_schema_input_type=str | list[TextPart]),
+]
+
+
+class ChatMessage(Strict):
+    """One message; `content` is text, which may come in parts.
+
+    The fields without a meaning here are those that an answer's message has, as clients send it back.
+    """
+
+    role: str
+    content: Content | None = None
+    name: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def text(self) -> str:
+        """The message's text."""
+        return self.content or self.refusal or ""
+
+
+def _distinct(tools: list[Tool]) -> list[Tool]:
+    names = [tool.function.name for tool in tools]
+    if len(tools) > MAX_TOOLS:
+        raise PydanticCustomError("tools", "must hold at most 128 functions")
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("tools", "must hold functions with different names")
+    return tools
+
+
+def _tool_choice(value: object) -> object:
+    """A word, or an object that names a function. (A union of types would describe its failures all at once.)"""
+    if value is None or value in ("none", "auto", "required"):
+        return value
+    if isinstance(value, dict):
+        with suppress(ValidationError):
+            return ToolChoice.model_validate(value)
+    raise PydanticCustomError(
+        "tool_choice",
+        "must be 'none', 'auto', 'required' or an object that names a function, "
+        'as {"type": "function", "function": {"name": …}}',
+    )
+
+
+ToolChoiceField = Annotated[
+    str | ToolChoice,
+    BeforeValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
+]
+Tools = Annotated[list[Tool], AfterValidator(_distinct)]
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class ChatFields(Strict):
+    """How a conversation becomes a prompt: what the chat route and /tokenize share."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Annotated[str, one_of(*REASONING_EFFORTS)] | None = None
+    tool_choice: ToolChoiceField | None = None
+
+
+class ChatCompletionRequest(GenerationFields, ChatFields):
+    """Body of POST /v1/chat/completions."""
+
+    max_completion_tokens: Annotated[int | None, between(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
+    echo: bool | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class TokenizeRequest(Strict):
+    """Body of POST /tokenize with a text."""
+
+    prompt: Text
+    model: str | None = None
+    task: TaskChoice | None = None
+    adapter_id: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(ChatFields):
+    """Body of POST /tokenize with a conversation."""
+
+    model: str | None = None
+    task: TaskChoice | None = None
+    adapter_id: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """Body of POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+    task: TaskChoice | None = None
+    adapter_id: str | None = None
+    skip_special_tokens: bool | None = None

@@ -1,0 +1,1 @@
+"""What every route shares: refusals, bodies, streams, lists, connections, the API's description."""

@@ -1,0 +1,59 @@
+"""What a completion request asks for: its prompts in their four forms, echo, logprobs."""
+
+from __future__ import annotations
+
+from peqa_runtime.errors import InvalidRequest
+from peqa_server.fields.schemas import CompletionRequest
+from peqa_server.openai.choice import Prompt
+from peqa_server.openai.completion_json import Answer
+from peqa_server.openai.plan import (
+    Outline,
+    Plan,
+    answer_name,
+    answer_style,
+    check_ids,
+    checked_n,
+    common_job,
+    encoded,
+    truncated,
+)
+from peqa_server.openai.structured import wanted_form
+from peqa_server.openai.task_choice import Admission
+from peqa_server.services import ServedModel
+from peqa_server.settings import ServerSettings
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def plan_completion(admission: Admission, wanted: CompletionRequest, settings: ServerSettings) -> Plan:
+    """Check and encode a completion request. Raises `InvalidRequest`, `PromptTooLong`."""
+    model = admission.services.model
+    n = checked_n(wanted, len(wanted.prompt), settings)
+    if wanted.best_of is not None and wanted.best_of != n:
+        raise InvalidRequest(f"best_of must equal n ({n}): choices are not ranked here", param="best_of")
+    max_tokens = DEFAULT_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
+    special = wanted.add_special_tokens is not False
+    prompts = [await _encoded(model, p, special) for p in wanted.prompt]
+    outline = Outline(
+        prompts=tuple(truncated(model, p, wanted, max_tokens) for p in prompts),
+        n=n,
+        max_tokens=max_tokens,
+        logprobs=wanted.logprobs,
+        shown_prompt=bool(wanted.echo),
+        form=await wanted_form(admission.services, wanted),
+    )
+    job = common_job(model, wanted, outline)
+    style = answer_style(wanted, outline)
+    name = answer_name(admission, wanted)
+    return Plan(job, Answer(model, admission.lease, style, name, wanted.request_id), wanted)
+
+
+async def _encoded(model: ServedModel, prompt: str | list[int], special: bool) -> Prompt:
+    if isinstance(prompt, list):
+        check_ids(model, prompt, "prompt")
+        found = Prompt(tuple(prompt))
+    else:
+        found = await encoded(model, prompt, special)
+    if not found.token_ids:
+        raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+    return found

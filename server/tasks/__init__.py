@@ -1,0 +1,1 @@
+"""The routes of tasks, and an upload's way to a file."""
