@@ -34,10 +34,12 @@ WITHOUT_TORCH = [
     "peqa_runtime/errors.py",
     "peqa_runtime/scales/task_registry.py",
     "peqa_runtime/engine/bank_rows.py",
+    "peqa_runtime/engine/batch.py",
     "peqa_runtime/engine/block_manager.py",
     "peqa_runtime/engine/fair_queue.py",
     "peqa_runtime/engine/prefix_cache.py",
     "peqa_runtime/engine/scheduler.py",
+    "peqa_runtime/engine/sequence.py",
 ]
 # room of peqa_runtime -> rooms that it must not import
 ROOMS_APART = {

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from peqa_runtime.core import (
-    BASE_REVISION,
-    BankWrite,
-    Batch,
-    Placement,
-    ScaleKind,
-    ScheduledSequence,
-    Sequence,
-)
+from peqa_runtime.core import BASE_REVISION, Placement, ScaleKind
+from peqa_runtime.engine.batch import BankWrite, Batch, ScheduledSequence
+from peqa_runtime.engine.sequence import Sequence
 
 
 class RowPlacer(Protocol):

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
-from peqa_runtime.core import Sequence
 from peqa_runtime.engine.prefix_cache import PrefixCache
+from peqa_runtime.engine.sequence import Sequence
 
 
 class BlockManager:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from peqa_runtime.core import Batch, Request, SamplingParams, ScheduledSequence
-from peqa_runtime.core import Sequence as Running
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.batch import Batch, ScheduledSequence
 from peqa_runtime.engine.model_runner import ModelRunner
+from peqa_runtime.engine.sequence import Sequence as Running
 from peqa_runtime.errors import InvalidScaleSet, NoSuchRevision
 from peqa_runtime.scales.scale_bank import ScaleBank
 from peqa_runtime.scales.scale_set import ScaleSet

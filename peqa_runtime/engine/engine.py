@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peqa_kernels.quant_matmul import bank_dtype
-from peqa_runtime.core import (
-    BASE_REVISION,
-    BASE_TASK,
-    Lease,
-    Request,
-    SamplingParams,
-    Sequence,
-    TokenOutput,
-)
+from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Request, SamplingParams, TokenOutput
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.canary import Canary, blocks_needed
 from peqa_runtime.engine.config import EngineConfig
@@ -33,6 +25,7 @@ from peqa_runtime.engine.request_check import check_request
 from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.sources import open_model, open_tasks
 from peqa_runtime.errors import EngineDead, InvalidRequest
 from peqa_runtime.scales.scale_bank import ScaleBank

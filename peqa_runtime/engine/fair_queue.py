@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
-from peqa_runtime.core import Sequence
+from peqa_runtime.engine.sequence import Sequence
 
 _MIN_NAMES = 64  # fewer are not worth tidying up
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peqa_runtime.core import Batch, ScheduledSequence, Sequence
+from peqa_runtime.engine.batch import Batch, ScheduledSequence
+from peqa_runtime.engine.sequence import Sequence
 
 
 def logit_positions(item: ScheduledSequence) -> range:

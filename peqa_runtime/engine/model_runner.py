@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peqa_kernels.paged_attention import AttentionPlan
-from peqa_runtime.core import Batch, StepResult
+from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.model.forward_context import ForwardContext

@@ -13,7 +13,8 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
-from peqa_runtime.core import Request, Sequence
+from peqa_runtime.core import Request
+from peqa_runtime.engine.sequence import Sequence
 
 _KEY_BYTES = 32  # no two prompts meet by chance or by intent
 

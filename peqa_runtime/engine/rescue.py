@@ -20,15 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peqa_runtime.core import (
-    BankWrite,
-    Batch,
-    Request,
-    SamplingParams,
-    ScheduledSequence,
-    Sequence,
-    StepResult,
-)
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.batch import BankWrite, Batch, ScheduledSequence, StepResult
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import EngineDead
 
 logger = logging.getLogger(__name__)

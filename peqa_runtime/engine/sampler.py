@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.sampling import Draw, draw, row_best
-from peqa_runtime.core import Batch, Sequence, StepResult
+from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.forms import FormStep
 from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.logit_rows import LogitRows
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.token_report import TokenReport
 from peqa_runtime.engine.token_rules import NOTHING_LEFT, RuleBook, RuledRow
 

@@ -14,19 +14,12 @@ from contextlib import closing
 from itertools import count
 from typing import Literal
 
-from peqa_runtime.core import (
-    BASE_TASK,
-    Batch,
-    ErrorCode,
-    FinishReason,
-    ScheduledSequence,
-    Sequence,
-    StepResult,
-    TokenOutput,
-)
+from peqa_runtime.core import BASE_TASK, ErrorCode, FinishReason, TokenOutput
 from peqa_runtime.engine.bank_rows import BankRows, RowPlacer
+from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.fair_queue import FairQueue
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.step_plan import StepPlan
 
 NOT_FINITE = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peqa_runtime.core import ScheduledSequence, Sequence
+from peqa_runtime.engine.batch import ScheduledSequence
+from peqa_runtime.engine.sequence import Sequence
 
 
 class StepPlan:

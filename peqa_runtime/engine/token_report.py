@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.sampling import likeliest
-from peqa_runtime.core import StepResult, TokenLogprobs
+from peqa_runtime.core import TokenLogprobs
+from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.logit_rows import LogitRows
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peqa_runtime.core import Sequence
 from peqa_runtime.engine.guidance import Guidance, Guide
 from peqa_runtime.engine.logit_rows import LogitRows
+from peqa_runtime.engine.sequence import Sequence
 
 NOTHING_LEFT = (
     "no token is left to choose: what the request forbids (by the form of the answer, allowed_token_ids, bad_words or "

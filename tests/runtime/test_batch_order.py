@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from peqa_runtime.core import Batch
+from peqa_runtime.engine.batch import Batch
 
 
 def batch(*group_rows: int) -> Any:

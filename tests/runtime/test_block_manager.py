@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams, Sequence
+from peqa_runtime.core import Request, SamplingParams
 from peqa_runtime.engine.block_manager import BlockManager
+from peqa_runtime.engine.sequence import Sequence
 
 
 def sequence(num_tokens: int) -> Sequence:

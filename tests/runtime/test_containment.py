@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import BASE_TASK, Batch, Request, SamplingParams, StepResult, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.engine import ENGINE_RESTARTED, REQUEST_FAILED, Engine
 from peqa_runtime.errors import EngineDead, TaskQuarantined
 from peqa_runtime.scales.task_registry import STRIKES

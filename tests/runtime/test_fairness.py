@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Request, SamplingParams, Sequence, StepResult
+from peqa_runtime.core import Request, SamplingParams
 from peqa_runtime.engine import fair_queue
+from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.fair_queue import FairQueue
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sequence import Sequence
 
 PLACES = 4
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams, Sequence, TokenLogprobs
+from peqa_runtime.core import Request, SamplingParams, TokenLogprobs
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
+from peqa_runtime.engine.sequence import Sequence
 
 SIZE = 4
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peqa_runtime.core import Batch, Request, SamplingParams, ScheduledSequence, Sequence, StepResult
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler, uniform
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import InvalidRequest
 
 VOCAB = 2000

@@ -11,19 +11,18 @@ import pytest
 from peqa_runtime.core import (
     BASE_REVISION,
     BASE_TASK,
-    Batch,
     Placement,
     Request,
     SamplingParams,
     ScaleKind,
-    Sequence,
-    StepResult,
     TokenLogprobs,
     TokenOutput,
 )
+from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sequence import Sequence
 
 EOS = 0
 

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Request, SamplingParams, Sequence, StepResult
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sequence import Sequence
 
 
 @dataclass(eq=False)

@@ -16,20 +16,18 @@ from hypothesis import strategies as st
 
 from peqa_runtime.core import (
     BASE_TASK,
-    Batch,
     Placement,
     Request,
     SamplingParams,
     ScaleKind,
-    ScheduledSequence,
-    Sequence,
-    StepResult,
     TokenLogprobs,
     TokenOutput,
 )
+from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
+from peqa_runtime.engine.sequence import Sequence
 
 
 @dataclass

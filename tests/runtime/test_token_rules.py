@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from peqa_runtime.constraint import Constraint
-from peqa_runtime.core import Batch, Request, SamplingParams, ScheduledSequence, Sequence, StepResult
+from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.grammar_probe import CPU_SECONDS, check
 from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.request_check import check_request
 from peqa_runtime.engine.sampler import Sampler, uniform
+from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import InvalidRequest
 
 VOCAB = 300
