@@ -37,6 +37,7 @@ WITHOUT_TORCH = [
     "peqa_runtime/engine/batch.py",
     "peqa_runtime/engine/block_manager.py",
     "peqa_runtime/engine/fair_queue.py",
+    "peqa_runtime/engine/giving_way.py",
     "peqa_runtime/engine/prefix_cache.py",
     "peqa_runtime/engine/scheduler.py",
     "peqa_runtime/engine/sequence.py",

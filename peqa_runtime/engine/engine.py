@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Request, SamplingParams, TokenOutput
+from peqa_runtime.engine.allocation import attached_bank, bound_kv_cache
 from peqa_runtime.engine.block_manager import BlockManager
-from peqa_runtime.engine.canary import Canary, blocks_needed
+from peqa_runtime.engine.canary import Canary
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.guidance import Guidance
-from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.readiness import make_ready
@@ -27,8 +25,8 @@ from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.sources import open_model, open_tasks
+from peqa_runtime.engine.tally import Tally
 from peqa_runtime.errors import EngineDead, InvalidRequest
-from peqa_runtime.scales.scale_bank import ScaleBank
 from peqa_runtime.scales.task_library import TaskLibrary
 
 if TYPE_CHECKING:
@@ -76,35 +74,9 @@ class Engine:
                 f"the task registry has {counts.rows + 1} rows and {counts.group_rows + 1} group rows, the engine "
                 f"{config.task_rows} and {config.group_rows}; give both the same numbers"
             )
-        num_blocks = config.num_blocks or fitting_blocks(
-            model.kv_spec,
-            block_size=config.block_size,
-            dtype=model.dtype,
-            available_bytes=available_memory(model.device),
-            device=model.device,
-            max_model_len=self.max_model_len,
-            max_sequences=config.max_sequences,
-        )
-        self.kv_cache = KVCache(
-            model.kv_spec,
-            num_blocks=num_blocks,
-            spare_blocks=blocks_needed(config.block_size),
-            block_size=config.block_size,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        for layer, caches in zip(model.layers, self.kv_cache.layers, strict=True):
-            layer.bind(*caches)
-        self.bank = ScaleBank(
-            model.linears,
-            rows=config.task_rows,
-            group_rows=config.group_rows,
-            device=model.device,
-            dtype=bank_dtype(model.device),
-        )
+        self.kv_cache = bound_kv_cache(model, config, self.max_model_len)
+        self.bank = attached_bank(model, config)
         self.tasks.arrange = self.bank.arranged
-        for linear, bank in zip(model.linears, self.bank.banks, strict=True):
-            linear.module.attach(bank, model.step_rows)
         self.guidance = Guidance(model.tokenizer, model.vocab_size, model.eos_token_ids)
         self.scheduler = self._new_scheduler()
         self.runner = ModelRunner(
@@ -129,9 +101,7 @@ class Engine:
         ] = {}  # of every request in work; None: the base, without a lease
         self._crashes = CrashLimit(config.max_crashes, config.crash_window)
         self._planning_crashed = False  # and no step has been computed since
-        self._counts: Counter[str] = Counter()
-        self._step_seconds = 0.0
-        self._step_seconds_total = 0.0
+        self._tally = Tally()
 
     @property
     def has_work(self) -> bool:
@@ -141,7 +111,7 @@ class Engine:
     @property
     def step_tokens(self) -> int:
         """Tokens computed in steps so far."""
-        return self._counts["step_tokens_total"]
+        return self._tally.step_tokens
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe.
@@ -182,15 +152,14 @@ class Engine:
         self._leases[request.request_id] = own
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self.scheduler.add(Sequence(request, list(request.prompt_token_ids), seed=seed))
-        self._counts["requests_total"] += 1
-        self._counts["prompt_tokens_total"] += len(request.prompt_token_ids)
+        self._tally.request(request)
 
     def abort(self, request_id: str) -> bool:
         """End a request at once: no further output, its blocks are free for the next step. False when unknown."""
         if request_id not in self._leases:
             return False
         self.scheduler.abort(request_id)
-        self._counts["aborted_total"] += 1
+        self._tally.count("aborted_total")
         self.unpin(self._leases.pop(request_id))
         return True
 
@@ -220,8 +189,8 @@ class Engine:
             outcome = run_step(self.runner.run, batch)
             outputs = self._refused(outcome)
             outputs += self.scheduler.update(outcome.batch, outcome.results)
-            self._counts["row_writes_total"] += len(outcome.batch.bank_writes)
-            self._counts["step_tokens_total"] += outcome.batch.num_tokens
+            self._tally.count("row_writes_total", len(outcome.batch.bank_writes))
+            self._tally.count("step_tokens_total", outcome.batch.num_tokens)
             self._planning_crashed = False
         except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
             crash = error
@@ -248,13 +217,11 @@ class Engine:
             "task_rows": rows.rows,
             "group_rows_used": rows.group_rows_used,
             "group_rows": rows.group_rows,
-            "step_seconds": self._step_seconds,
-            "step_seconds_total": self._step_seconds_total,
             "preemptions_total": self.scheduler.num_preemptions,
             "tasks_quarantined": len(self.tasks.registry.quarantined()),
             **(blocks.cache.stats() if blocks.cache else {}),
             **self.tasks.stats(),
-            **{name: self._counts[name] for name in _COUNTERS},
+            **self._tally.stats(),
         }
 
     def generate(
@@ -310,7 +277,7 @@ class Engine:
     def _refused(self, outcome: Outcome) -> list[TokenOutput]:
         """End the requests whose computing raised."""
         if outcome.failed:
-            self._counts["step_failures_total"] += 1
+            self._tally.count("step_failures_total")
         outputs: list[TokenOutput] = []
         for item, error in outcome.failed:
             request = item.sequence.request
@@ -324,8 +291,8 @@ class Engine:
         The step's requests end (`planned` None, the planning itself crashed: all that run, and when it crashes again
         at once, all). The others begin anew with the tokens that they have.
         """
-        self._counts["restarts_total"] += 1
-        self._counts["step_failures_total"] += 1
+        self._tally.count("restarts_total")
+        self._tally.count("step_failures_total")
         before, everyone = self.scheduler, [*self.scheduler.running, *self.scheduler.waiting]
         if planned is None:
             planned = everyone if self._planning_crashed else before.running
@@ -347,7 +314,7 @@ class Engine:
 
     def _strike(self, request_id: str, lease: Lease | None) -> None:
         """A request ended with NaN or infinity: after some its revision is set aside. The base cannot be."""
-        self._counts["numerical_errors_total"] += 1
+        self._tally.count("numerical_errors_total")
         if lease is None or lease.revision == BASE_REVISION:
             logger.error("request %s, on the base, ended with NaN or infinity", request_id)
             return
@@ -360,35 +327,12 @@ class Engine:
         if self.tasks.registry.strike(lease.revision):
             logger.error("task %r, revision %s, is in quarantine", lease.task, lease.revision)
 
-    def _book(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
+    def _book(self, outputs: Items[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""
         for output in outputs:
-            if output.token_id is not None:
-                self._counts["generation_tokens_total"] += 1
             if output.finish_reason is not None:
-                self._counts["finished_total"] += 1
-                if output.finish_reason == "error":
-                    self._counts["errors_total"] += 1
                 lease = self._leases.pop(output.request_id)
                 if output.error_code == "numerical_error":
                     self._strike(output.request_id, lease)
                 self.unpin(lease)
-        self._counts["steps_total"] += 1
-        self._step_seconds = seconds
-        self._step_seconds_total += seconds
-
-
-_COUNTERS = (
-    "requests_total",
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "finished_total",
-    "aborted_total",
-    "errors_total",
-    "steps_total",
-    "step_tokens_total",
-    "row_writes_total",
-    "step_failures_total",
-    "numerical_errors_total",
-    "restarts_total",
-)
+        self._tally.step(outputs, seconds)

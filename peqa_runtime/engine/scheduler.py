@@ -19,6 +19,7 @@ from peqa_runtime.engine.bank_rows import BankRows, RowPlacer
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.fair_queue import FairQueue
+from peqa_runtime.engine.giving_way import GivingWay
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.step_plan import StepPlan
 
@@ -63,8 +64,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._rows = BankRows(rows)
+        self._way = GivingWay(blocks, self.waiting, self.running, max_sequences)
         self._max_batch_tokens = max_batch_tokens
-        self._max_sequences = max_sequences
         self._max_prompt_logprob_rows = max_prompt_logprob_rows
         self._eos_token_ids = frozenset(eos_token_ids)
         self._arrivals = count()
@@ -221,7 +222,7 @@ class Scheduler:
         soon = self.blocks.found_soon(sequence, found, computing)
         if soon >= max(_WORTH_WAITING, (sequence.num_tokens - len(found) * self.blocks.block_size) // 2):
             return "not now"
-        victims = self._victims_for(sequence, found)
+        victims = self._way.victims(sequence, found)
         if victims is None:
             return "no room"
         if plan.share(sequence, len(found) * self.blocks.block_size) is None:
@@ -239,40 +240,6 @@ class Scheduler:
         self.blocks.begin(sequence, found)
         self._give(plan, sequence)
         return "started"
-
-    def _victims_for(self, sequence: Sequence, found: Items[int]) -> list[Sequence] | None:
-        """Running sequences to preempt so that this one has a place and blocks, often none; None when it must wait.
-
-        Those of worse priority as far as need be, or else one of a task that holds several places.
-        """
-        cost, free, places = self.blocks.cost(sequence, found), self.blocks.num_free, self._max_sequences
-        victims: list[Sequence] = []
-        for number in range(len(self.running), -1, -1):
-            # One spare block per running sequence: each may need its next one soon, and a preemption costs more.
-            if number < places and cost + number <= free:
-                return victims
-            if number == 0 or self.running[number - 1].priority <= sequence.priority:
-                break
-            victims.append(self.running[number - 1])
-            free += self.blocks.freed_by(victims[-1], found)
-        return self._from_a_crowd(sequence, found)
-
-    def _from_a_crowd(self, sequence: Sequence, found: Items[int]) -> list[Sequence] | None:
-        """When every place is taken and the sequence's task has none: the latest of a task that has several and was
-        served no less. Only with a prefix cache, in which that one finds again what it has computed; without, a few
-        short requests could keep others computing the same again and again."""
-        places = len(self.running)
-        if self.blocks.cache is None or places < self._max_sequences or self.waiting.running(sequence) > 0:
-            return None
-        for other in reversed(self.running):
-            if (
-                other.priority == sequence.priority
-                and self.waiting.running(other) > 1
-                and self.waiting.served(other) >= self.waiting.served(sequence)
-            ):
-                free = self.blocks.num_free + self.blocks.freed_by(other, found)
-                return [other] if self.blocks.cost(sequence, found) + places - 1 <= free else None
-        return None
 
     def _grow_or_preempt(self, sequence: Sequence) -> bool:
         """Get the blocks for the sequence's next token, if need be from the last; False when it was itself."""

@@ -15,15 +15,11 @@ No change looks at another task. File names come from digests that we computed a
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-
-import filelock
 
 from peqa_runtime.core import BaseManifest, RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import (
@@ -40,12 +36,11 @@ from peqa_runtime.scales.earlier_layout import adopt
 from peqa_runtime.scales.incoming import Incoming
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import SetLayouts
+from peqa_runtime.scales.store_lock import StoreLock
 from peqa_runtime.scales.task_folder import TaskFolders
-from peqa_runtime.scales.task_history import HistoryEntry, TaskHistory, check_match
+from peqa_runtime.scales.task_history import HistoryEntry, TaskHistory, after_upload, check_match
 from peqa_runtime.scales.task_index import TaskRecord
 from peqa_runtime.scales.task_shelf import TaskShelf
-
-logger = logging.getLogger(__name__)
 
 
 def default_store(home: Path, base_digest: str) -> Path:
@@ -94,13 +89,12 @@ class ScaleStore:
             unfinished=unfinished,
             index_file=self.directory / "index.json",
         )
-        self._write_lock = threading.Lock()
-        self._file_lock = filelock.FileLock(self.directory / "lock", timeout=lock_timeout, thread_local=False)
-        with self._storing("opened"):
+        self._lock = StoreLock(self.directory, lock_timeout)
+        with self._lock.faults("opened"):
             for folder in (tasks, quarantine, unfinished, incoming):
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.directory)
-        with self._locked("opened"):
+        with self._lock.held("opened"):
             adopt(self.directory, self._folders)
             self._incoming.sweep()
             self._shelf.open()
@@ -109,7 +103,7 @@ class ScaleStore:
         """Write the index, if it is behind, and remove the folder for uploads. The store may be used on."""
         if not (self._incoming.in_use or self._shelf.index_stale):
             return
-        with suppress(StoreError), self._locked("written"):
+        with suppress(StoreError), self._lock.held("written"):
             self._incoming.leave()
             if self._shelf.index_stale:
                 self._shelf.save_index()
@@ -119,7 +113,7 @@ class ScaleStore:
 
         Raises `StoreError`.
         """
-        with self._locked("written"):
+        with self._lock.held("written"):
             return self._incoming.own()
 
     def __len__(self) -> int:
@@ -181,7 +175,7 @@ class ScaleStore:
         with self._writing("written"):
             before = self._reread(task)
             check_match(task, before, if_match)
-            after = _with_upload(task, before, entry, self._keep)
+            after = after_upload(task, before, entry, self._keep)
             if after is before and self._shelf.fault(task, after.current) is None:
                 self._shelf.unusable.pop(task, None)
                 return after.info()
@@ -249,10 +243,10 @@ class ScaleStore:
             entry = record.entry
         else:
             entry = self._entry(task, revision)
-        with self._storing("read"), suppress(FileNotFoundError, InvalidScaleSet):
+        with self._lock.faults("read"), suppress(FileNotFoundError, InvalidScaleSet):
             return self._folders.load(task, entry)
         self._examine(task, entry)
-        with self._storing("read"):
+        with self._lock.faults("read"):
             return self._folders.load(task, entry)
 
     def content(self, task: str, revision: str | None = None) -> bytes:
@@ -264,7 +258,7 @@ class ScaleStore:
         entry = self._entry(task, revision)
         if entry.base_digest != self.manifest.base_digest:
             raise WrongBase(f"revision {entry.revision[:12]} of task {task!r} belongs to another base")
-        with self._storing("read"):
+        with self._lock.faults("read"):
             try:
                 data, stored = self._folders.content(task, entry)
             except (FileNotFoundError, InvalidScaleSet):
@@ -279,7 +273,7 @@ class ScaleStore:
 
         Raises `StoreError`.
         """
-        with self._storing("read"):
+        with self._lock.faults("read"):
             if not self._shelf.changed and not self._log.moved():
                 return set()
         with self._writing("read"):
@@ -309,7 +303,7 @@ class ScaleStore:
         """The history from disk. Raises `UnknownTask`, `StoreError`."""
         if task not in self._shelf.index:
             raise self._unknown(task)
-        with self._storing("read"):
+        with self._lock.faults("read"):
             try:
                 history = self._folders.history(task)
             except ValueError as error:
@@ -330,40 +324,11 @@ class ScaleStore:
     @contextmanager
     def _writing(self, done: str) -> Iterator[None]:
         """Nobody else writes, and what others wrote is known."""
-        with self._locked(done):
+        with self._lock.held(done):
             self._shelf.catch_up()
             yield
-
-    @contextmanager
-    def _locked(self, done: str) -> Iterator[None]:
-        with self._write_lock, self._storing(done), self._file_lock:
-            yield
-
-    @contextmanager
-    def _storing(self, done: str) -> Iterator[None]:
-        """Turn a fault of the disk into the named error; the folder's path is for the log, not for a client."""
-        try:
-            yield
-        except filelock.Timeout:
-            raise StoreError("the scale store is in use by another process; try again") from None
-        except OSError as error:
-            logger.error("scale store %s: %s", self.directory, error)
-            reason = error.strerror or type(error).__name__
-            raise StoreError(f"the scale store cannot be {done} ({reason}); nothing was changed") from error
 
 
 def unusable(task: str, reason: str) -> TaskUnusable:
     """The error for a task that is there but cannot be used."""
     return TaskUnusable(f"task {task!r} cannot be used: {reason}")
-
-
-def _with_upload(task: str, before: TaskHistory | None, entry: HistoryEntry, keep: int) -> TaskHistory:
-    """The history after an upload; `before` itself when nothing is new."""
-    if before is None:
-        return TaskHistory(task, (entry,), 0)
-    current = before.current
-    if (current.revision, current.base_digest) != (entry.revision, entry.base_digest):
-        return before.with_upload(entry, keep)
-    if (current.prompt_format, current.note) != (entry.prompt_format, entry.note):
-        return before.with_current(entry)
-    return before

@@ -143,6 +143,21 @@ class TaskHistory:
         return history
 
 
+def after_upload(task: str, before: TaskHistory | None, entry: HistoryEntry, keep: int) -> TaskHistory:
+    """Return the history after an upload, with the newest `keep` entries; `before` itself when nothing is new.
+
+    What is current already makes no new entry: another prompt format or note replaces the entry's.
+    """
+    if before is None:
+        return TaskHistory(task, (entry,), 0)
+    current = before.current
+    if (current.revision, current.base_digest) != (entry.revision, entry.base_digest):
+        return before.with_upload(entry, keep)
+    if (current.prompt_format, current.note) != (entry.prompt_format, entry.note):
+        return before.with_current(entry)
+    return before
+
+
 def check_match(task: str, history: TaskHistory | None, if_match: str | None) -> None:
     """Raise `RevisionConflict` unless the current revision is `if_match`.
 

@@ -1,0 +1,56 @@
+"""The memory of an engine, allocated once and bound to the model's layers: keys and values, and the scale bank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peqa_kernels.quant_matmul import bank_dtype
+from peqa_runtime.engine.canary import blocks_needed
+from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
+from peqa_runtime.scales.scale_bank import ScaleBank
+
+if TYPE_CHECKING:
+    from peqa_runtime.model.loader import LoadedModel
+
+
+def bound_kv_cache(model: LoadedModel, config: EngineConfig, max_model_len: int) -> KVCache:
+    """Return the cache that the model's layers read and write from now on, with blocks for the canary behind it.
+
+    As many blocks as the configuration says, else as fit. Raises `ValueError` when not one context of
+    `max_model_len` tokens does.
+    """
+    num_blocks = config.num_blocks or fitting_blocks(
+        model.kv_spec,
+        block_size=config.block_size,
+        dtype=model.dtype,
+        available_bytes=available_memory(model.device),
+        device=model.device,
+        max_model_len=max_model_len,
+        max_sequences=config.max_sequences,
+    )
+    cache = KVCache(
+        model.kv_spec,
+        num_blocks=num_blocks,
+        spare_blocks=blocks_needed(config.block_size),
+        block_size=config.block_size,
+        device=model.device,
+        dtype=model.dtype,
+    )
+    for layer, caches in zip(model.layers, cache.layers, strict=True):
+        layer.bind(*caches)
+    return cache
+
+
+def attached_bank(model: LoadedModel, config: EngineConfig) -> ScaleBank:
+    """Return the bank whose rows the model's linears read from now on."""
+    bank = ScaleBank(
+        model.linears,
+        rows=config.task_rows,
+        group_rows=config.group_rows,
+        device=model.device,
+        dtype=bank_dtype(model.device),
+    )
+    for linear, rows in zip(model.linears, bank.banks, strict=True):
+        linear.module.attach(rows, model.step_rows)
+    return bank
