@@ -48,6 +48,20 @@ class ToolChoice(Strict):
     function: FunctionChoice
 
 
+class AllowedTools(Strict):
+    """Those of `tools` that the model may use for this answer. "auto": it may call one; "required": it must."""
+
+    mode: Annotated[str, one_of("auto", "required")]
+    tools: list[Tool] = Field(min_length=1)
+
+
+class AllowedToolChoice(Strict):
+    """A `tool_choice` that allows some of `tools` only."""
+
+    type: Annotated[str, one_of("allowed_tools")]
+    allowed_tools: AllowedTools
+
+
 class FunctionCall(Strict):
     """A call that was made earlier; `arguments` is JSON text, as the model wrote it."""
 
@@ -65,10 +79,42 @@ class ToolCall(Strict):
 
 
 class TextPart(Strict):
-    """One part of a message's content; only text is understood."""
+    """One part of a message's content; only text is understood.
+
+    The other two mark where OpenAI's and Anthropic's caches of prompts may end. Here every beginning of a prompt is
+    found again without them.
+    """
 
     type: Annotated[str, one_of("text")]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class RefusalPart(Strict):
+    """A refusal of the assistant's, as one part of its message's content."""
+
+    type: Annotated[str, one_of("refusal")]
+    refusal: str
+
+
+_PARTS = {"text": TextPart, "refusal": RefusalPart}
+
+
+def _part(part: object) -> str:
+    """The text of one part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    schema = _PARTS.get(kind) if isinstance(kind, str) else None
+    if schema is None or not isinstance(part, dict) or not isinstance(part.get(str(kind)), str):
+        raise PydanticCustomError(
+            "content", 'may hold parts {"type": "text", "text": …} only: the model reads text'
+        )
+    for name in part:
+        if name not in schema.model_fields:
+            raise PydanticCustomError(
+                "content", "holds a part with the unknown field {name}", {"name": repr(str(name)[:80])}
+            )
+    return str(part[kind])
 
 
 def _content(value: object) -> object:
@@ -77,30 +123,25 @@ def _content(value: object) -> object:
         return value
     if not isinstance(value, list):
         raise PydanticCustomError("content", "must be a string, or a list of parts of type 'text'")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "content", 'may hold parts {"type": "text", "text": …} only: the model reads text'
-            )
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(map(_part, value))
 
 
 Content = Annotated[
     str,
     BeforeValidator(valid_text),
-    BeforeValidator(_content, json_schema_input_type=str | list[TextPart]),
+    BeforeValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart]),
 ]
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class ChatMessage(Strict):
     """One message; `content` is text, which may come in parts.
 
-    The fields without a meaning here are those that an answer's message has, as clients send it back.
+    The fields without a meaning here are those that an answer's message has, as clients send it back. Messages of role
+    "function", and `function_call`, are how calls were told before there were `tool_calls`.
     """
 
-    role: str
+    role: Annotated[str, one_of(*ROLES)]
     content: Content | None = None
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None
@@ -109,12 +150,34 @@ class ChatMessage(Strict):
     refusal: Text | None = None
     annotations: list[Any] | None = None
     audio: None = None
-    function_call: None = None
+    function_call: FunctionCall | None = None
 
     @property
     def text(self) -> str:
         """The message's text."""
         return self.content or self.refusal or ""
+
+    def fault(self) -> tuple[str, str] | None:
+        """The field that does not go with the message's role, and a sentence about it; None: the message is sound."""
+        role = self.role
+        if role != "assistant":
+            for field in ("tool_calls", "function_call", "refusal"):
+                if getattr(self, field):
+                    return field, f"only messages of role 'assistant' have {field}"
+        if (role == "tool") != (self.tool_call_id is not None):
+            return (
+                "tool_call_id",
+                "a message of role 'tool' says by tool_call_id which call it answers, and no other has one",
+            )
+        if role == "function" and not self.name:
+            return "name", "a message of role 'function' says by name which function gave the result"
+        if self.content is not None or role == "function":
+            return None
+        if role != "assistant":
+            return "content", f"a message of role {role!r} needs a content, which may be an empty string"
+        if self.tool_calls or self.function_call is not None or self.refusal is not None:
+            return None
+        return "content", "a message of role 'assistant' without tool_calls or a refusal needs a content"
 
 
 def _distinct(tools: list[Tool]) -> list[Tool]:
@@ -127,22 +190,27 @@ def _distinct(tools: list[Tool]) -> list[Tool]:
 
 
 def _tool_choice(value: object) -> object:
-    """A word, or an object that names a function. (A union of types would describe its failures all at once.)"""
+    """A word, or an object that names functions. (A union of types would describe its failures all at once.)"""
     if value is None or value in ("none", "auto", "required"):
         return value
     if isinstance(value, dict):
+        kind = AllowedToolChoice if value.get("type") == "allowed_tools" else ToolChoice
         with suppress(ValidationError):
-            return ToolChoice.model_validate(value)
+            return kind.model_validate(value)
     raise PydanticCustomError(
         "tool_choice",
-        "must be 'none', 'auto', 'required' or an object that names a function, "
-        'as {"type": "function", "function": {"name": …}}',
+        "must be 'none', 'auto', 'required', an object that names a function, as "
+        '{"type": "function", "function": {"name": …}}, or one that allows some of them, as {"type": "allowed_tools", '
+        '"allowed_tools": {"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name": …}}]}}',
     )
 
 
 ToolChoiceField = Annotated[
-    str | ToolChoice,
-    BeforeValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
+    str | ToolChoice | AllowedToolChoice,
+    BeforeValidator(
+        _tool_choice,
+        json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice | AllowedToolChoice,
+    ),
 ]
 Tools = Annotated[list[Tool], AfterValidator(_distinct)]
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")

@@ -12,7 +12,7 @@ from peqa_runtime.core import Lease
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.prompt_format import CHAT_FORMAT, PLACEHOLDER
 from peqa_runtime.text import encode
-from peqa_server.fields.chat_schemas import ChatFields, ChatMessage, ToolCall
+from peqa_server.fields.chat_schemas import ChatFields, ChatMessage, FunctionCall
 from peqa_server.http.errors import ApiError
 from peqa_server.openai.choice import Prompt
 from peqa_server.services import ServedModel
@@ -65,8 +65,10 @@ def chat_prompt(
 
     Raises `InvalidRequest`, `ApiError`.
     """
-    for message in wanted.messages:
-        _check(message)
+    for index, message in enumerate(wanted.messages):
+        if (fault := message.fault()) is not None:
+            field, sentence = fault
+            raise InvalidRequest(sentence, param=f"messages[{index}].{field}")
     if lease.revision and lease.prompt_format != CHAT_FORMAT:
         text = _filled(lease, wanted)
         special = wanted.add_special_tokens is not False
@@ -74,16 +76,6 @@ def chat_prompt(
         text = _templated(model.tokenizer, wanted, use, settings)
         special = bool(wanted.add_special_tokens)  # the template has written them
     return Prompt(tuple(encode(model.tokenizer, text, add_special_tokens=special)), text)
-
-
-def _check(message: ChatMessage) -> None:
-    if message.tool_calls and message.role != "assistant":
-        raise InvalidRequest("only messages of role 'assistant' have tool_calls", param="messages")
-    if (message.role == "tool") != (message.tool_call_id is not None):
-        raise InvalidRequest(
-            "a message of role 'tool' says by tool_call_id which call it answers, and no other has one",
-            param="messages",
-        )
 
 
 def _filled(lease: Lease, wanted: ChatFields) -> str:
@@ -136,7 +128,9 @@ def _templated(tokenizer: Any, wanted: ChatFields, use: ToolUse | None, settings
             param="continue_final_message",
         )
     messages = [_plain(message, template) for message in wanted.messages]
-    has_tools = bool(tools) or any(message.tool_calls or message.tool_call_id for message in wanted.messages)
+    has_tools = bool(tools) or any(
+        message["role"] == "tool" or message.get("tool_calls") for message in messages
+    )
     as_text = has_tools and not template.reads("tools", "tool_calls")
     if as_text:
         messages = with_tools_as_text(messages, tools or [])
@@ -208,7 +202,11 @@ def _options(wanted: ChatFields, template: ChatTemplate) -> dict[str, Any]:
 
 
 def _plain(message: ChatMessage, template: ChatTemplate) -> dict[str, Any]:
-    """A message as templates read it. Where a template does not know the role 'developer', it is the system's."""
+    """A message as templates read it.
+
+    Where a template does not know the role 'developer', it is the system's. A function's result of the older kind is
+    a tool's, and the call that it answers has the function's name as its id.
+    """
     role = message.role
     if role == "developer" and not template.reads("developer"):
         role = "system"
@@ -216,20 +214,21 @@ def _plain(message: ChatMessage, template: ChatTemplate) -> dict[str, Any]:
     for field in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, field)) is not None:
             plain[field] = value
-    if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+    if role == "function":
+        plain |= {"role": "tool", "tool_call_id": message.name}
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    if message.function_call is not None:
+        calls.append((message.function_call.name, message.function_call))
+    if calls:
+        plain["tool_calls"] = [_plain_call(name, call) for name, call in calls]
     return plain
 
 
-def _plain_call(call: ToolCall) -> dict[str, Any]:
+def _plain_call(call_id: str, call: FunctionCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):
         raise InvalidRequest(
-            f"the arguments of the tool call {call.id[:80]!r} are no valid JSON", param="messages"
+            f"the arguments of the tool call {call_id[:80]!r} are no valid JSON", param="messages"
         ) from None
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peqa_runtime.errors import InvalidRequest
-from peqa_server.fields.chat_schemas import ChatFields, Tool, ToolChoice
+from peqa_server.fields.chat_schemas import AllowedToolChoice, AllowedTools, ChatFields, Tool, ToolChoice
 
 Json = dict[str, Any]
 
@@ -78,6 +78,12 @@ def tool_use(wanted: ChatFields, parallel: bool | None = None) -> ToolUse | None
         return None
     if choice == "none":
         return None
+    if isinstance(choice, AllowedToolChoice):
+        tools, required = (
+            _allowed(wanted.tools, choice.allowed_tools),
+            choice.allowed_tools.mode == "required",
+        )
+        return ToolUse(tools, required=required, parallel=parallel is not False)
     use = ToolUse(tuple(wanted.tools), required=choice == "required", parallel=parallel is not False)
     if not isinstance(choice, ToolChoice):
         return use
@@ -87,6 +93,30 @@ def tool_use(wanted: ChatFields, parallel: bool | None = None) -> ToolUse | None
             f"tool_choice names the function {named!r}, which is not among tools", param="tool_choice"
         )
     return ToolUse(use.tools, named=named, parallel=use.parallel)
+
+
+def _allowed(tools: Sequence[Tool], allowed: AllowedTools) -> tuple[Tool, ...]:
+    """Those of `tools` that may be called; the model is not told of the others. Raises `InvalidRequest`.
+
+    An allowed one may be given by its name alone, or as it stands in `tools`.
+    """
+    offered = {tool.function.name: tool.function for tool in tools}
+    names = set()
+    for tool in allowed.tools:
+        name = tool.function.name
+        if name not in offered:
+            raise InvalidRequest(
+                f"tool_choice allows the function {name!r}, which is not among tools", param="tool_choice"
+            )
+        for field, value in tool.function.model_dump(exclude_none=True).items():
+            if value != getattr(offered[name], field):
+                raise InvalidRequest(
+                    f"tool_choice allows the function {name!r} with another {field} than it has among tools; "
+                    "its name is enough",
+                    param="tool_choice",
+                )
+        names.add(name)
+    return tuple(tool for tool in tools if tool.function.name in names)
 
 
 def moved(schema: Json, prefix: str, definitions: Json) -> Json:

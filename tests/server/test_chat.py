@@ -107,6 +107,26 @@ def test_calls_that_must_be_made_are_a_form_of_the_answer(live: Any) -> None:
     assert (message["tool_calls"][0]["function"]["arguments"], reason) == ('{"at": 1}', "stop")
 
 
+def allowing(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_calls_of_allowed_tools_alone_are_calls(live: Any) -> None:
+    server = live(answering(ANSWER), max_model_len=2000)
+    body = {"tools": TOOLS, "max_tokens": 200}
+    for choice in (allowing("auto", "look"), allowing("auto", "look", "look")):
+        message = server.post(CHAT, messages=SAY, tool_choice=choice, **body).json()["choices"][0]["message"]
+        assert [c["function"]["name"] for c in message["tool_calls"]] == ["look"]
+        assert message["content"].endswith('<tool_call>{"name": "add_2"}</tool_call>')
+        assert server.engine.requests[-1].params.structured is None
+    for names, wanted in ((["add_2"], ["add_2"]), (["add_2", "look"], ["look", "add_2"])):
+        server.post(CHAT, messages=SAY, tool_choice=allowing("required", *names), **body)
+        items = json.loads(server.engine.requests[-1].params.structured.source)["items"]
+        calls = items.get("anyOf", [items])
+        assert [call["properties"]["name"]["const"] for call in calls] == wanted
+
+
 def test_references_of_parameters_hold_where_the_schema_has_become_a_part() -> None:
     place = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}}
     schema = {
@@ -158,7 +178,18 @@ def test_echo_and_the_prompts_ids_stand_where_vllm_has_them(live: Any) -> None:
         ("tools", [{"type": "function", "function": {"name": "a", "parameters": []}}]),
         ("tools", [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]),
         ("tool_choice", "auto"), ("tool_choice", "any"), ("tool_choice", 3), ("tool_choice", {"type": "function"}),
-        ("tool_choice", {"type": "function", "function": {"name": "look"}}), ("parallel_tool_calls", "no"),
+        ("tool_choice", {"type": "function", "function": {"name": "look"}}), ("tool_choice", allowing("auto", "look")),
+        ("tool_choice", allowing("none", "look")), ("tool_choice", allowing("auto")),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": []}),
+        ("tool_choice", {"type": "custom", "custom": {"name": "x"}}), ("verbosity", "low"),
+        ("moderation", {"model": "x"}),
+        ("messages", [{"role": "admin", "content": "x"}]), ("messages", [{"role": "User", "content": "x"}]),
+        ("messages", [{"role": 5, "content": "x"}]), ("messages", [{"content": "x"}]),
+        ("messages", [{"role": "user", "content": None}]),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "text", "text": "x", "other": 1}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
+        ("parallel_tool_calls", "no"),
         ("chat_template", 5), ("chat_template", "{{ messages }}"), ("chat_template_kwargs", []), ("documents", "x"),
         ("documents", ["x"]), ("documents", [{"text": "x"}]), ("reasoning_effort", "huge"), ("echo", "yes"),
         ("add_special_tokens", 1), ("functions", [{"name": "f"}]), ("function_call", "auto"), ("modalities", ["audio"]),
@@ -182,6 +213,17 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     assert error["code"] == "invalid_json" or error["param"].startswith(field), error
     assert not server.engine.requests
     assert server.idle
+
+
+def test_an_unknown_role_is_told_the_known_ones(server: Any) -> None:
+    error = server.error(400, path=CHAT, messages=[*SAY, {"role": "bot", "content": "x"}])
+    assert error["param"] == "messages[1].role"
+    for role in ("system", "developer", "user", "assistant", "tool", "function"):
+        assert repr(role) in error["message"]
+    assert (
+        server.error(400, path="/tokenize", messages=[{"role": "bot", "content": "x"}])["param"]
+        == "messages[0].role"
+    )
 
 
 def test_fields_of_other_servers_that_change_nothing_are_taken(server: Any) -> None:

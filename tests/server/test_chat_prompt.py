@@ -114,18 +114,70 @@ def test_roles_kwargs_and_documents(written: Any) -> None:
     assert written(PLAIN, add_generation_prompt=False) == "<user>hi"
 
 
+def test_calls_and_results_of_the_older_kind(written: Any) -> None:
+    """Before there were tool_calls, the assistant's message had function_call, and its result the role "function"."""
+    history = [
+        *SAY,
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "function", "name": "look", "content": "a door"},
+    ]
+    assert written(KNOWING, messages=history) == "<user>hi<assistant>(look é)<tool>a door"
+    ids = "{% for m in messages %}{{ m.tool_call_id or (m.tool_calls or [{}])[0].id }};{% endfor %}"
+    assert written(ids, messages=history) == ";look;look;"
+    assert "<tool_response>\na door\n</tool_response>" in written(PLAIN, messages=history)
+
+
+def test_an_assistants_message_may_have_no_content(written: Any) -> None:
+    for message, text in (
+        ({"content": None, "tool_calls": [CALL]}, "<assistant>(look é)"),
+        ({"content": None, "refusal": "No."}, "<assistant>No."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "<assistant>No."),
+        ({"content": ""}, "<assistant>"),
+    ):
+        assert written(KNOWING, messages=[*SAY, {"role": "assistant", **message}]) == "<user>hi" + text
+
+
+def test_marks_for_other_servers_caches_are_taken(written: Any) -> None:
+    marks = ({"cache_control": {"type": "ephemeral"}}, {"prompt_cache_breakpoint": {"mode": "explicit"}})
+    parts = [{"type": "text", "text": "hi", **mark} for mark in marks]
+    assert written(PLAIN, messages=[{"role": "user", "content": parts}]) == "<user>hihi<a>"
+
+
+def allowing(mode: str, *functions: dict[str, Any]) -> dict[str, Any]:
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_the_model_is_told_of_allowed_tools_only(written: Any) -> None:
+    for function in ({"name": "look"}, TOOLS[0]["function"]):
+        text = written(KNOWING, tools=TOOLS, tool_choice=allowing("auto", function))
+        assert text == '[look:{"type": "object"};]<user>hi'
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"chat_template": "x"}, "chat_template"),
+        ({"tools": TOOLS, "tool_choice": allowing("auto", {"name": "other"})}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowing("auto", {"name": "look", "description": "Other"})}, "tool_choice"),
+        ({"tool_choice": allowing("required", {"name": "look"})}, "tool_choice"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"documents": [{"text": "x"}]}, "documents"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "function_call": CALL["function"]}]},
+         "messages[0].function_call"),
+        ({"messages": [{"role": "system", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].name"),
+        *[({"messages": [*SAY, {"role": role, "content": None}]}, "messages[1].content")
+          for role in ("system", "developer", "user", "assistant")],
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": None}]}, "messages[0].content"),
         (
             {"messages": [*SAY, {"role": "assistant",
                                  "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}]},
