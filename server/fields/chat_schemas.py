@@ -98,7 +98,7 @@ class RefusalPart(Strict):
     refusal: str
 
 
-_PARTS = {"text": TextPart, "refusal": RefusalPart}
+_PARTS: dict[str, type[Strict]] = {"text": TextPart, "refusal": RefusalPart}
 
 
 def _part(part: object) -> str:

@@ -1,4 +1,4 @@
-"""Every field that the newest `openai` client, or vLLM's users, can send: offered, harmless, or refused for a reason."""
+"""Every field that the newest `openai` client or users of vLLM can send: offered, harmless, or refused for a reason."""
 
 from __future__ import annotations
 
