@@ -66,7 +66,7 @@ class Engine:
         """
         self.config = config = config or EngineConfig()
         self.model = model = open_model(base, device=device, dtype=dtype)
-        self.tasks, self._temporary = open_tasks(tasks, model.manifest, config)
+        self.tasks, self._own = open_tasks(tasks, model.manifest, config)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         counts = self.tasks.registry.counts()
         if (counts.rows + 1, counts.group_rows + 1) != (config.task_rows, config.group_rows):
@@ -251,9 +251,7 @@ class Engine:
     def close(self) -> None:
         """End all requests and free what is not memory. Safe to call twice."""
         self.abort_all()
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
+        self._own.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -324,8 +322,8 @@ class Engine:
             lease.task,
             lease.revision,
         )
-        if self.tasks.registry.strike(lease.revision):
-            logger.error("task %r, revision %s, is in quarantine", lease.task, lease.revision)
+        for task in self.tasks.strike(lease.revision):
+            logger.error("task %r, revision %s, is in quarantine", task, lease.revision)
 
     def _book(self, outputs: Items[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""

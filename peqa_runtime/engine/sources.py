@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -27,14 +28,16 @@ def open_model(base: LoadedModel | Path | str, *, device: str, dtype: str) -> Lo
 
 def open_tasks(
     tasks: TaskLibrary | Path | str | None, manifest: BaseManifest, config: EngineConfig
-) -> tuple[TaskLibrary, TemporaryDirectory[str] | None]:
-    """The tasks of a store folder; None: of a new temporary one, which the caller cleans up. Raises `StoreError`."""
+) -> tuple[TaskLibrary, ExitStack]:
+    """The tasks of a store folder (None: of a new temporary one), and what to close in the end: nothing of a library
+    that was given. Raises `StoreError`."""
+    own = ExitStack()
     if isinstance(tasks, TaskLibrary):
-        return tasks, None
-    temporary = None
+        return tasks, own
     if tasks is None:
-        temporary = TemporaryDirectory(prefix="peqa-store-")
-        tasks = temporary.name
+        tasks = own.enter_context(TemporaryDirectory(prefix="peqa-store-"))
     registry = TaskRegistry(rows=config.task_rows, group_rows=config.group_rows)
     store = ScaleStore(Path(tasks), manifest)
-    return TaskLibrary(store, registry, host_bytes=config.host_cache_bytes), temporary
+    library = TaskLibrary(store, registry, host_bytes=config.host_cache_bytes)
+    own.callback(library.close)
+    return library, own

@@ -221,6 +221,19 @@ class ScaleStore:
                 self._folders.commit(task, None)
                 self._shelf.take(task, None)
 
+    def quarantine(self, task: str, revision: str) -> None:
+        """Note, durably, that the task's current revision is set aside, until an upload or a rollback.
+
+        Nothing happens when another revision is current by now. Raises `StoreError`.
+        """
+        with self._writing("written"):
+            before = self._reread(task)
+            if before is not None and before.current.revision == revision and not before.quarantined:
+                with self._shelf.changing(task):
+                    after = replace(before, quarantined=True)
+                    self._folders.commit(task, after)
+                    self._shelf.take(task, after)
+
     def rollback_target(self, task: str, revision: str | None = None) -> HistoryEntry:
         """Return the entry that `rollback` would make current. Raises `UnknownTask`, `NoSuchRevision`."""
         return self._history(task).rolled_back(revision).current

@@ -42,11 +42,15 @@ class HistoryEntry:
 
 @dataclass(frozen=True)
 class TaskHistory:
-    """The entries of one task; `entries[position]` is current."""
+    """The entries of one task; `entries[position]` is current.
+
+    `quarantined`: the current one made NaN or infinity, see `TaskRegistry`; an upload or a rollback ends that.
+    """
 
     task: str
     entries: tuple[HistoryEntry, ...]
     position: int
+    quarantined: bool = False
 
     @property
     def current(self) -> HistoryEntry:
@@ -61,13 +65,13 @@ class TaskHistory:
     def with_upload(self, entry: HistoryEntry, keep: int) -> TaskHistory:
         """Return the history after an upload, with the newest `keep` entries."""
         entries = (*self.entries, entry)[-keep:]
-        return replace(self, entries=entries, position=len(entries) - 1)
+        return replace(self, entries=entries, position=len(entries) - 1, quarantined=False)
 
     def with_current(self, entry: HistoryEntry) -> TaskHistory:
         """Return the history with the current entry replaced."""
         entries = list(self.entries)
         entries[self.position] = entry
-        return replace(self, entries=tuple(entries))
+        return replace(self, entries=tuple(entries), quarantined=False)
 
     def rolled_back(self, revision: str | None = None) -> TaskHistory:
         """Return the history with an earlier entry current: the nearest of another revision, or the one named.
@@ -82,10 +86,10 @@ class TaskHistory:
                 raise NoSuchRevision(
                     f"task {self.task!r} has no revision before {self.current.revision[:12]}"
                 )
-            return replace(self, position=position)
+            return replace(self, position=position, quarantined=False)
         for position in reversed(range(len(self.entries))):
             if self.entries[position].revision == revision:
-                return replace(self, position=position)
+                return replace(self, position=position, quarantined=False)
         kept = ", ".join(dict.fromkeys(entry.revision[:12] for entry in reversed(self.entries)))
         raise NoSuchRevision(f"task {self.task!r} has no revision {str(revision)[:80]!r}; kept: {kept}")
 
@@ -123,6 +127,7 @@ class TaskHistory:
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "position": self.position,
+            **({"quarantined": True} if self.quarantined else {}),
             "history": [{**asdict(replace(e, note={})), "note": dict(e.note)} for e in self.entries],
         }
         return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -134,7 +139,8 @@ class TaskHistory:
             content = json.loads(data)
             if content["format_version"] != FORMAT_VERSION or content["task"] != task:
                 raise ValueError("not the history of this task, or of another format version")
-            history = cls(task, tuple(_entry(raw) for raw in content["history"]), content["position"])
+            entries = tuple(_entry(raw) for raw in content["history"])
+            history = cls(task, entries, content["position"], bool(content.get("quarantined", False)))
             history.entries[history.position]
         except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(f"damaged: {type(error).__name__} {error}") from None
@@ -146,7 +152,8 @@ class TaskHistory:
 def after_upload(task: str, before: TaskHistory | None, entry: HistoryEntry, keep: int) -> TaskHistory:
     """Return the history after an upload, with the newest `keep` entries; `before` itself when nothing is new.
 
-    What is current already makes no new entry: another prompt format or note replaces the entry's.
+    What is current already makes no new entry: another prompt format or note replaces the entry's, and a quarantine
+    ends.
     """
     if before is None:
         return TaskHistory(task, (entry,), 0)
@@ -155,7 +162,7 @@ def after_upload(task: str, before: TaskHistory | None, entry: HistoryEntry, kee
         return before.with_upload(entry, keep)
     if (current.prompt_format, current.note) != (entry.prompt_format, entry.note):
         return before.with_current(entry)
-    return before
+    return replace(before, quarantined=False) if before.quarantined else before
 
 
 def check_match(task: str, history: TaskHistory | None, if_match: str | None) -> None:

@@ -19,7 +19,7 @@ from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.scales.task_folder import Stamp
 from peqa_runtime.scales.task_history import HistoryEntry, TaskHistory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class TaskRecord:
     prompt_format: str
     file_digest: str
     num_revisions: int
+    quarantined: bool
 
     @classmethod
     def of(cls, history: TaskHistory, stamp: Stamp) -> TaskRecord:
@@ -50,6 +51,7 @@ class TaskRecord:
             prompt_format=e.prompt_format,
             file_digest=e.file_digest,
             num_revisions=len(history.entries),
+            quarantined=history.quarantined,
         )
 
     @property
@@ -146,14 +148,16 @@ def read_index(path: Path) -> dict[str, TaskRecord]:
 def _row(r: TaskRecord) -> list[Any]:
     return [
         *r.stamp, r.revision, r.kind, r.num_bytes, r.created, r.base_digest, r.prompt_format, r.file_digest,
-        r.num_revisions,
+        r.num_revisions, r.quarantined,
     ]  # fmt: skip
 
 
 def _record(row: list[Any], shared: dict[Any, Any]) -> TaskRecord:
-    mtime, size, inode, revision, kind, num_bytes, created, base, prompt_format, file_digest, count = row
+    mtime, size, inode, revision, kind, num_bytes, created, base, prompt_format, file_digest, count, aside = (
+        row
+    )
     kind, base, prompt_format = (shared.setdefault(text, text) for text in (kind, base, prompt_format))
     stamp = (mtime, size, inode)
     return TaskRecord(
-        stamp, revision, kind, num_bytes, created, base, prompt_format, file_digest, num_revisions=count
+        stamp, revision, kind, num_bytes, created, base, prompt_format, file_digest, count, aside
     )

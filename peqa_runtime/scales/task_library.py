@@ -7,10 +7,11 @@ between is, at the next start, wholly there or not at all.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from peqa_runtime.core import (
@@ -26,6 +27,7 @@ from peqa_runtime.errors import (
     InvalidScaleSet,
     InvalidTaskName,
     NoSuchRevision,
+    StoreError,
 )
 from peqa_runtime.prompt_format import prompt_format_fault
 from peqa_runtime.scales.host_cache import HostCache
@@ -75,6 +77,7 @@ class TaskLibrary:
         )
         self._watch: StoreWatch | None = None
         self._unplaceable: dict[str, str] = {}
+        self._notes: list[Future[None]] = []  # quarantines on their way to the disk
         for task in store.tasks():
             self._publish(task)
 
@@ -124,7 +127,11 @@ class TaskLibrary:
         with self._change_lock:
             for task in self.store.refresh():
                 record, known = self.store.record(task), self.registry.peek(task)
-                if record is None or known is None or known != record.lease(task):
+                if (
+                    record is None
+                    or known != record.lease(task)
+                    or record.quarantined != self.registry.is_quarantined(task)
+                ):
                     self._publish(task)
 
     def watch(self, seconds: float) -> None:
@@ -137,6 +144,7 @@ class TaskLibrary:
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
+        wait(self._notes)
         self.store.close()
 
     def info(self, task: str) -> TaskInfo:
@@ -165,8 +173,19 @@ class TaskLibrary:
         return {**self.store.unusable(), **self._unplaceable}
 
     def quarantined(self) -> dict[str, str]:
-        """Return the tasks whose current revision is set aside, each with the reason; see `TaskRegistry.strike`."""
+        """Return the tasks whose current revision is set aside, each with the reason; see `strike`."""
         return self.registry.quarantined()
+
+    def strike(self, revision: str) -> list[str]:
+        """Count a request on this leased revision that ended with NaN or infinity; return the tasks that this puts in
+        quarantine. They stay there until their next upload or rollback, after a restart and in every process on the
+        store too; the disk is written by another thread."""
+        tasks = self.registry.strike(revision)
+        self._notes = [note for note in self._notes if not note.done()]
+        self._notes += [
+            self._host.later(functools.partial(self._note_quarantine, task, revision)) for task in tasks
+        ]
+        return tasks
 
     def revisions(self, task: str) -> tuple[RevisionInfo, ...]:
         """Return the task's kept revisions, newest first. Raises `UnknownTask`."""
@@ -244,6 +263,15 @@ class TaskLibrary:
     def _arranged(self, scale_set: ScaleSet) -> ScaleSet:
         return scale_set if self.arrange is None else self.arrange(scale_set)
 
+    def _note_quarantine(self, task: str, revision: str) -> None:
+        with self._change_lock:
+            if not (self.registry.is_quarantined(task) and self.registry.current(task) == revision):
+                return  # uploaded or rolled back meanwhile
+            try:
+                self.store.quarantine(task, revision)
+            except StoreError as error:
+                logger.warning("the quarantine of task %r is forgotten at a restart: %s", task, error)
+
     def _has_moved(self, lease: Lease) -> bool:
         """True when the task has another revision, or none that can be used, since the lease."""
         if lease.revision == BASE_REVISION:
@@ -265,7 +293,9 @@ class TaskLibrary:
                 self._unplaceable[task] = str(error)
                 record = None
         if record is not None:
-            self.registry.set_current(task, record.revision, record.kind, record.prompt_format)
+            self.registry.set_current(
+                task, record.revision, record.kind, record.prompt_format, quarantined=record.quarantined
+            )
         elif self.registry.current(task) is not None:
             self.registry.delete(task)
 

@@ -8,8 +8,9 @@ One registry is the single source of truth. Three rules, each under one lock:
 - Deleting a task (or replacing its revision) is two-phase: the name changes at once, the old revision's row is
   free when its last lease is released.
 
-A revision that made NaN or infinity `STRIKES` times is in quarantine: nobody acquires it any more, those who hold it
-go on. Making it, or another one, the task's current revision (upload, rollback) ends that.
+A task whose current revision made NaN or infinity `STRIKES` times is in quarantine, and so is every other that has this
+revision: nobody acquires it any more, those who hold it go on. Making it, or another one, the task's current revision
+(upload, rollback) ends that, for this task.
 
 A revision is the digest of its content, so a name that is used again can never meet another version's row, and
 two tasks with equal content share one.
@@ -71,11 +72,17 @@ class TaskRegistry:
         self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
         self._unwritten: set[str] = set()  # resident, but the content of the row is not known to be right
         self._strikes: Counter[str] = Counter()  # revision -> requests that ended with NaN or infinity
+        self._aside: set[str] = set()  # tasks in quarantine
         self._free = list(range(rows - 1, 0, -1))
         self._free_group = list(range(group_rows - 1, 0, -1))
 
-    def set_current(self, task: str, revision: str, kind: ScaleKind, prompt_format: str = "") -> None:
-        """Make `revision` what `acquire(task)` gives from now on. Leases on the one before stay valid."""
+    def set_current(
+        self, task: str, revision: str, kind: ScaleKind, prompt_format: str = "", *, quarantined: bool = False
+    ) -> None:
+        """Make `revision` what `acquire(task)` gives from now on. Leases on the one before stay valid.
+
+        `quarantined`: it is known to have made NaN or infinity.
+        """
         assert task != BASE_TASK
         assert revision != BASE_REVISION
         with self._lock:
@@ -83,30 +90,44 @@ class TaskRegistry:
             self._current[task] = Lease(task, revision, kind, prompt_format)
             self._names[revision] += 1
             self._strikes.pop(revision, None)
+            if quarantined:
+                self._aside.add(task)
+            else:
+                self._aside.discard(task)
             if before is not None:
                 self._forget_name(before.revision)
 
-    def strike(self, revision: str) -> bool:
-        """Count a request on this leased revision that ended with NaN or infinity; True when that sets it aside."""
+    def strike(self, revision: str) -> list[str]:
+        """Count a request on this leased revision that ended with NaN or infinity; return the tasks that this puts in
+        quarantine."""
         assert revision != BASE_REVISION
         with self._lock:
             if self._names.get(revision):  # else nobody can ask for it any more
                 self._strikes[revision] += 1
-            return self._strikes[revision] == STRIKES
+            if self._strikes[revision] < STRIKES:
+                return []
+            del self._strikes[revision]
+            tasks = [t for t, lease in self._current.items() if lease.revision == revision]
+            new = sorted(set(tasks) - self._aside)
+            self._aside.update(new)
+            return new
 
     def quarantined(self) -> dict[str, str]:
-        """Tasks whose current revision is in quarantine, each with the reason."""
+        """Tasks in quarantine, each with the reason."""
         with self._lock:
-            bad = {revision for revision, times in self._strikes.items() if times >= STRIKES}
-            if not bad:
-                return {}
-            return {t: _why(lease) for t, lease in sorted(self._current.items()) if lease.revision in bad}
+            return {task: _why(self._current[task]) for task in sorted(self._aside)}
+
+    def is_quarantined(self, task: str) -> bool:
+        """True for a task in quarantine."""
+        with self._lock:
+            return task in self._aside
 
     def delete(self, task: str) -> None:
         """Remove the name; who holds a lease keeps it. Raises `UnknownTask`."""
         with self._lock:
             if task not in self._current:
                 raise self._unknown(task)
+            self._aside.discard(task)
             self._forget_name(self._current.pop(task).revision)
 
     def acquire(self, task: str) -> Lease:
@@ -119,7 +140,7 @@ class TaskRegistry:
                 lease = Lease(task, BASE_REVISION)
             elif task in self._current:
                 lease = self._current[task]
-                if self._strikes.get(lease.revision, 0) >= STRIKES:
+                if task in self._aside:
                     raise TaskQuarantined(_why(lease))
             else:
                 raise self._unknown(task)

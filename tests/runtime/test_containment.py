@@ -13,7 +13,9 @@ from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
 from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.engine import ENGINE_RESTARTED, REQUEST_FAILED, Engine
 from peqa_runtime.errors import EngineDead, TaskQuarantined
-from peqa_runtime.scales.task_registry import STRIKES
+from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.task_library import TaskLibrary
+from peqa_runtime.scales.task_registry import STRIKES, TaskRegistry
 
 MakeEngine = Callable[..., Engine]
 BAD = 96
@@ -307,6 +309,40 @@ def test_a_rollback_ends_the_quarantine(
     assert_right(engine, drain(engine)["old"], [1], 1.5)
     engine.tasks.delete("a")
     assert engine.tasks.registry.quarantined() == {}
+
+
+def test_a_quarantine_outlives_the_process_until_an_upload_or_a_rollback(
+    fake_engine: MakeEngine, make_fake_set: Callable[[float], bytes]
+) -> None:
+    engine = fake_engine(model={"poison": BAD}, tasks={"a": 1.5, "b": 0.5, "twin": 1.5})
+    engine.tasks.upload("b", make_fake_set(0.25))
+    for task in ("a", "b"):
+        strike(engine, task)
+    engine.tasks.close()
+    store, registry = engine.tasks.store, engine.tasks.registry
+
+    def restarted() -> TaskLibrary:
+        rows = registry.counts().rows + 1
+        return TaskLibrary(ScaleStore(store.directory, store.manifest), TaskRegistry(rows=rows))
+
+    again = restarted()
+    assert again.quarantined() == registry.quarantined()
+    assert set(again.quarantined()) == {"a", "b", "twin"}
+    with pytest.raises(TaskQuarantined):
+        again.acquire("a")
+    assert again.info("a").num_revisions == 1
+    assert [info.task for info in again.page()] == ["a", "b", "twin"]
+    again.upload("a", make_fake_set(1.5))  # what it is already
+    again.rollback("b")
+    again.release(again.acquire("a"))
+    assert set(again.quarantined()) == {"twin"}
+    again.close()
+    last = restarted()
+    assert set(last.quarantined()) == {"twin"}
+    last.delete("twin")
+    last.upload("twin", make_fake_set(1.5))
+    assert last.quarantined() == {}
+    last.close()
 
 
 def test_the_base_is_never_set_aside(fake_engine: MakeEngine) -> None:

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from peqa_runtime.core import BaseManifest, LinearShape
-from peqa_runtime.errors import StoreError, UnknownTask
+from peqa_runtime.errors import StoreError, TaskQuarantined, UnknownTask
 from peqa_runtime.scales import change_log
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_runtime.scales.task_library import TaskLibrary
-from peqa_runtime.scales.task_registry import TaskRegistry
+from peqa_runtime.scales.task_registry import STRIKES, TaskRegistry
 
 MANIFEST = BaseManifest("tiny", "d1" * 32, {"l": LinearShape(6, 8, 2)})
 
@@ -78,6 +78,52 @@ def test_a_prompt_format_alone_is_a_change(folder: Path) -> None:
     one.upload("sql", set_of(0.8, prompt_format="Q {prompt}").to_bytes())
     two.refresh()
     assert two.acquire("sql").prompt_format == "Q {prompt}"
+
+
+def test_a_quarantine_and_its_end_are_seen_by_the_other(folder: Path) -> None:
+    one, two = new_library(folder), new_library(folder)
+    one.upload("sql", A.to_bytes())
+    one.upload("slots", B.to_bytes())
+    two.refresh()
+    lease = one.acquire("sql")
+    assert [one.strike(lease.revision) for _ in range(STRIKES)] == [[], [], ["sql"]]
+    one.release(lease)
+    one.close()
+    two.refresh()
+    with pytest.raises(TaskQuarantined):
+        two.acquire("sql")
+    assert set(two.quarantined()) == {"sql"}
+    two.upload("sql", A.to_bytes())
+    one.refresh()
+    assert one.quarantined() == two.quarantined() == {}
+    one.release(one.acquire("sql"))
+
+
+def test_a_quarantine_that_comes_too_late_for_the_disk_leaves_the_new_revision_alone(folder: Path) -> None:
+    one = new_library(folder)
+    one.upload("sql", A.to_bytes())
+    one.store.quarantine("sql", B.revision)
+    one.store.quarantine("gone", B.revision)
+    assert not one.store.record("sql").quarantined
+    one.store.quarantine("sql", A.revision)
+    assert one.store.record("sql").quarantined
+    assert [r.current for r in one.revisions("sql")] == [True]
+
+
+def test_a_full_disk_leaves_the_quarantine_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = new_library(folder)
+    one.upload("sql", A.to_bytes())
+    lease = one.acquire("sql")
+    with monkeypatch.context() as patch:
+        patch.setattr("peqa_runtime.scales.task_folder.write_atomic", _no_space)
+        for _ in range(STRIKES):
+            one.strike(lease.revision)
+        one.close()
+    assert set(one.quarantined()) == {"sql"}
+    assert "is forgotten at a restart" in caplog.text
+    assert new_library(folder).quarantined() == {}
 
 
 def test_no_news_costs_one_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
