@@ -130,13 +130,15 @@ class Request:
 class TokenLogprobs:
     """Log-probability of one token and of the most likely alternatives at its place, most likely first.
 
-    `asked`: of the tokens in `logprob_token_ids`, in that order.
+    `asked`: of the tokens in `logprob_token_ids`, in that order. `rank`: 1 + how many tokens are likelier;
+    counted for the prompt's tokens, None for generated ones.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     asked: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ class CompletionLogprobs(Answer):
 
 
 class PromptLogprob(Answer):
-    """`rank` is null where the prompt's token is not among the likeliest."""
+    """`rank` is 1 + the number of tokens that are likelier."""
 
     logprob: float
-    rank: int | None
+    rank: int
     decoded_token: str
 
 

@@ -169,17 +169,17 @@ class Answer:
     def _prompt_logprobs(self, gathered: Gathered, count: int) -> list[Json | None]:
         """vLLM's form: per prompt token its own value and the likeliest ones by token id; the first has none.
 
-        `rank` is null where the prompt's token is not among the likeliest.
+        A `rank` is 1 + the number of likelier tokens, so that equally likely ones have the same.
         """
         entries: list[Json | None] = []
         for token in gathered.prompt_logprobs or ():
             if token is None:
                 entries.append(None)
                 continue
-            listed: dict[int, tuple[float, int | None]] = {
-                t: (value, rank) for rank, (t, value) in enumerate(token.top[:count], start=1)
-            }
-            listed.setdefault(token.token_id, (token.logprob, None))
+            top = token.top[:count]
+            listed = {t: (value, 1 + sum(other > value for _, other in top)) for t, value in top}
+            assert token.rank is not None, "the engine counts it for every prompt token"
+            listed.setdefault(token.token_id, (token.logprob, token.rank))
             entries.append(
                 {
                     str(t): {"logprob": finite(value), "rank": rank, "decoded_token": self._name(t)}

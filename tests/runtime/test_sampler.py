@@ -232,9 +232,21 @@ def test_prompt_logprobs_of_every_position_of_the_share() -> None:
     for i, entry in enumerate(result.prompt_logprobs):
         assert entry.logprob == pytest.approx(float(want[i, prompt[i + 1]]), abs=1e-5)
         assert [t for t, _ in entry.top] == want[i].topk(2).indices.tolist()
+        likeliest_first = logits[i].argsort(descending=True).tolist()
+        assert entry.rank == 1 + likeliest_first.index(prompt[i + 1])
     assert result.token_id == int(logits[3].argmax())
     assert result.logprobs is not None
     assert len(result.logprobs.top) == 1
+    assert result.logprobs.rank is None, "nobody sees a generated token's"
+
+
+def test_equally_likely_prompt_tokens_have_the_same_rank() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 9] = 1.0
+    (result,) = run(
+        torch.cat([logits, random_logits(1)]), share(sequence(prompt=(5, 9, 7), prompt_logprobs=0), 0)
+    )
+    assert [entry.rank for entry in result.prompt_logprobs] == [1, 2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

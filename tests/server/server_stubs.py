@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,7 +95,9 @@ class StubStream:
         started = time.perf_counter()
         prompt_logprobs = None
         if params.prompt_logprobs is not None:
-            rest = [_logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:]]
+            rest = [
+                replace(_logprobs(t, params.prompt_logprobs), rank=1) for t in request.prompt_token_ids[1:]
+            ]
             prompt_logprobs = (None, *rest)
         if params.max_tokens == 0:
             self.engine.running.discard(request.request_id)

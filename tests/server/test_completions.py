@@ -20,7 +20,7 @@ from server_stubs import (
 
 from peqa_runtime.core import Lease, TokenLogprobs
 from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules, TokenPiece
-from peqa_server.openai.completion_json import Answer, AnswerStyle
+from peqa_server.openai.completion_json import Answer, AnswerStyle, Gathered, Usage
 from peqa_server.services import ServedModel
 
 SQL = revision_of(b"SET sql one")
@@ -341,3 +341,14 @@ def test_a_token_that_shares_its_text_does_not_pass_for_the_likeliest() -> None:
     assert answer.empty_choice(Piece("b", (TokenPiece(98, 0, never),)))["logprobs"]["token_logprobs"] == [
         -9999.0
     ]
+
+
+def test_ranks_of_prompt_tokens_count_the_likelier_ones() -> None:
+    model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+    unlikely = TokenLogprobs(98, -9.0, ((97, -0.5), (99, -1.0), (100, -1.0)), rank=41)
+    listed = TokenLogprobs(99, -1.0, ((97, -0.5), (99, -1.0), (100, -1.0)), rank=2)
+    answer = Answer(model, Lease("base", ""), AnswerStyle(prompt_logprobs=3), None)
+    gathered = Gathered(prompt_logprobs=(None, unlikely, listed))
+    rows = answer.whole([gathered], [(97, 98, 99)], Usage(3, 0))["choices"][0]["prompt_logprobs"]
+    ranks = [row and {name: entry["rank"] for name, entry in row.items()} for row in rows]
+    assert ranks == [None, {"97": 1, "99": 2, "100": 2, "98": 41}, {"97": 1, "99": 2, "100": 2}]
