@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from peqa_runtime.errors import InvalidRequest, InvalidTaskName
@@ -42,6 +43,8 @@ ErrorCode = Literal["numerical_error", "request_failed", "engine_restarted", "no
 it allows (its form, its tokens) left none to choose."""
 
 _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MEMBER = r"[^+:]+:\d+(\.\d+)?(e-\d+)?"  # of `Blend.name`
+_BLEND_NAME = re.compile(rf"{_MEMBER}(\+{_MEMBER})*")
 
 
 def check_task_name(name: str) -> str:
@@ -111,6 +114,11 @@ class Request:
     kind: ScaleKind = "channel"
     priority: int = 0
     cache_salt: str = ""
+
+    @cached_property
+    def payer(self) -> str:
+        """The task in whose share of the engine it counts, see `payer_of`."""
+        return payer_of(self.task)
 
     def __post_init__(self) -> None:
         """Check the ranges; the message names the field and the allowed values."""
@@ -224,6 +232,15 @@ class Blend:
     def name(self) -> str:
         """What stands for the blend where one task's name would; no task can have this name."""
         return "+".join(f"{task}:{share:.6g}" for task, share in self.shares)
+
+
+def payer_of(name: str) -> str:
+    """The task in whose share of the engine a request counts: of a blend's name the member with the largest weight (of
+    equal ones the first), any other name itself. So a thousand blends of two tasks get no more than two tasks do."""
+    if not _BLEND_NAME.fullmatch(name):
+        return name
+    members = (member.split(":") for member in name.split("+"))
+    return max(members, key=lambda member: float(member[1]))[0].partition("@")[0]
 
 
 @dataclass(frozen=True, slots=True)

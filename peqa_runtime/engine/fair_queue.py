@@ -10,7 +10,8 @@ as long as two tasks of one priority both have something waiting, the tokens com
 N being the most sequences that run at once and L the longest prompt plus output. For a task starts a sequence only
 while its counter is the smallest; from then on at most N·L tokens are added to it by what runs, before it is its turn
 again; and counters of waiting tasks never jump. Tokens computed again after a preemption, or found in the prefix
-cache, count nothing.
+cache, count nothing. A blend counts for its member with the largest weight (`payer_of`): a sequence's task is here its
+`Request.payer`.
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ class _Level:
         self._tidy_at = _MIN_NAMES
 
     def share(self, sequence: Sequence) -> _Share:
-        return self.shares[sequence.request.task]
+        return self.shares[sequence.request.payer]
 
     def add(self, sequence: Sequence) -> None:
         self._tidy()
-        share = self.shares.setdefault(sequence.request.task, _Share())
+        share = self.shares.setdefault(sequence.request.payer, _Share())
         self._catch_up(share)
         share.new[sequence.arrival] = sequence
         self.num_waiting += 1

@@ -7,7 +7,8 @@ joined it now would wait longer than `max_wait` seconds for a place. Limits by n
 anything was measured.
 
 Who is next is the scheduler's matter, which serves tasks in turn. So a task of which nothing waits passes at most one
-request of each other task, and is let in where the task that fills the queue is not.
+request of each other task, and is let in where the task that fills the queue is not. A blend counts for one of its
+tasks, as in the `FairQueue`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from peqa_runtime.core import Request
+from peqa_runtime.core import Request, payer_of
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.errors import Overloaded
 
@@ -52,19 +53,20 @@ class QueueGauge:
 
     def reserve(self, task: str) -> None:
         """A request of this task is being prepared; it counts from now on. To be paired with `give_up`."""
-        self._reserved[task] += 1
+        self._reserved[payer_of(task)] += 1
 
     def give_up(self, task: str) -> None:
         """It is not any more: it was added, or refused."""
-        self._reserved[task] -= 1
-        if not self._reserved[task]:
-            del self._reserved[task]
+        payer = payer_of(task)
+        self._reserved[payer] -= 1
+        if not self._reserved[payer]:
+            del self._reserved[payer]
 
     def add(self, request: Request) -> None:
         """A request was submitted."""
         prompt = len(request.prompt_token_ids)
         work = prompt + min(request.params.max_tokens, self._likely_answer())
-        self._entries[request.request_id] = _Entry(request.task, prompt, work)
+        self._entries[request.request_id] = _Entry(request.payer, prompt, work)
 
     def drop(self, request_id: str) -> None:
         """A request has ended, or was never served."""
@@ -100,7 +102,10 @@ class QueueGauge:
         by_task = defaultdict(float, {name: count * share for name, count in self._reserved.items()})
         for entry in waiting:
             by_task[entry.task] += entry.work
-        total, own = sum(by_task.values()), by_task[task]  # which is an entry of its own from here on
+        total, own = (
+            sum(by_task.values()),
+            by_task[payer_of(task)],
+        )  # which is an entry of its own from here on
         ahead = min(total, (own + mean) * len(by_task))
         return ahead * self._correction() / self.rate
 

@@ -165,7 +165,7 @@ class Scheduler:
         begun = [s for s in self.running if s.num_uncomputed_tokens > 1]
         stuck = self._start_all(plan, begun, self.waiting.candidates(), None)
         if stuck is not None:
-            resident = {BASE_TASK, *(s.request.task for s in self.running)}
+            resident = {BASE_TASK, *(s.request.payer for s in self.running)}
             self._start_all(plan, begun, self.waiting.candidates(resident), stuck)
         for sequence in begun:
             if sequence.status == "running":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Blend, Request, SamplingParams, payer_of
 from peqa_runtime.engine import fair_queue
 from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
@@ -109,6 +109,31 @@ def test_a_thousand_requests_of_one_task_do_not_starve_one_of_another() -> None:
         step(s)
     started = before - len(s.waiting)
     assert started <= 2 + PLACES, "it was its turn as soon as a place was free"
+
+
+def test_many_blends_of_two_tasks_get_no_more_than_two_tasks() -> None:
+    """One client asks for 200 different mixes of a and b, another for c: a third each, not 200 to 1."""
+    s = scheduler()
+    for i in range(200):
+        weight = 0.25 + i / 400
+        blend = Blend.of({"a": weight, "b": 1 - weight}).name
+        s.add(sequence(f"blend{i}", blend, prompt=8, output=8))
+        s.add(sequence(f"c{i}", "c", prompt=8, output=8))
+    total: Counter[str] = Counter()
+    while {"a", "b", "c"} <= {w.request.payer for w in s.waiting}:
+        for task, tokens in step(s).items():
+            total[payer_of(task)] += tokens
+    assert sum(total.values()) > 1500, "or the bound says little"
+    assert max(total.values()) - min(total.values()) <= 2 * PLACES * 16
+
+
+def test_who_pays() -> None:
+    assert payer_of("sql") == payer_of("sql:1") == "sql"
+    assert payer_of(Blend.of({"b": 0.5, "a": 0.5}).name) == "a"
+    assert payer_of(Blend.of({"z": 0.999999, "a": 0.000001}).name) == "z"
+    assert payer_of(Blend.of({"base": 0.2, "sql@1a2b": 0.5, "x": 0.3}).name) == "sql"
+    path = "/tmp/a+b:0.5/set.safetensors"
+    assert [payer_of(name) for name in (path, "a:1.2.3", "a:")] == [path, "a:1.2.3", "a:"], "no blends"
 
 
 def crowded(cache: bool, crowd: list[str]) -> Scheduler:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Blend, Request, SamplingParams
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.queue_gauge import QueueGauge
 from peqa_runtime.errors import Overloaded
@@ -47,6 +47,23 @@ def test_work_that_waits_over_what_is_done_a_second() -> None:
     queue.give_up("a")
     queue.step(10_000, 20.0)
     assert queue.wait("a", ["busy", "0", "1"]) < 1.0, "it is faster now"
+
+
+def test_blends_wait_as_the_task_that_pays_for_them() -> None:
+    queue = gauge(100.0)
+    for i in range(20):
+        blend = Blend.of({"a": 0.6 + i / 100, "b": 0.4 - i / 100}).name
+        queue.add(request(str(i), blend))
+    queue.add(request("c", "c"))
+    other = queue.wait("d", BUSY)
+    assert other == pytest.approx(3.0), "one of each of the three tasks, not of 22"
+    assert queue.wait("a:0.9+z:0.1", BUSY) == queue.wait("a", BUSY) > 20
+    for i in range(3):
+        queue.reserve(f"a:0.{6 + i}+b:0.{4 - i}")
+    assert queue.wait("d", BUSY) == pytest.approx(other)
+    for i in range(3):
+        queue.give_up(f"a:0.{6 + i}+b:0.{4 - i}")
+    assert not queue._reserved
 
 
 def test_who_finds_a_place_does_not_wait() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Blend, Request, SamplingParams
 from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.scheduler import Scheduler
@@ -24,7 +24,7 @@ from peqa_runtime.engine.sequence import Sequence
 @dataclass(eq=False)
 class Job:
     name: str
-    task: str
+    asked: str | dict[str, float]  # a task, or the weights of a blend
     priority: int
     prompt: int
     output: int
@@ -33,6 +33,13 @@ class Job:
     computed: int = 0
     ever_computed: int = 0
     blocks: int = 0
+
+    @property
+    def task(self) -> str:
+        """The one that pays: of a blend the task with the largest weight."""
+        if isinstance(self.asked, str):
+            return self.asked
+        return max(sorted(self.asked), key=lambda task: self.asked[task])
 
     @property
     def left(self) -> int:
@@ -164,7 +171,8 @@ class Oracle:
 def sequence(job: Job) -> Sequence:
     prompt = tuple(range(1, job.prompt + 1))
     params = SamplingParams(max_tokens=job.output)
-    return Sequence(Request(job.name, prompt, params, job.task, priority=job.priority), list(prompt))
+    name = job.asked if isinstance(job.asked, str) else Blend.of(job.asked).name
+    return Sequence(Request(job.name, prompt, params, name, priority=job.priority), list(prompt))
 
 
 def compare(
@@ -212,7 +220,12 @@ def workloads(draw: st.DrawFn) -> dict[str, object]:
         prompt = draw(st.integers(1, min(30, blocks * size - 6)))
         output = draw(st.integers(1, min(8, blocks * size - prompt)))
         priority = draw(st.sampled_from([0, 0, 0, 0, -1, 5]))
-        job = Job(f"j{number}", f"t{draw(st.integers(0, tasks - 1))}", priority, prompt, output)
+        asked: str | dict[str, float] = f"t{draw(st.integers(0, tasks - 1))}"
+        if tasks > 1 and draw(st.booleans()):
+            first, second = draw(st.permutations([f"t{i}" for i in range(tasks)]))[:2]
+            weight = draw(st.sampled_from([0.25, 0.5, 0.625]))
+            asked = {first: weight, second: 1 - weight}
+        job = Job(f"j{number}", asked, priority, prompt, output)
         jobs.append((job, draw(st.integers(0, 20))))
     aborts = draw(st.dictionaries(st.integers(0, 40), st.sampled_from([j.name for j, _ in jobs]), max_size=4))
     budget, places = draw(st.integers(1, 32)), draw(st.integers(1, 8))
