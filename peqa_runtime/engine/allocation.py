@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.engine.canary import blocks_needed
 from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.graph_setup import reserved_bytes
 from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
 from peqa_runtime.scales.scale_bank import ScaleBank
 
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 def bound_kv_cache(model: LoadedModel, config: EngineConfig, max_model_len: int) -> KVCache:
     """Return the cache that the model's layers read and write from now on, with blocks for the canary behind it.
 
-    As many blocks as the configuration says, else as fit. Raises `ValueError` when not one context of
-    `max_model_len` tokens does.
+    As many blocks as the configuration says, else as fit beside all that is allocated and the graphs to come. Raises
+    `ValueError` when not one context of `max_model_len` tokens does.
     """
     num_blocks = config.num_blocks or fitting_blocks(
         model.kv_spec,
         block_size=config.block_size,
         dtype=model.dtype,
-        available_bytes=available_memory(model.device),
+        available_bytes=available_memory(model.device) - reserved_bytes(model, config, max_model_len),
         device=model.device,
         max_model_len=max_model_len,
         max_sequences=config.max_sequences,

@@ -16,7 +16,8 @@ class EngineConfig:
     `max_waiting` requests, or requests with together `max_waiting_tokens` tokens in their prompts, wait.
     `host_cache_bytes`: scale sets kept in host memory beyond those in use. `prefix_cache`: requests share what is
     computed of equal beginnings. `row_invariant`: on a GPU, too, a request's bits do not depend on what else runs; on
-    the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer.
+    the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer. `enforce_eager`:
+    on a GPU, capture no CUDA graphs; decode steps then wait for Python, the start takes seconds less.
     """
 
     block_size: int = 16
@@ -35,6 +36,7 @@ class EngineConfig:
     crash_window: float = 60.0
     prefix_cache: bool = True
     row_invariant: bool = False
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         """Every number is a count of at least one; rows include row 0, the base."""

@@ -15,6 +15,7 @@ from peqa_runtime.engine.allocation import attached_bank, bound_kv_cache
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.canary import Canary
 from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.graph_setup import capture_graphs
 from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
@@ -74,8 +75,8 @@ class Engine:
                 f"the task registry has {counts.rows + 1} rows and {counts.group_rows + 1} group rows, the engine "
                 f"{config.task_rows} and {config.group_rows}; give both the same numbers"
             )
-        self.kv_cache = bound_kv_cache(model, config, self.max_model_len)
         self.bank = attached_bank(model, config)
+        self.kv_cache = bound_kv_cache(model, config, self.max_model_len)  # takes of what is left
         self.tasks.arrange = self.bank.arranged
         self.guidance = Guidance(model.tokenizer, model.vocab_size, model.eos_token_ids)
         self.scheduler = self._new_scheduler()
@@ -96,6 +97,9 @@ class Engine:
             blocks=self.kv_cache.spare,
         )
         make_ready(model, config)
+        self.runner.graphs = capture_graphs(
+            self.runner, model, self.bank, self.kv_cache, config, self.max_model_len
+        )
         self._leases: dict[
             str, Lease | None
         ] = {}  # of every request in work; None: the base, without a lease

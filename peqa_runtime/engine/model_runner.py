@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,34 +12,12 @@ from torch import Tensor
 
 from peqa_kernels.paged_attention import AttentionPlan
 from peqa_runtime.engine.batch import Batch, StepResult
+from peqa_runtime.engine.decode_graphs import DecodeGraphs
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler
+from peqa_runtime.engine.step_inputs import Model, StepInputs
 from peqa_runtime.model.forward_context import ForwardContext
 from peqa_runtime.scales.scale_set import ScaleSet
-
-
-class Rows(Protocol):
-    """Which bank row each token of the step uses (the model's `StepRows`)."""
-
-    row: Tensor | None
-    group_row: Tensor | None
-
-
-class Model(Protocol):
-    """What the runner needs of a loaded model."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-
-    @property
-    def step_rows(self) -> Rows:
-        """Read by every quantized linear during the forward."""
-
-    def forward(
-        self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor
-    ) -> Tensor:
-        """float32 logits [len(logits_at), vocab] of packed tokens."""
 
 
 class Bank(Protocol):
@@ -50,20 +27,11 @@ class Bank(Protocol):
         """Copy a set into its row."""
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """One step's tensors: packed tokens, where they belong, which of them need logits, whose scales they use."""
-
-    context: ForwardContext
-    ids: Tensor  # int64 [tokens]
-    positions: Tensor  # int64 [tokens]
-    logits_at: Tensor  # int64 [rows of logits]
-    row: Tensor | None  # int32 [tokens]; None: the base
-    group_row: Tensor | None  # int32 [tokens]; None: no group scales
-
-
 class ModelRunner:
-    """Runs one step at a time. `scale_set(revision)` gives a leased set from host memory, never from disk."""
+    """Runs one step at a time. `scale_set(revision)` gives a leased set from host memory, never from disk.
+
+    `graphs`: what computes decode steps where the device has graphs; None: every step runs eagerly.
+    """
 
     def __init__(
         self,
@@ -80,14 +48,19 @@ class ModelRunner:
         self._bank = bank
         self._scale_set = scale_set
         self.sampler = sampler
+        self.graphs: DecodeGraphs | None = None
         self._block_size = block_size
 
     def run(self, batch: Batch) -> list[StepResult]:
         """Write new rows, compute the batch's tokens, choose the next ones: one result per scheduled sequence."""
         self.write_rows(batch)
-        inputs = self.inputs(batch)
         with torch.inference_mode():
-            return self.sampler.sample(batch, self.forward(inputs))
+            return self.sampler.sample(batch, self.logits(batch))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Compute the batch's tokens: float32 [rows, vocab] as `logit_positions` lists them, until the next call."""
+        logits = None if self.graphs is None else self.graphs.logits(batch)
+        return self.forward(self.inputs(batch)) if logits is None else logits
 
     def write_rows(self, batch: Batch) -> None:
         """Copy the scale sets that the step is the first to use into their rows."""
