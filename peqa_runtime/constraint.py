@@ -28,12 +28,14 @@ class Constraint:
 
     An answer ends (`finish_reason` "stop") where its form is complete and cannot go on; where it is complete and can
     go on, the model may end it. `source` is the schema as JSON, the expression, the choices as a JSON list, or the
-    grammar. The constructors check kind and size; whether the source means anything is seen when it is compiled, at
-    the latest when a request with it is added. Both raise `InvalidRequest` with param "structured".
+    grammar. `compact`: JSON comes without white space between its parts. The constructors check kind and size; whether
+    the source means anything is seen when it is compiled, at the latest when a request with it is added. Both raise
+    `InvalidRequest` with param "structured".
     """
 
     kind: ConstraintKind
     source: str
+    compact: bool = False
 
     def __post_init__(self) -> None:
         """Check the size, and that the source can be written as UTF-8."""
@@ -49,10 +51,11 @@ class Constraint:
             raise _refused(f"the {_NAMES[self.kind]} is empty")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Constraint:
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str, *, compact: bool = False) -> Constraint:
         """JSON that a schema accepts. Keys come in the order of the schema's `properties`.
 
-        `schema` may be its JSON text. A keyword that cannot be enforced is refused when the schema is compiled.
+        `schema` may be its JSON text. A keyword that cannot be enforced is refused when the schema is compiled; `oneOf`
+        can be where no value fits two of its options.
         """
         if isinstance(schema, str):
             try:
@@ -69,12 +72,12 @@ class Constraint:
             text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise _refused(f"the JSON schema holds what JSON cannot: {str(error)[:200]}") from None
-        return cls("json_schema", text)
+        return cls("json_schema", text, compact)
 
     @classmethod
-    def json_object(cls) -> Constraint:
+    def json_object(cls, *, compact: bool = False) -> Constraint:
         """Any JSON object."""
-        return cls.json_schema({"type": "object"})
+        return cls.json_schema({"type": "object"}, compact=compact)
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:

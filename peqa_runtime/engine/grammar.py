@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from peqa_runtime.constraint import Constraint
+from peqa_runtime.engine.one_of import enforceable
 from peqa_runtime.errors import InvalidRequest
 
 llguidance: Any
@@ -17,8 +19,12 @@ except ImportError:  # without it everything but forms works
 WHITESPACE = r"\x20|\n\x20{0,16}"
 """Between the parts of JSON: a space, or a line break and its indentation. Without a bound a model may never get on."""
 
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
-"""Above what a schema says of itself under `x-guidance`: `lenient` would pass over keywords without enforcing them."""
+_STRICT = {"lenient": False, "coerce_one_of": False}
+"""Above what a schema says of itself under `x-guidance`: either would pass over keywords without enforcing them."""
+_SPACED = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, **_STRICT}
+_COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", **_STRICT}
+
+_UNKNOWN = re.compile(r"Unimplemented keys: \[(.{1,200}?)\]")
 
 _MESSAGE = 300
 """Characters of llguidance's message that a client sees."""
@@ -38,7 +44,8 @@ def grammar_text(constraint: Constraint) -> str:
     source, matcher = constraint.source, llguidance.LLMatcher
     if constraint.kind == "json_schema":
         try:
-            text: str = matcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)
+            options = _COMPACT if constraint.compact else _SPACED
+            text: str = matcher.grammar_from_json_schema(_enforceable(source), overrides=options)
         except ValueError as error:
             raise InvalidRequest(str(error)[:_MESSAGE], param="structured") from None
     elif constraint.kind == "regex":
@@ -70,9 +77,23 @@ def problem(matcher: Any) -> str:
     text: str = matcher.get_error()
     if text.startswith("NoExtension"):
         return "no text has this form"
+    if "oneOf constraints are not supported" in text:
+        return (
+            "oneOf is enforced where no value can fit two of its options, and that is not certain here: give them "
+            "different types, or a required property with different values, or use anyOf"
+        )
+    if (found := _UNKNOWN.search(text)) is not None:
+        return f"keywords that cannot be enforced: {found[1]}; leave them out"
     for noise in ("\n<", "<non-verbose/>", "<state>", "<backtrace>"):
         text = text.split(noise)[0]
     return " ".join(text.split())[:_MESSAGE] or "unknown error"
+
+
+def _enforceable(source: str) -> str:
+    """A schema in keywords that llguidance knows, as far as it can be said in them."""
+    if not any(word in source for word in ('"oneOf"', '"uniqueItems"')):
+        return source
+    return json.dumps(enforceable(json.loads(source)), ensure_ascii=False)
 
 
 def _lark(source: str) -> str:

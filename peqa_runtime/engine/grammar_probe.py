@@ -1,8 +1,8 @@
 """Compiles a form in a process of its own first, which may take little time and memory, and ends either way.
 
 llguidance limits much of what it does, but not all: sixty patterns under an `allOf` were seen to take minutes and
-20 GB. A thread cannot be ended, a process can: `python -m peqa_runtime.engine.grammar_probe` reads kind and source
-as JSON.
+20 GB. A thread cannot be ended, a process can: `python -m peqa_runtime.engine.grammar_probe` reads a constraint's
+values as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def check(constraint: Constraint) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps([constraint.kind, constraint.source]).encode(),
+            input=json.dumps(astuple(constraint)).encode(),
             capture_output=True,
             timeout=WALL_SECONDS,
             check=False,
@@ -74,7 +75,7 @@ class _Bytes:
 
 def main() -> None:
     """Read a constraint from stdin, write null or what is wrong with it to stdout, as JSON."""
-    kind, source = json.load(sys.stdin)
+    constraint = Constraint(*json.load(sys.stdin))
     wrapper: Any = llguidance.TokenizerWrapper(_Bytes())
     tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=257)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -84,7 +85,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     problem = None
     try:
-        new_matcher(tokenizer, Constraint(kind, source))
+        new_matcher(tokenizer, constraint)
     except InvalidRequest as error:
         problem = str(error)
     json.dump(problem, sys.stdout)

@@ -7,12 +7,14 @@ form = await compiled(services, form_of("tools", Constraint.json_schema, schema)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.json_schema import closed
 from peqa_server.fields.forms import ResponseFormat, StructuredOutputs
 from peqa_server.fields.schemas import GenerationFields
 from peqa_server.services import Services
@@ -86,32 +88,51 @@ def _of_response_format(wanted: ResponseFormat) -> Iterator[AnswerForm]:
         yield form_of("response_format", Constraint.json_schema, wanted.json_schema.schema_)
 
 
+_NOT_OFFERED: Mapping[str, str] = {
+    "structural_tag": "forms of parts of an answer are not enforced; grammar can say what stands around a part, with "
+    "%json for its schema",
+    "whitespace_pattern": "JSON is written with a space, or a line break and its indentation, between its parts, or, "
+    "with disable_any_whitespace, without",
+}
+
+
 def _of_structured_outputs(wanted: StructuredOutputs) -> Iterator[AnswerForm]:
-    for name in (
-        "structural_tag",
-        "disable_any_whitespace",
-        "disable_additional_properties",
-        "whitespace_pattern",
-    ):
-        if getattr(wanted, name) not in (None, False):
+    for name, reason in _NOT_OFFERED.items():
+        if getattr(wanted, name) is not None:
             raise InvalidRequest(
-                f"structured_outputs.{name} is not offered; leave it out", param=f"structured_outputs.{name}"
+                f"structured_outputs.{name} is not offered: {reason}; leave it out",
+                param=f"structured_outputs.{name}",
             )
+    compact, no_more = bool(wanted.disable_any_whitespace), bool(wanted.disable_additional_properties)
+
+    def schema(source: dict[str, Any] | bool | str) -> Constraint:
+        form = Constraint.json_schema(source, compact=compact)
+        return Constraint.json_schema(closed(json.loads(form.source)), compact=compact) if no_more else form
+
     found = list(
         _given(
-            ("structured_outputs.json", Constraint.json_schema, wanted.json_),
+            ("structured_outputs.json", schema, wanted.json_),
             ("structured_outputs.regex", Constraint.regex, wanted.regex),
             ("structured_outputs.choice", Constraint.choice, wanted.choice),
             ("structured_outputs.grammar", Constraint.grammar, wanted.grammar),
         )
     )
     if wanted.json_object:
-        found.append(AnswerForm(Constraint.json_object(), "structured_outputs.json_object"))
+        found.append(AnswerForm(Constraint.json_object(compact=compact), "structured_outputs.json_object"))
     if len(found) != 1:
         raise InvalidRequest(
             "structured_outputs must have exactly one of json, regex, choice, grammar and json_object",
             param="structured_outputs",
         )
+    for name, asked, has_place in (
+        ("disable_any_whitespace", compact, wanted.json_ is not None or wanted.json_object),
+        ("disable_additional_properties", no_more, wanted.json_ is not None),
+    ):
+        if asked and not has_place:
+            raise InvalidRequest(
+                f"structured_outputs.{name} is about JSON by a schema, which this form is not; leave it out",
+                param=f"structured_outputs.{name}",
+            )
     yield from found
 
 

@@ -146,6 +146,8 @@ def test_completions_own_fields(client: OpenAI) -> None:
     reported = complete(client, prompt_logprobs=1, max_tokens=1).choices[0].prompt_logprobs
     assert reported[0] is None
     assert reported[1][str(ids(client, " capital")[0])]["decoded_token"] == " capital"
+    tokens = ids(client, PROMPT)
+    assert [entry[str(token)]["rank"] for entry, token in zip(reported[1:], tokens[1:], strict=True)][1:] == [1, 2, 1]
     with pytest.raises(openai.BadRequestError, match="cannot fill in before a suffix"):
         complete(client, suffix="the end")
 

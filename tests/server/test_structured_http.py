@@ -117,6 +117,23 @@ def test_a_json_object_is_one(client: httpx.Client) -> None:
                 assert isinstance(json.loads(choice["text"]), dict)
 
 
+def test_json_without_white_space_or_more_properties(client: httpx.Client) -> None:
+    compact = {"disable_any_whitespace": True, "disable_fallback": True}
+    for text in texts(client, n=4, structured_outputs={"json": PERSON, **compact}):
+        assert text == json.dumps(json.loads(text), separators=(",", ":"))
+    spaced = texts(client, n=4, structured_outputs={"json": PERSON, "disable_any_whitespace": False})
+    assert any(character in text for text in spaced for character in " \n")
+    answer = client.post(
+        "/v1/completions", json=body(max_tokens=30, structured_outputs={"json_object": True, **compact})
+    ).json()
+    assert not re.match(r"\{\s|[^\"]*[,:]\s", answer["choices"][0]["text"])
+    opened = {key: value for key, value in PERSON.items() if key != "additionalProperties"}
+    for source in (opened, json.dumps(opened)):
+        wanted = {"json": source, "disable_additional_properties": True}
+        for text in texts(client, n=3, structured_outputs=wanted):
+            assert set(json.loads(text)) == {"name", "age"}
+
+
 def test_forms_go_with_every_other_field(client: httpx.Client) -> None:
     form = {"guided_regex": "[a-f]{6}"}
     whole = client.post(
@@ -191,6 +208,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"no_such": 1}}, "structured_outputs.no_such"),
     ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
     ({"structured_outputs": {"json": {}, "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+     "structured_outputs.disable_any_whitespace"),
+    ({"structured_outputs": {"json_object": True, "disable_additional_properties": True}},
+     "structured_outputs.disable_additional_properties"),
+    ({"structured_outputs": {"json": "{", "disable_additional_properties": True}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": {"uniqueItems": True}}}, "structured_outputs.json"),
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
     ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
