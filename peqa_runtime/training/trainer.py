@@ -9,10 +9,10 @@ its own loss and its own clipping. Several processes (`accelerate launch`) share
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -111,16 +111,14 @@ def tune(
         _keep_frozen_at_home(tunable.model)
     if config.checkpoint_activations:
         _checkpoint_activations(tunable.model, True)
-    own_forward = tunable.model.__dict__.get("forward")
     stop.install()
     start = time.monotonic()
     try:
-        with tuning_attention(tunable.model):
+        with tuning_attention(tunable.model), _as_it_was(tunable.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stop.restore()
         tunable.parts.parts = ()
-        _give_back_forward(tunable.model, own_forward)
         if config.checkpoint_activations:
             _checkpoint_activations(tunable.model, False)
     if stop.stopped and trainer.state.global_step < config.steps:
@@ -192,12 +190,19 @@ def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
     getattr(model, f"{prefix}_checkpointing_{verb}")(*settings)
 
 
-def _give_back_forward(model: PreTrainedModel, before: Any) -> None:
-    """Accelerate leaves a forward on the model that runs under autocast: evaluation in fp32 would not be in fp32."""
-    if before is not None:
-        model.forward = before
-    else:
-        model.__dict__.pop("forward", None)
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Take from the model what accelerate leaves on it: a forward under autocast, which evaluation in fp32 must not
+    have, and a mark for which the next run would get no such forward.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
 
 
 def _longest(tasks: Sequence[TaskData]) -> int:

@@ -106,6 +106,17 @@ def test_a_run_in_bfloat16_leaves_a_model_of_fp32(tunable: TunableModel, rows: R
     assert token_logprobs(tunable, ids) == before
 
 
+def test_a_second_run_on_a_model_computes_as_the_first_did(
+    tunable: TunableModel, rows: Rows, tmp_path: Path
+) -> None:
+    files = TrainingFiles("t", rows("t", 8), tmp_path / "t.safetensors", held_out=rows("h", 4))
+    config = replace(CONFIG, steps=2, compute="bfloat16")
+    first, second = (run(tunable, files, config=config)[0] for _ in range(2))
+    whole = run(tunable, files, config=replace(config, compute="float32"))[0]
+    assert first.result.base_loss == second.result.base_loss != whole.result.base_loss
+    assert first.scale_set.revision == second.scale_set.revision
+
+
 def worst_change(scale_set: ScaleSet) -> float:
     return max((t.float() - 1).abs().max().item() for t in scale_set.tensors.values())
 
