@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.export.gptq import GptqPlan, plan_gptq
 from peqa_runtime.export.merged import MergedBase, cast, open_merged
 from peqa_runtime.model.base_writer import staged_folder
-from peqa_runtime.model.quantizers.workbench import disk_full_named
 from peqa_runtime.model.shard_writer import ShardWriter
 from peqa_runtime.model.threads import one_thread
 

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peqa_runtime.core import BaseManifest, ScaleKind
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidScaleSet
 from peqa_runtime.export.merged import open_merged
 from peqa_runtime.model.base_checkpoint import open_files, open_tensors, read_manifest
 from peqa_runtime.model.base_writer import staged_folder
-from peqa_runtime.model.quantizers.workbench import disk_full_named
 from peqa_runtime.scales.scale_set import ScaleSet
 
 CONFIG_FILE = "adapter_config.json"

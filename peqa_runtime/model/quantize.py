@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model.base_checkpoint import PER_CHANNEL, QuantizationSpec
 from peqa_runtime.model.base_writer import BaseWriter, staged_folder
@@ -34,7 +35,7 @@ from peqa_runtime.model.quantizers.plan import LinearPlan, Method, Rule, plan_li
 from peqa_runtime.model.quantizers.rounding import quantize_rtn
 from peqa_runtime.model.quantizers.run import BlockRun, Say, calibrate, folder_of_run
 from peqa_runtime.model.quantizers.skeleton import Skeleton, load_skeleton
-from peqa_runtime.model.quantizers.workbench import Workbench, disk_full_named
+from peqa_runtime.model.quantizers.workbench import Workbench
 from peqa_runtime.model.threads import one_thread
 
 __all__ = ["QuantizeOptions", "QuantizeReport", "quantize_folder", "quantize_rtn"]

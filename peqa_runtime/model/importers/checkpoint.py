@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import Precision, QuantizationSpec, open_files, read_config
 from peqa_runtime.model.base_writer import BaseWriter, staged_folder
@@ -22,7 +23,6 @@ from peqa_runtime.model.importers.coded_linear import CodedLinear, Layout
 from peqa_runtime.model.importers.recognition import checkpoint_files, layout_of
 from peqa_runtime.model.quantizers.float_source import FloatSource
 from peqa_runtime.model.quantizers.skeleton import Skeleton, load_skeleton
-from peqa_runtime.model.quantizers.workbench import disk_full_named
 from peqa_runtime.model.threads import one_thread
 
 _RECOMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from peqa_runtime.disk_space import require_space
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model.loader import context_limit
 from peqa_runtime.model.quantizers.block import Block, BlockOptions, BlockResult
@@ -18,7 +19,7 @@ from peqa_runtime.model.quantizers.calibration import Calibration, CalibrationTe
 from peqa_runtime.model.quantizers.float_source import FloatSource
 from peqa_runtime.model.quantizers.plan import LinearPlan
 from peqa_runtime.model.quantizers.skeleton import Skeleton, moved
-from peqa_runtime.model.quantizers.workbench import HiddenStates, Workbench, require_space
+from peqa_runtime.model.quantizers.workbench import HiddenStates, Workbench
 from peqa_runtime.text import encode
 
 Say = Callable[[str], None]

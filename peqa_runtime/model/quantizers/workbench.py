@@ -9,55 +9,25 @@ A file is there whole or not at all. A block's file is written last, and only th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
-from peqa_runtime.errors import DiskFull
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.scales.atomic_file import sync_folder, write_atomic
 
 _LEAVES = ("qweight", "scales", "zeros")
-
-
-@contextmanager
-def disk_full_named(where: Path, *, resumes: bool = True) -> Iterator[None]:
-    """Turn what a full disk raises into `DiskFull` with a sentence; `resumes`: the same command would go on."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if not full:
-            raise
-        raise DiskFull(
-            f"the disk is full at {where}: {shutil.disk_usage(_existing(where)).free >> 20} MB are free; make room "
-            f"and run the same command again{', it goes on where it stopped' if resumes else ''}"
-        ) from error
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.absolute().parent)
-
-
-def require_space(where: Path, needed: int) -> None:
-    """Raise `DiskFull` when a volume has less than `needed` bytes free."""
-    free = shutil.disk_usage(_existing(where)).free
-    if free < needed:
-        raise DiskFull(
-            f"{where} needs about {needed >> 20} MB, and only {free >> 20} MB are free there; make room"
-        )
 
 
 @dataclass(frozen=True)
