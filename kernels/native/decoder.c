@@ -18,8 +18,8 @@ void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, floa
                           int64_t q_token, int64_t q_head, const float *keys, const float *values,
                           const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
                           const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
-                          int64_t d_v, int64_t block_size, float scaling, int64_t window, float softcap,
-                          const float *sinks);
+                          int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
+                          float softcap, const float *sinks);
 
 typedef struct {
     const peqa_decoder *m;
@@ -119,6 +119,8 @@ static void work_place(void *data, int part, int parts)
     const run *r = data;
     const peqa_decoder *m = r->m;
     const size_t d = (size_t)m->d, heads = (size_t)m->heads, kv_heads = (size_t)m->kv_heads;
+    const size_t size = (size_t)m->block_size;
+    const kv_strides at = strides_of(m->layout, size, kv_heads, d, d);
     for (ROWS_OF_PART(r)) {
         float *q = r->wide + i * qkv_width(m), *k = q + heads * d, *v = k + kv_heads * d;
         const size_t angle = (size_t)r->s->positions[i] * (d / 2);
@@ -130,13 +132,17 @@ static void work_place(void *data, int part, int parts)
         }
         if (slot < 0)
             continue;
+        const size_t block = (size_t)slot / size, offset = (size_t)slot % size;
         for (size_t head = 0; head < kv_heads; head++, k += d) {
             if (r->layer->k_norm)
                 norm_row(k, r->layer->k_norm, m->eps, d, k);
-            rotate_row(k, m->cosines + angle, m->sines + angle, d,
-                       r->layer->keys + ((size_t)slot * kv_heads + head) * d);
+            rotate_row(k, m->cosines + angle, m->sines + angle, d, k);
+            float *to = r->layer->keys + block * at.key_block + head * at.key_head + offset * at.key_token;
+            for (size_t f = 0; f < d; f++)
+                to[f * at.key_feature] = k[f];
+            copy_row(v + head * d, d,
+                     r->layer->values + block * at.value_block + head * at.value_head + offset * at.value_token);
         }
-        copy_row(v, kv_heads * d, r->layer->values + (size_t)slot * kv_heads * d);
     }
 }
 
@@ -187,7 +193,7 @@ static void attend(run *r)
         return; /* the keys and values were all that was wanted */
     peqa_paged_attention(r->pool, r->threads, r->scratch, r->narrow, r->wide, (int64_t)qkv_width(m), m->d,
                          r->layer->keys, r->layer->values, s->block_tables, s->table_stride, s->query_starts,
-                         s->seq_lens, s->sequences, m->heads, m->kv_heads, m->d, m->d, m->block_size, m->scaling,
+                         s->seq_lens, s->sequences, m->heads, m->kv_heads, m->d, m->d, m->block_size, m->layout, m->scaling,
                          r->layer->window, 0.0f, 0);
     book(r, TICKS_ATTENTION);
 }

@@ -2,6 +2,7 @@
 #ifndef PEQA_DECODER_H
 #define PEQA_DECODER_H
 
+#include "kv_layout.h"
 #include "quant_matmul.h"
 
 typedef struct {
@@ -15,7 +16,7 @@ typedef struct {
     decoder_linear qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm; /* [hidden] */
     const float *q_norm, *k_norm;           /* [d] or NULL */
-    float *keys, *values;                   /* [blocks, block_size, kv_heads, d] */
+    float *keys, *values;                   /* as the decoder's `layout` says */
     int64_t window;                         /* 0: none */
 } decoder_layer;
 
@@ -33,7 +34,7 @@ typedef struct {
     const float *norm;            /* [hidden] */
     decoder_linear head;          /* weight NULL: the step's result is the normed hidden rows */
     const float *cosines, *sines; /* [positions, d / 2] */
-    int64_t layer_count, hidden, intermediate, heads, kv_heads, d, block_size;
+    int64_t layer_count, hidden, intermediate, heads, kv_heads, d, block_size, layout;
     int64_t vocab, positions, blocks; /* rows of the embedding, of the angles, blocks of the caches */
     float eps, scaling;
 } peqa_decoder;

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.ops import NativeOps
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.paged_attention.checks import AttentionInputError
@@ -61,7 +62,7 @@ class _Decoder(ctypes.Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         *((name, c_int64) for name in ("layer_count", "hidden", "intermediate")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size", "layout")),
         *((name, c_int64) for name in ("vocab", "positions", "blocks")),
         ("eps", c_float),
         ("scaling", c_float),
@@ -177,14 +178,19 @@ class NativeDecoder:
         self._step_address = ctypes.addressof(self._step)
 
     def bind_caches(self, layer: int, key_cache: Tensor, value_cache: Tensor) -> None:
-        """Use these caches, float32 [blocks, block_size, kv_heads, d], from now on; they stay the caller's."""
+        """Use these caches from now on; they stay the caller's.
+
+        Float32 [blocks, block_size, kv_heads, d], all layers' in the same layout of kv_layout.py.
+        """
+        layout = layout_of(key_cache, value_cache)
+        assert layout is not None, (key_cache.stride(), value_cache.stride())
         for cache in (key_cache, value_cache):
             assert cache.dtype == torch.float32
-            assert cache.is_contiguous()
             assert cache.shape[2:] == (self._spec.kv_heads, self._spec.d), cache.shape
         self._layers[layer].keys = key_cache.data_ptr()
         self._layers[layer].values = value_cache.data_ptr()
         self._decoder.blocks, self._decoder.block_size = key_cache.shape[:2]
+        self._decoder.layout = layout
 
     def bind_bank(self, layer: int, linear: int, bank: LinearBank) -> None:
         """Use these scales for linear number `linear` of the layer where a step has rows; they stay the caller's."""

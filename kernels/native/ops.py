@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.native.isa import Isa
+from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 7  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 8  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -101,7 +102,7 @@ class NativeOps:
         self._attention.argtypes = (
             *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
             *(c_void_p, c_int64, c_void_p, c_void_p),
-            *(c_int64,) * 6,
+            *(c_int64,) * 7,
             *(c_float, c_int64, c_float, c_void_p),
         )
         self._attention.restype = None
@@ -201,8 +202,8 @@ class NativeOps:
     def paged_attention(
         self,
         q: Tensor,  # float32 [tokens, heads, d], strides free but for the last
-        key_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d], contiguous
-        value_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d_v], contiguous
+        key_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d], in a layout of kv_layout.py
+        value_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d_v], likewise
         block_tables: Tensor,  # int32 [seqs, max_blocks]
         query_starts: Tensor,  # int32 [seqs + 1]
         seq_lens: Tensor,  # int32 [seqs]
@@ -224,8 +225,8 @@ class NativeOps:
         if sinks is not None and sinks.dtype != torch.float32:
             sinks = sinks.float()
         assert q.dtype == key_cache.dtype == value_cache.dtype == torch.float32, q.dtype
-        assert key_cache.is_contiguous()
-        assert value_cache.is_contiguous()
+        layout = layout_of(key_cache, value_cache)
+        assert layout is not None, (key_cache.stride(), value_cache.stride())
         assert block_tables.stride(1) == 1, block_tables.stride()
         misfit = self._attention_misfit(
             block_tables.data_ptr(),
@@ -269,6 +270,7 @@ class NativeOps:
             d,
             d_v,
             block_size,
+            layout,
             scaling,
             sliding_window or 0,
             softcap or 0.0,

@@ -90,16 +90,95 @@ static void take_queries(const attention *a, const item *it, item_memory *m)
     }
 }
 
+/* ---- keys and values ---- */
+
+/* Where the keys and values of one chunk lie. */
+typedef struct {
+    const float *lanes[CHUNK / VL]; /* VL positions' keys each, one behind the other; `feature` floats to the next feature */
+    const float *key[CHUNK];        /* of each position, where its features lie side by side */
+    const float *value[CHUNK];      /* value[i] belongs to offset from + i */
+    size_t feature;
+    int32_t from, to; /* offsets in the chunk that some row of the item sees */
+} places;
+
+/* Whether VL positions' keys lie ready in a block. */
+INLINE int in_lanes(const attention *a) { return a->at.key_token == 1 && a->block_size % VL == 0; }
+
+static void locate(const attention *a, const item *it, const item_memory *m, int64_t start, int64_t begin, int64_t end,
+                   places *p)
+{
+    const int32_t *table = a->block_tables + it->sequence * a->table_stride;
+    const int ready = in_lanes(a);
+    p->from = begin > start ? (int32_t)(begin - start) : 0;
+    p->to = end < start + CHUNK ? (int32_t)(end - start) : CHUNK;
+    p->feature = ready ? a->at.key_feature : CHUNK;
+    size_t slot = (size_t)(start + p->from), block = slot / a->block_size, offset = slot % a->block_size;
+    const float *keys = 0, *values = 0;
+    for (int32_t i = 0; i < p->from; i++)
+        p->key[i] = m->nothing;
+    for (int32_t i = p->to; i < CHUNK; i++)
+        p->key[i] = m->nothing;
+    for (int32_t i = p->from; i < p->to; i++) {
+        if (!keys || offset == a->block_size) {
+            if (keys) {
+                offset = 0;
+                block++;
+            }
+            keys = a->keys + (size_t)table[block] * a->at.key_block + it->kv_head * a->at.key_head;
+            values = a->values + (size_t)table[block] * a->at.value_block + it->kv_head * a->at.value_head;
+        }
+        const float *value = values + offset * a->at.value_token;
+        p->value[i - p->from] = value;
+        for (size_t f = 0; f < a->d_v; f += 16)
+            __builtin_prefetch(value + f);
+        if (!ready)
+            p->key[i] = keys + offset * a->at.key_token;
+        else if (i == p->from || i % VL == 0) {
+            const float *lanes = keys + offset / VL * VL;
+            p->lanes[i / VL] = lanes;
+            for (size_t f = 0; f < a->d; f++)
+                __builtin_prefetch(lanes + f * p->feature);
+        }
+        offset++;
+    }
+    for (int32_t v = 0; v < (p->to + VL - 1) / VL; v++)
+        if (!ready)
+            p->lanes[v] = m->keys + v * VL;
+        else if (v < p->from / VL)
+            p->lanes[v] = p->lanes[p->from / VL]; /* anything that may be read: nobody sees these */
+}
+
+/* Lays the chunk's keys out in lanes where the cache does not have them so. */
+static void turn_keys(const attention *a, const item_memory *m, const places *p)
+{
+    if (in_lanes(a))
+        return;
+    for (int32_t i = 0; i < p->to; i += VL)
+        if (a->at.key_feature == 1)
+            transpose_rows(p->key + i, a->d, m->keys + i, CHUNK);
+        else
+            for (int32_t r = i; r < i + VL; r++)
+                for (size_t f = 0; f < a->d; f++)
+                    m->keys[f * CHUNK + (size_t)r] = r < p->from || r >= p->to ? 0.0f : p->key[r][f * a->at.key_feature];
+}
+
 /* ---- scores ---- */
 
-/* R rows against V vectors of positions. */
-INLINE void score_tile(const int R, const int V, const size_t d, const float *keys, const float *q, float *score)
+/* R rows against V vectors of positions; keys[v] + i * feature: feature i of the v-th. */
+INLINE void score_tile(const int R, const int V, const size_t d, const float *const *keys, const size_t feature,
+                       const float *q, float *score)
 {
+    const float *key[SCORE_V];
     vf acc[BLOCK_ROWS][SCORE_V];
+    UNROLL for (int v = 0; v < V; v++) key[v] = keys[v];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = vset(0.0f);
-    for (size_t i = 0; i < d; i++, keys += CHUNK, q += R) {
+    for (size_t i = 0; i < d; i++, q += R) {
         vf k[SCORE_V];
-        UNROLL for (int v = 0; v < V; v++) k[v] = vload(keys + v * VL);
+        UNROLL for (int v = 0; v < V; v++)
+        {
+            k[v] = vload(key[v]);
+            key[v] += feature;
+        }
         UNROLL for (int r = 0; r < R; r++)
         {
             const vf x = vset(q[r]);
@@ -111,24 +190,27 @@ INLINE void score_tile(const int R, const int V, const size_t d, const float *ke
 }
 
 #define SCORES(R)                                                                                                      \
-    static void scores_##R(const size_t d, const float *keys, const float *q, float *score, size_t end)                \
+    static void scores_##R(const size_t d, const float *const *keys, const size_t feature, const float *q,             \
+                           float *score, size_t vectors)                                                               \
     {                                                                                                                  \
-        size_t at = 0;                                                                                                 \
-        for (; at + SCORE_V * VL <= end; at += SCORE_V * VL)                                                           \
-            score_tile(R, SCORE_V, d, keys + at, q, score + at);                                                       \
-        for (; at < end; at += VL)                                                                                     \
-            score_tile(R, 1, d, keys + at, q, score + at);                                                             \
+        for (; vectors >= SCORE_V; vectors -= SCORE_V, keys += SCORE_V, score += SCORE_V * VL)                         \
+            score_tile(R, SCORE_V, d, keys, feature, q, score);                                                        \
+        for (; vectors >= 2; vectors -= 2, keys += 2, score += 2 * VL)                                                 \
+            score_tile(R, 2, d, keys, feature, q, score);                                                              \
+        if (vectors)                                                                                                   \
+            score_tile(R, 1, d, keys, feature, q, score);                                                              \
     }
 SCORES(1) SCORES(2) SCORES(3) SCORES(4) SCORES(5) SCORES(6)
 
 /* q k for the chunk's positions up to `end`, rounded up to whole vectors. */
-static void scores(const attention *a, const item *it, const item_memory *m, size_t end)
+static void scores(const attention *a, const item *it, const item_memory *m, const places *p)
 {
-    typedef void (*run)(size_t, const float *, const float *, float *, size_t);
+    typedef void (*run)(size_t, const float *const *, size_t, const float *, float *, size_t);
     static const run table[BLOCK_ROWS + 1] = {0, scores_1, scores_2, scores_3, scores_4, scores_5, scores_6};
     for (size_t block = 0; block < blocks_of(it->rows); block++) {
         const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        table[n](a->d, m->keys, m->query + first * a->d, m->score + first * CHUNK, end);
+        table[n](a->d, p->lanes, p->feature, m->query + first * a->d, m->score + first * CHUNK,
+                 ((size_t)p->to + VL - 1) / VL);
     }
 }
 
@@ -217,39 +299,6 @@ static void values(const attention *a, const item *it, const item_memory *m, con
 
 /* ---- one item ---- */
 
-/* Where the keys and values of one chunk lie; value[i] and key[from + i] belong together. */
-typedef struct {
-    const float *key[CHUNK], *value[CHUNK];
-    int32_t from, to; /* offsets in the chunk that some row of the item sees */
-} places;
-
-static void locate(const attention *a, const item *it, const item_memory *m, int64_t start, int64_t begin, int64_t end,
-                   places *p)
-{
-    const int32_t *table = a->block_tables + it->sequence * a->table_stride;
-    p->from = begin > start ? (int32_t)(begin - start) : 0;
-    p->to = end < start + CHUNK ? (int32_t)(end - start) : CHUNK;
-    size_t slot = (size_t)(start + p->from), block = slot / a->block_size, offset = slot % a->block_size;
-    for (int32_t i = 0; i < CHUNK; i++)
-        p->key[i] = m->nothing;
-    for (int32_t i = p->from; i < p->to; i++) {
-        const size_t token = (size_t)table[block] * a->block_size + offset;
-        const float *key = a->keys + (token * a->kv_heads + it->kv_head) * a->d;
-        const float *value = a->values + (token * a->kv_heads + it->kv_head) * a->d_v;
-        p->key[i] = key;
-        p->value[i - p->from] = value;
-        /* Rows of one head lie apart, so the hardware does not see what comes next (a third of a cold step's time). */
-        for (size_t f = 0; f < a->d; f += 16)
-            __builtin_prefetch(key + f);
-        for (size_t f = 0; f < a->d_v; f += 16)
-            __builtin_prefetch(value + f);
-        if (++offset == a->block_size) {
-            offset = 0;
-            block++;
-        }
-    }
-}
-
 static void attend(const attention *a, const item *it, item_memory *m)
 {
     const size_t group = group_of(a);
@@ -263,9 +312,8 @@ static void attend(const attention *a, const item *it, item_memory *m)
         const places *p = &two[turn];
         if (start + CHUNK < end) /* so its loads run while this chunk is computed */
             locate(a, it, m, start + CHUNK, begin, end, &two[turn ^ 1]);
-        for (int32_t i = 0; i < p->to; i += VL)
-            transpose_rows(p->key + i, a->d, m->keys + i, CHUNK);
-        scores(a, it, m, (size_t)p->to);
+        turn_keys(a, m, p);
+        scores(a, it, m, p);
         for (size_t row = 0; row < it->rows; row++) {
             const int64_t behind = it->position + (int64_t)(row / group) + 1 - start; /* the last offset it sees */
             const int64_t first = a->window ? behind - a->window : p->from;
@@ -316,14 +364,14 @@ EXPORT int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv
     return threads * (int64_t)floats_per_thread(&a);
 }
 
-/* q [tokens, heads, d] with strides q_token and q_head, caches [blocks, block_size, kv_heads, d or d_v], out [tokens,
+/* q [tokens, heads, d] with strides q_token and q_head, caches as kv_layout.h has them, out [tokens,
  * heads, d_v]; window 0: none; softcap 0: none; sinks [heads] or NULL. */
 EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
                                  int64_t q_token, int64_t q_head, const float *keys, const float *values,
                                  const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
                                  const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
-                                 int64_t d_v, int64_t block_size, float scaling, int64_t window, float softcap,
-                                 const float *sinks)
+                                 int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
+                                 float softcap, const float *sinks)
 {
     size_t next = 0;
     attention a = {.scratch = scratch, .out = out, .q = q, .keys = keys, .values = values, .sinks = sinks};
@@ -343,5 +391,6 @@ EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratc
     a.softcap = softcap;
     a.window = window;
     a.next = &next;
+    a.at = strides_of(layout, a.block_size, a.kv_heads, a.d, a.d_v);
     pool_run(pool, (int)threads, work, &a);
 }

@@ -2,6 +2,7 @@
 #ifndef PEQA_PAGED_ATTENTION_H
 #define PEQA_PAGED_ATTENTION_H
 
+#include "kv_layout.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -11,9 +12,11 @@
 
 typedef struct {
     float *scratch, *out;
-    const float *q, *keys, *values, *sinks;
+    const float *q, *sinks;
+    const float *keys, *values; /* of the caches, laid out as kv_layout says */
     const int32_t *block_tables, *query_starts, *seq_lens;
     size_t q_token, q_head, table_stride, seqs, heads, kv_heads, d, d_v, block_size;
+    kv_strides at;
     float scaling, softcap;
     int64_t window;
     size_t *next; /* the next work item that no thread has taken */

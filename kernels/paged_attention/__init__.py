@@ -6,10 +6,14 @@ offset p % block_size; slot = block * block_size + offset. Decode steps and pref
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from peqa_kernels import native
+from peqa_kernels.native import kv_layout
 from peqa_kernels.paged_attention.checks import AttentionInputError, check_attention, check_write
 from peqa_kernels.paged_attention.cpu import paged_attention_cpu, write_kv_cpu
 from peqa_kernels.paged_attention.plan import AttentionPlan
@@ -18,11 +22,34 @@ from peqa_kernels.paged_attention.reference import paged_attention_reference, wr
 __all__ = [
     "AttentionInputError",
     "AttentionPlan",
+    "new_caches",
     "paged_attention",
     "paged_attention_reference",
     "write_kv",
     "write_kv_reference",
 ]
+
+
+def new_caches(
+    blocks: int,
+    block_size: int,
+    kv_heads: int,
+    d: int,
+    d_v: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    make: Callable[[tuple[int, ...]], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keys [blocks, block_size, kv_heads, d] and values [..., d_v], laid out as the device's kernels read them fastest.
+
+    `make(shape)` gives the memory, contiguous, of that dtype and device; None: zeros.
+    """
+    fast = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+    make = make or partial(torch.zeros, dtype=dtype, device=device)
+    return kv_layout.new_caches(
+        kv_layout.HEADS_FIRST if fast else kv_layout.TOKENS_FIRST, blocks, block_size, kv_heads, d, d_v, make
+    )
 
 
 def paged_attention(
@@ -55,9 +82,9 @@ def paged_attention(
 
     Args:
         q: [tokens, heads, d], the sequences' new tokens one after the other.
-        key_cache: [blocks, block_size, kv_heads, d], contiguous, heads a multiple of kv_heads (query head h reads
-            h // (heads // kv_heads)).
-        value_cache: [blocks, block_size, kv_heads, d_v], contiguous.
+        key_cache: [blocks, block_size, kv_heads, d], contiguous or as `new_caches` lays it out, heads a multiple of
+            kv_heads (query head h reads h // (heads // kv_heads)).
+        value_cache: [blocks, block_size, kv_heads, d_v], likewise.
         block_tables: int32 [seqs, max_blocks].
         query_starts: int32 [seqs + 1], first row of each sequence in q; the last entry is `tokens`.
         seq_lens: int32 [seqs], keys of each sequence, the new tokens included.
@@ -88,8 +115,8 @@ def write_kv(
     Args:
         key: [tokens, kv_heads, d]; may be a view with strides.
         value: [tokens, kv_heads, d_v].
-        key_cache: [blocks, block_size, kv_heads, d], contiguous.
-        value_cache: [blocks, block_size, kv_heads, d_v], contiguous.
+        key_cache: [blocks, block_size, kv_heads, d], contiguous or as `new_caches` lays it out.
+        value_cache: [blocks, block_size, kv_heads, d_v], likewise.
         slot_mapping: int64 [tokens], block * block_size + offset; -1 skips the token. No slot twice.
 
     Raises AttentionInputError for shapes, dtypes, devices or layouts that do not fit.

@@ -56,8 +56,9 @@ def write_kv_cpu(
     keep = slot_mapping >= 0
     if not bool(keep.all()):
         key, value, slot_mapping = key[keep], value[keep], slot_mapping[keep]
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
+    place = slot_mapping // key_cache.shape[1], slot_mapping % key_cache.shape[1]
+    key_cache.index_put_(place, key.to(key_cache.dtype))
+    value_cache.index_put_(place, value.to(value_cache.dtype))
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,11 @@ def _gather(
     owned = (position >= step.key_from[:, None]) & (position < step.key_to[:, None])  # [T, KEY_TILE]
     column = (position // block_size).clamp(max=block_tables.shape[1] - 1)
     block = block_tables[step.sequence[:, None], column].long()  # [T, KEY_TILE]
-    slot = torch.where(owned, block * block_size + position % block_size, 0).flatten()
+    place = torch.where(owned, block, 0).flatten(), (position % block_size).repeat(TILES_PER_STEP)
     hide = ~owned[:, :, None, None]
 
     def tiles_of(cache: Tensor) -> Tensor:
-        found = cache.view(-1, *cache.shape[2:])[slot].float().unflatten(0, (TILES_PER_STEP, KEY_TILE))
+        found = cache[place].float().unflatten(0, (TILES_PER_STEP, KEY_TILE))
         return found.masked_fill_(hide, 0.0).transpose(1, 2).flatten(0, 1)
 
     seen = owned[:, None, :] & (position <= step.position[:, :, None])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from peqa_kernels.paged_attention import new_caches
 
 _GIB = 2**30
 _CPU_LIMIT = 2 * _GIB  # a server on a laptop must leave the laptop usable
@@ -52,9 +55,11 @@ class KVCache:
         self.spare = range(num_blocks, num_blocks + spare_blocks)
         self.block_size = block_size
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (
-                _zeros((self.spare.stop, block_size, layer.kv_heads, layer.d_k), device, dtype),
-                _zeros((self.spare.stop, block_size, layer.kv_heads, layer.d_v), device, dtype),
+            new_caches(
+                *(self.spare.stop, block_size, layer.kv_heads, layer.d_k, layer.d_v),
+                dtype=dtype,
+                device=device,
+                make=partial(_zeros, device=device, dtype=dtype),
             )
             for layer in layers
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps
 from peqa_kernels.native.isa import usable
+from peqa_kernels.native.kv_layout import HEADS_FIRST, TOKENS_FIRST, layout_of, new_caches
 from peqa_kernels.paged_attention import paged_attention_reference
 
 MAKE = "the C library is not built: python -m peqa_kernels.native.compile"
@@ -25,11 +28,14 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
 class Cache:
     """Keys and values of a few sequences in shuffled blocks; every slot that no sequence owns is NaN."""
 
-    def __init__(self, lengths: list[int], kv_heads: int, d: int, d_v: int, block_size: int) -> None:
+    def __init__(
+        self, lengths: list[int], kv_heads: int, d: int, d_v: int, block_size: int, layout: int = TOKENS_FIRST
+    ) -> None:
         counts = [-(-length // block_size) for length in lengths]
         order = torch.randperm(sum(counts) + 3).to(torch.int32)
-        self.keys = torch.full((len(order), block_size, kv_heads, d), float("nan"))
-        self.values = torch.full((len(order), block_size, kv_heads, d_v), float("nan"))
+        self.keys, self.values = new_caches(
+            layout, len(order), block_size, kv_heads, d, d_v, partial(torch.full, fill_value=float("nan"))
+        )
         self.tables = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
         used = 0
         for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -54,17 +60,19 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("layout", [TOKENS_FIRST, HEADS_FIRST])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "d_v", "block_size"),
     [(9, 3, 64, 64, 16), (4, 4, 80, 72, 5), (8, 1, 30, 33, 32), (60, 1, 16, 256, 7), (2, 2, 256, 8, 16)],
 )
 def test_agrees_with_the_reference(
-    ops: NativeOps, options: dict, heads: int, kv_heads: int, d: int, d_v: int, block_size: int
+    ops: NativeOps, options: dict, heads: int, kv_heads: int, d: int, d_v: int, block_size: int, layout: int
 ) -> None:
     torch.manual_seed(0)
     lengths, new = [1, 70, 130, 64, 200], [1, 70, 1, 13, 66]
-    cache = Cache(lengths, kv_heads, d, d_v, block_size)
+    cache = Cache(lengths, kv_heads, d, d_v, block_size, layout)
+    assert layout_of(cache.keys, cache.values) == layout
     q = torch.randn(sum(new), heads, d)
     options = dict(options)
     if "sinks" in options:
@@ -79,13 +87,19 @@ def test_agrees_with_the_reference(
 @pytest.mark.parametrize(
     "options", [{}, {"sliding_window": 50}, {"softcap": 3.0, "sinks": torch.arange(6.0)}]
 )
-def test_bits_depend_neither_on_chunks_nor_on_neighbours(ops: NativeOps, options: dict) -> None:
+def test_bits_depend_neither_on_chunks_nor_on_neighbours_nor_on_the_layout(
+    ops: NativeOps, options: dict
+) -> None:
     torch.manual_seed(1)
     lengths = [150, 33, 97]
     cache = Cache(lengths, 2, 64, 64, 16)
+    other = Cache(lengths, 2, 64, 64, 16, HEADS_FIRST)
+    other.tables = cache.tables
+    for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
+        theirs.copy_(mine)
     q = [torch.randn(length, 6, 64) for length in lengths]
 
-    def attend(parts: list[tuple[int, int, int]]) -> Tensor:
+    def attend(parts: list[tuple[int, int, int]], cache: Cache = cache) -> Tensor:
         """Run queries from..to of several sequences in one call."""
         seqs = [s for s, _, _ in parts]
         return ops.paged_attention(
@@ -105,6 +119,8 @@ def test_bits_depend_neither_on_chunks_nor_on_neighbours(ops: NativeOps, options
     for cut in (1, 16, 47, 96):
         mixed = attend([(0, cut, 150), (1, 32, 33), (2, 0, cut), (2, cut, 97)])
         assert torch.equal(mixed, torch.cat([alone[0][cut:], alone[1][32:], alone[2]])), cut
+    assert torch.equal(attend([(2, 0, 97), (0, 0, 150), (1, 0, 33)], other), whole)
+    assert torch.equal(attend([(0, 149, 150), (1, 3, 33)], other), torch.cat([alone[0][149:], alone[1][3:]]))
 
 
 def test_strides_and_numbers_of_threads(ops: NativeOps) -> None:

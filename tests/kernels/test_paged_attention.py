@@ -235,8 +235,8 @@ def test_write_kv(write, dtype: torch.dtype) -> None:
     packed = torch.randn(7, 5, 64)
     packed[:, 1:4] = key
     slots = torch.tensor([5, 31, -1, 16, 0, -1, 47])
-    caches = [torch.zeros(3, BLOCK_SIZE, 3, 64, dtype=dtype), torch.zeros(3, BLOCK_SIZE, 3, 32, dtype=dtype)]
-    want = [cache.clone() for cache in caches]
+    caches = op.new_caches(3, BLOCK_SIZE, 3, 64, 32, dtype=dtype, device=torch.device("cpu"))
+    want = [cache.clone(memory_format=torch.contiguous_format) for cache in caches]
     op.write_kv_reference(key, value, *want, slots)
     write(
         packed[:, 1:4].to(dtype), value.to(dtype), *caches, slots
@@ -244,6 +244,22 @@ def test_write_kv(write, dtype: torch.dtype) -> None:
     assert torch.equal(caches[0], want[0])
     assert torch.equal(caches[1], want[1])
     assert int((caches[0] != 0).any(-1).any(-1).sum()) == 5
+
+
+def test_the_torch_path_reads_caches_of_any_layout() -> None:
+    case = make_case(MIX)
+    caches = op.new_caches(
+        *case.key_cache.shape, case.value_cache.shape[3], dtype=torch.float32, device=torch.device("cpu")
+    )
+    for mine, theirs in zip(caches, (case.key_cache, case.value_cache), strict=True):
+        mine.copy_(theirs)
+    arguments = (case.q, *caches, case.block_tables, case.query_starts, case.seq_lens)
+    assert torch.equal(
+        paged_attention_cpu(*arguments, scaling=0.125), paged_attention_cpu(*case.args, scaling=0.125)
+    )
+    assert torch.equal(
+        op.paged_attention(*arguments, scaling=0.125), op.paged_attention(*case.args, scaling=0.125)
+    )
 
 
 def test_no_token_is_no_work() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.native.isa import usable
+from peqa_kernels.paged_attention import new_caches
 from peqa_kernels.paged_attention.checks import AttentionInputError
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.model import ForwardContext, LoadedModel, load
@@ -70,8 +71,8 @@ KNOWN: dict[str, tuple[str, dict[str, object]]] = {
 
 def bind(loaded: LoadedModel, blocks: int) -> None:
     for layer, spec in zip(loaded.layers, loaded.kv_spec, strict=True):
-        shape = (blocks, BLOCK, spec.kv_heads)
-        layer.bind(torch.zeros(*shape, spec.d_k), torch.zeros(*shape, spec.d_v))
+        shape = (blocks, BLOCK, spec.kv_heads, spec.d_k, spec.d_v)
+        layer.bind(*new_caches(*shape, dtype=torch.float32, device=torch.device("cpu")))
 
 
 def steps(forward: Callable[..., Tensor]) -> Tensor:
