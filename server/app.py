@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -16,7 +16,9 @@ from peqa_runtime.errors import InvalidTaskName, PeqaError
 from peqa_server.access.door import Access, Door
 from peqa_server.access.route_roles import RouteRoles
 from peqa_server.http.api_document import DescribedApp
+from peqa_server.http.body_rest import BodyRest
 from peqa_server.http.errors import ApiError, to_api_error
+from peqa_server.http.query import known_query
 from peqa_server.observe import routes as observe_routes
 from peqa_server.observe.access_log import Edge, Tracer, note_of, refused
 from peqa_server.observe.metrics import Metrics
@@ -71,13 +73,14 @@ def create_loading_app(settings: ServerSettings | None = None, tracer: Tracer | 
     )
     app.state.gate = Gate(settings, metrics)
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(known_query)])
     for kind in (PeqaError, ApiError, HTTPException, ClientDisconnect, ValidationError):
         app.add_exception_handler(kind, _refuse)
     roles = RouteRoles(app, open_metrics=settings.open_metrics)
-    access = Access(settings.key_file, roles, metrics.registry)
+    access = Access(settings.key_file, roles, metrics.registry, own_host=settings.own_host)
     app.add_middleware(Door, access=access)
-    app.add_middleware(Edge, metrics=metrics, tracer=tracer)  # added last: the outermost layer
+    app.add_middleware(Edge, metrics=metrics, tracer=tracer)
+    app.add_middleware(BodyRest, settings=settings)  # added last: the outermost layer
     return app
 
 
@@ -101,4 +104,5 @@ def _methods(request: Request) -> str:
     for route in itertools.chain.from_iterable(router.routes for router in ROUTERS):
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             found |= route.methods or set()
+    found |= {"HEAD"} if "GET" in found else set()
     return ", ".join(sorted(found))

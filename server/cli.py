@@ -290,6 +290,7 @@ def _serve(
     settings = ServerSettings(
         key_file=entrance.key_file,
         open_metrics=entrance.open_metrics,
+        own_host=entrance.own_host(listener),
         max_upload_bytes=max_upload_mb * MIB if max_upload_mb else None,
         drain_seconds=drain_seconds,
         client_chat_templates=entrance.client_chat_templates,

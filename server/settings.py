@@ -13,7 +13,8 @@ MIB = 1 << 20
 class ServerSettings:
     """Limits and keys of one app.
 
-    `key_file` None: no key is asked for. `open_metrics`: none for /metrics.
+    `key_file` None: no key is asked for. `open_metrics`: none for /metrics. `own_host`: where a server without keys
+    listens that only this machine reaches; it then answers to no other name.
     `max_upload_bytes` None: the largest set that the base can have.
     `metric_tasks`: how many task names become labels of their own; later ones count as "other".
     `client_chat_templates`: clients may send a chat template of their own, a program that then runs here, sandboxed.
@@ -24,6 +25,7 @@ class ServerSettings:
 
     key_file: Path | None = None
     open_metrics: bool = False
+    own_host: str | None = None
     max_request_bytes: int = 8 * MIB
     max_upload_bytes: int | None = None
     max_uploads: int = 16

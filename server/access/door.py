@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peqa_server.access.allowance import Allowances, Clock
 from peqa_server.access.api_key import ApiKey, Role
+from peqa_server.access.browser_guard import check_host, check_same_site
 from peqa_server.access.caller import Anybody, Caller, KeyHolder
 from peqa_server.access.key_metrics import KeyMetrics
 from peqa_server.access.key_ring import KeyRing
@@ -25,6 +26,7 @@ _NEEDS = {Role.UPLOADER: "uploader or admin", Role.ADMIN: "admin"}
 class Access:
     """The keys of one app, what is used of them, and the table of roles. `key_file` None: no key is asked for.
 
+    `own_host`: the one name, beside loopback's, that a server without keys answers to; None: to any.
     Raises `KeyFileError` for a file that cannot be used.
     """
 
@@ -34,10 +36,12 @@ class Access:
         roles: RouteRoles,
         registry: CollectorRegistry,
         *,
+        own_host: str | None = None,
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.ring = None if key_file is None else KeyRing(key_file, clock=clock)
+        self._own_host = own_host
         self._roles = roles
         self._allowances = Allowances(clock)
         self._metrics = KeyMetrics(registry)
@@ -49,9 +53,13 @@ class Access:
         """Who asks, when the request may go on to the router. Raises the 401, 403 or 429 that it gets instead."""
         route = self._roles.matched(scope)
         if self.ring is None:
-            if route is not None and not self._roles.is_open(route):
-                self._roles.lowest(route)
-            _check_same_site(Headers(scope=scope), scope["method"])
+            headers = Headers(scope=scope)
+            if not self._roles.is_open(route):
+                if route is not None:
+                    self._roles.lowest(route)
+                if self._own_host is not None:
+                    check_host(headers, self._own_host)
+            check_same_site(headers, scope["method"])
             return Anybody()
         if self._roles.is_open(route):
             return Caller()
@@ -87,21 +95,6 @@ class Access:
                 f"this key is {state}; ask the server's admin for another", f"api_key_{state}"
             )
         return key
-
-
-def _check_same_site(headers: Headers, method: str) -> None:
-    """Raise 403 for what another site's page makes a browser send: where no key is asked for, that is all it takes.
-
-    Pages cannot read what they GET from here, because no answer allows it (CORS); a POST would work unread.
-    """
-    origin = headers.get("origin")
-    if origin is None or method in ("GET", "HEAD", "OPTIONS"):
-        return
-    if origin.partition("://")[2].lower() != headers.get("host", "").lower():
-        raise ApiError(
-            403, "a page of another site sent this; a server without keys takes changes from its own page and from "
-            "programs only", code="cross_site",
-        )  # fmt: skip
 
 
 def _unauthorized(message: str, code: str) -> ApiError:

@@ -10,8 +10,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from peqa_runtime.core import BASE_TASK, Blend, Lease, RevisionInfo, TaskInfo
-from peqa_runtime.errors import TaskUnusable, UnknownTask
+from peqa_runtime.core import BASE_TASK, NO_TASK, Blend, Lease, RevisionInfo, TaskInfo
+from peqa_runtime.errors import InvalidScaleSet, RevisionConflict, TaskUnusable, UnknownTask
+from peqa_runtime.scales.set_file import MAX_HEADER_BYTES, content_digest, header_end, parse_header
 from peqa_server.access.caller import Caller, absent, names_of
 from peqa_server.access.upload_ledger import QuotaExceeded, UploadLedger
 from peqa_server.http.errors import ApiError
@@ -50,14 +51,21 @@ class GuardedTasks:
         self._tasks.release(lease)
 
     def upload(self, task: str, data: bytes | Path, if_match: str | None = None) -> TaskInfo:
-        """Upload within the tenant's share of the disk, and record whose it is."""
+        """Upload within the tenant's share of the disk, and record whose it is.
+
+        What the store keeps already takes no more of it, and is taken however full the share is.
+        """
         self._caller.check_change(task)
         tenant = self._caller.tenant
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         try:
             entry = self._ledger.begin(tenant, task, size, self._caller.disk_bytes, self._tasks.revisions)
         except QuotaExceeded as error:
-            raise over_quota(error) from None
+            kept = self._kept(task)
+            check_match(task, kept, if_match)
+            if not kept or revision_of(data) not in {row.revision for row in kept}:
+                raise over_quota(error) from None
+            entry = self._ledger.begin(tenant, task, size, None, self._tasks.revisions)
         try:
             info = self._tasks.upload(task, data, if_match)
         except BaseException:
@@ -66,13 +74,20 @@ class GuardedTasks:
         self._ledger.complete(tenant, entry, info.revision)
         return info
 
-    def check_size(self, task: str, size: int) -> None:
-        """Refuse an upload that cannot be taken, before its body is read: 403, or 413 for the disk."""
+    def check_size(self, task: str, size: int, if_match: str | None) -> None:
+        """Refuse an upload that cannot be taken, before its body is read: 403, or 413 for the disk.
+
+        What does not fit is let through where it may be a kept revision once more: files of one revision differ by
+        their headers alone. `RevisionConflict` where `if_match` fails.
+        """
         self._caller.check_change(task)
         try:
             self._ledger.check(self._caller.tenant, size, self._caller.disk_bytes, self._tasks.revisions)
         except QuotaExceeded as error:
-            raise over_quota(error) from None
+            kept = self._kept(task)
+            check_match(task, kept, if_match)
+            if all(abs(size - row.num_bytes) > MAX_HEADER_BYTES for row in kept):
+                raise over_quota(error) from None
 
     def rollback(self, task: str, revision: str | None = None, if_match: str | None = None) -> TaskInfo:
         """Roll back, where the caller may change the task."""
@@ -122,6 +137,13 @@ class GuardedTasks:
     def _known(self, reasons: Mapping[str, str]) -> Mapping[str, str]:
         return {task: reason for task, reason in reasons.items() if self._caller.may_use(task)}
 
+    def _kept(self, task: str) -> Sequence[RevisionInfo]:
+        """The task's kept revisions; none where there is no such task."""
+        try:
+            return self._tasks.revisions(task)
+        except UnknownTask:
+            return ()
+
     def _check_seen(self, task: str) -> None:
         if not self._caller.may_use(task):
             raise absent(task)
@@ -166,6 +188,28 @@ class GuardedTasks:
             except UnknownTask:
                 return absent(name)
         return absent(names[-1])
+
+
+def check_match(task: str, kept: Sequence[RevisionInfo], if_match: str | None) -> None:
+    """Raise `RevisionConflict` unless the current one of the kept revisions is as an upload expects it."""
+    current = next((row.revision for row in kept if row.current), None)
+    if if_match == NO_TASK and kept:
+        raise RevisionConflict(f"task {task!r} exists already; to replace it, name its revision in If-Match")
+    if if_match not in (None, NO_TASK, current) and not (if_match == "*" and kept):
+        found = f"is at revision {current}" if current else "does not exist"
+        raise RevisionConflict(
+            f"task {task!r} {found}, not at {if_match}: read it again, then repeat the change"
+        )
+
+
+def revision_of(data: bytes | Path) -> str | None:
+    """The revision that a scale set file would be; None for what is no such file, which is looked into no further."""
+    content = data if isinstance(data, bytes) else data.read_bytes()
+    try:
+        end = header_end(content[:8], len(content), MAX_HEADER_BYTES)
+        return content_digest(parse_header(content[:end], len(content)), content)
+    except InvalidScaleSet:
+        return None
 
 
 def over_quota(error: QuotaExceeded) -> ApiError:

@@ -46,7 +46,7 @@ ROLES: Mapping[str, Role | None] = {
     "DELETE /v1/tasks/{task:path}": Role.UPLOADER,
     "GET /metrics": Role.ADMIN,
 }
-"""Method and pattern, as the router has them, to the lowest role. HEAD is where GET is."""
+"""Method and pattern, as the router has them, to the lowest role. A HEAD comes here as the GET that it is."""
 
 METRICS = "GET /metrics"
 
@@ -63,8 +63,7 @@ class RouteRoles:
         for context in iter_route_contexts(self._app.routes):
             match, _ = context.matches(scope)
             if match is Match.FULL:
-                method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                return f"{method} {context.path}"
+                return f"{scope['method']} {context.path}"
         return None
 
     def is_open(self, route: str | None) -> bool:

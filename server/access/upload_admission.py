@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 @contextlib.asynccontextmanager
-async def admitted_upload(request: Request, tasks: TaskService, task: str) -> AsyncIterator[None]:
+async def admitted_upload(
+    request: Request, tasks: TaskService, task: str, if_match: str | None
+) -> AsyncIterator[None]:
     """Around an upload of `task`: one of the places that its key has.
 
-    Raises 403 where the key may not change the task, 413 where the announced size does not fit its quota, 429 where
-    too much of the key's work runs already.
+    Raises 403 where the key may not change the task, 413 where the announced size does not fit its quota (412 where
+    `if_match` fails besides), 429 where too much of the key's work runs already.
     """
     caller = note_of(request.scope).caller
     with caller.uploading():
         if isinstance(tasks, GuardedTasks):
-            await asyncio.to_thread(tasks.check_size, task, _announced(request))
+            await asyncio.to_thread(tasks.check_size, task, _announced(request), if_match)
         yield
 
 

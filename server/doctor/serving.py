@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 
 from peqa_server.access import key_file
+from peqa_server.access.browser_guard import is_loopback
 from peqa_server.access.key_json import KeyFileError
 from peqa_server.doctor.finding import Asked, Finding
-from peqa_server.start.run import CannotBind, is_loopback, listen
+from peqa_server.start.run import CannotBind, listen
 
 SECONDS = 3.0
 

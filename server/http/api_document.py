@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from peqa_server.http.query import TOLERANT_PATHS
 from peqa_server.tasks.answer_shapes import ErrorAnswer
 
 Json = dict[str, Any]
 
 _MEANINGS: Mapping[int, str] = {
-    400: "A field is wrong, unknown or contradicts another one; `param` names it.",
+    400: "A field or query parameter is wrong, unknown or contradicts another one; `param` names it.",
     401: "No key was sent, or one that is not known here.",
     403: "The key may not do this.",
     404: "No such task, model or revision.",
@@ -25,6 +26,7 @@ _MEANINGS: Mapping[int, str] = {
     409: "The task cannot be used or changed as it is; `code` says why.",
     412: "If-Match names a revision that is not the current one.",
     413: "The body is larger than this server accepts.",
+    415: "The body comes with a Content-Encoding.",
     422: "The task's name, or the scale set, is not valid.",
     429: "Too much waits already, or the key's limit is reached; Retry-After says for how long.",
     500: "The server failed on this request; its log says why.",
@@ -92,7 +94,7 @@ def _completed(document: Json) -> Json:
 def _tag(path: str) -> str:
     if path.startswith("/v1/tasks"):
         return "Tasks"
-    return "Generation" if path.startswith("/v1/") else "Operation"
+    return "Generation" if path.startswith("/v1/") and path != "/v1/access" else "Operation"
 
 
 def _add_refusals(path: str, operation: Json) -> None:
@@ -101,8 +103,10 @@ def _add_refusals(path: str, operation: Json) -> None:
     if found.get("$ref", "").endswith("/HTTPValidationError"):
         del responses["422"]  # FastAPI's default; parameters are checked by the routes themselves
     statuses = [] if path in _OPEN_PATHS else [401, 403, 429, 500, 503]
+    if path not in TOLERANT_PATHS:
+        statuses.append(400)
     if "requestBody" in operation:
-        statuses += [400, 408, 413]
+        statuses += [408, 413, 415]
     for status in statuses:
         content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
         responses.setdefault(str(status), {"description": _MEANINGS[status], "content": content})

@@ -127,6 +127,19 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def check_encoding(request: Request) -> None:
+    """Raise 415 for a body that would have to be unpacked first: its size, which is bounded, would say nothing."""
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"the body comes as Content-Encoding {encoding[:40]!r}; this server takes bodies as they are: send it "
+            "without a Content-Encoding",
+            code="unsupported_encoding",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
 def check_declared_length(request: Request, limit: int) -> None:
     """Raise 413 when Content-Length says more than `limit` bytes, 400 when it says nonsense."""
     declared = request.headers.get("content-length")
@@ -146,35 +159,30 @@ def too_large(limit: int) -> ApiError:
 
 
 async def body_parts(request: Request, settings: ServerSettings, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body in parts as they come, at most `limit` bytes of them.
+    """The body in parts as they come, at most `limit` bytes of them. What is left after a refusal is `BodyRest`'s.
 
-    More (or a Content-Length that says more): 413. No byte for `settings.body_idle_seconds`, or after these fewer than
-    `settings.body_bytes_per_second`: 408. A client that goes away raises `ClientDisconnect`.
+    A packed body: 415. More bytes (or a Content-Length that says more): 413. No byte for `settings.body_idle_seconds`,
+    or after these fewer than `settings.body_bytes_per_second`: 408. A client that goes away raises `ClientDisconnect`.
     """
+    check_encoding(request)
+    check_declared_length(request, limit)
     size, more = 0, True
     begin = time.monotonic()
-    try:
-        check_declared_length(request, limit)
-        while more:
-            due = begin + settings.body_idle_seconds + size / settings.body_bytes_per_second
-            patience = min(settings.body_idle_seconds, due - time.monotonic())
-            try:
-                message = await asyncio.wait_for(request.receive(), patience)
-            except asyncio.TimeoutError:
-                more = False  # nothing comes: do not wait for more to throw away
-                raise _too_slow(settings) from None
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            more = message.get("more_body", False)
-            part = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise too_large(limit)
-            yield part
-    except ApiError:
-        if more:
-            await discard(request, settings)
-        raise
+    while more:
+        due = begin + settings.body_idle_seconds + size / settings.body_bytes_per_second
+        patience = min(settings.body_idle_seconds, due - time.monotonic())
+        try:
+            message = await asyncio.wait_for(request.receive(), patience)
+        except asyncio.TimeoutError:
+            raise _too_slow(settings) from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        more = message.get("more_body", False)
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large(limit)
+        yield part
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
@@ -188,19 +196,3 @@ def _too_slow(settings: ServerSettings) -> ApiError:
         f"{settings.body_bytes_per_second} a second after the first of these; send the request again"
     )
     return ApiError(408, message, code="body_timeout", headers={"Connection": "close"})
-
-
-async def discard(request: Request, settings: ServerSettings) -> None:
-    """Read on for a while after a refusal: closing at once would reset the connection before the client reads why."""
-    if request.headers.get("expect", "").lower() == "100-continue":
-        return
-    left = settings.discard_bytes
-    deadline = time.monotonic() + settings.discard_seconds
-    while left > 0 and (seconds := deadline - time.monotonic()) > 0:
-        try:
-            message = await asyncio.wait_for(request.receive(), seconds)
-        except asyncio.TimeoutError:
-            return
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return
-        left -= len(message.get("body", b""))

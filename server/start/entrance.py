@@ -6,8 +6,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from peqa_server.access.browser_guard import is_loopback
 from peqa_server.access.key_ring import KeyRing
-from peqa_server.start.run import CannotBind, is_loopback, listen
+from peqa_server.start.run import CannotBind, listen
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Entrance:
     def open_without_keys(self, listener: socket.socket) -> bool:
         """Whether other machines get in without a key."""
         return self.key_file is None and not is_loopback(listener.getsockname()[0])
+
+    def own_host(self, listener: socket.socket) -> str | None:
+        """The name that a server without keys answers to, beside loopback's; None: to any, by keys or by choice."""
+        if self.key_file is not None or self.insecure_open_to_network:
+            return None
+        return self.host if is_loopback(listener.getsockname()[0]) else None
 
     def keys_said(self) -> str:
         """Which keys are asked for, for the report of a start."""

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from peqa_runtime.core import NO_TASK, RevisionInfo, TaskInfo, check_task_name
+from peqa_runtime.core import BASE_TASK, NO_TASK, RevisionInfo, TaskInfo, check_task_name
 from peqa_runtime.errors import InvalidRequest, NoSuchRevision
 from peqa_runtime.scales.revision_name import SHORTEST_REVISION, matching
 from peqa_server.access.upload_admission import admitted_upload
@@ -40,6 +40,12 @@ _REVISION = re.compile(r"[0-9a-f]{1,64}|\*")
 _IF_MATCH = parameter(
     "If-Match", "header", "The revision that must be current, quoted, or *.", {"type": "string"}
 )
+_REVISION_PARAMETER = parameter(
+    "revision",
+    "query",
+    f"A kept revision, by {SHORTEST_REVISION} or more of its first digits; default: the current one.",
+    {"type": "string"},
+)
 _IF_NONE_MATCH = parameter(
     "If-None-Match", "header", "*: only if there is no such task yet.", {"type": "string", "const": "*"}
 )
@@ -47,7 +53,7 @@ _IF_NONE_MATCH = parameter(
 
 @router.get(
     "",
-    responses={200: {"model": TaskListAnswer}, **refusals(400)},
+    responses={200: {"model": TaskListAnswer}},
     openapi_extra={"parameters": PAGE_PARAMETERS},
 )
 async def list_tasks(request: Request) -> Response:
@@ -80,12 +86,14 @@ async def list_revisions(request: Request, task: TaskName) -> JSONResponse:
     response_class=Response,
     responses={
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-        **refusals(400, 404, 409, 422),
+        **refusals(404, 409, 422),
     },
+    openapi_extra={"parameters": [_REVISION_PARAMETER]},
 )
-async def get_content(request: Request, task: TaskName, revision: str | None = None) -> Response:
+async def get_content(request: Request, task: TaskName) -> Response:
     """The scale set file of a task, byte for byte as uploaded; `?revision=` for a kept one that begins so."""
     services = _services(request, task)
+    revision = request.query_params.get("revision")
     info = await asyncio.to_thread(services.tasks.info, task)
     wanted = info.revision
     try:
@@ -141,8 +149,8 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():
         async with (
-            admitted_upload(request, services.tasks, task),
-            gate.uploads.place(request),
+            admitted_upload(request, services.tasks, task, if_match),
+            gate.uploads.place(),
             spooled_body(request, gate.settings, limit, services.spool_folder) as file,
         ):
             received = time.perf_counter()
@@ -174,8 +182,17 @@ def largest_set(model: ServedModel) -> int:
 
 
 def _services(request: Request, task: str) -> Services:
-    """The services, after the name's check: a name that cannot name a task is a 422 on every route."""
+    """The services, after the name's check: a name that cannot name a task is a 422 on every route.
+
+    The base is there, but no task: 404 that says so. Only an upload asks for a name, and is told that it is taken.
+    """
     services = gate_of(request).services
+    model_id = services.model.model_id
+    if request.method != "PUT" and task in (BASE_TASK, model_id, model_id.lower()):
+        raise ApiError(
+            404, f"{task!r} is the model itself, not a task: it has no revisions, and nothing can change it; see "
+            f"GET /v1/models/{model_id}", code="task_not_found", param="task",
+        )  # fmt: skip
     # The `$` of a route's pattern also matches before a last line break, which would be lost from the name.
     check_task_name(task + "\n" if request.scope["path"].endswith("\n") else task)
     return services

@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from peqa_runtime.errors import StoreError
 from peqa_server.http.errors import ApiError
-from peqa_server.http.streaming import body_parts, discard
+from peqa_server.http.streaming import body_parts
 from peqa_server.settings import MIB, ServerSettings
 
 log = logging.getLogger("peqa.server")
@@ -36,10 +36,9 @@ class UploadLane:
         self._threads = ThreadPoolExecutor(CHECKERS, thread_name_prefix="peqa-upload")
 
     @contextlib.asynccontextmanager
-    async def place(self, request: Request) -> AsyncIterator[None]:
-        """One upload's place. 503 when all are taken; the body is then read away, as far as the settings say."""
+    async def place(self) -> AsyncIterator[None]:
+        """One upload's place. 503 when all are taken."""
         if self._count >= self._settings.max_uploads:
-            await discard(request, self._settings)
             raise ApiError(
                 503,
                 f"{self._count} uploads are under way; send this one again shortly",

@@ -49,7 +49,7 @@ class Bounded:
 
 @pytest.fixture
 def server(run_app: Callable[..., Any], tmp_path: Path) -> Bounded:
-    return Bounded(run_app, tmp_path, stalled_stream_seconds=0.3)
+    return Bounded(run_app, tmp_path, stalled_stream_seconds=0.3, discard_seconds=0.3)
 
 
 def health(connection: socket.socket) -> None:
@@ -92,6 +92,18 @@ def test_a_body_has_its_own_time(server: Bounded) -> None:
         time.sleep(HEAD_SECONDS * 1.5)
         connection.sendall(body[5:])
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("sent", [b"", b"SET"], ids=["nothing", "a little"])
+def test_a_small_body_that_never_comes_keeps_no_connection(server: Bounded, sent: bytes) -> None:
+    """Nobody's route, so that nothing waits for the body but what reads the rest away."""
+    with server.connect() as connection:
+        begin = time.monotonic()
+        connection.sendall(b"POST /no/such HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + sent)
+        with contextlib.suppress(ConnectionResetError):
+            assert read_all(connection).startswith(b"HTTP/1.1 404 ")
+        assert time.monotonic() - begin < 3
+    assert not server.app.state.gate.running
 
 
 @pytest.mark.parametrize("count", [1, 30_000], ids=["one long", "many"])

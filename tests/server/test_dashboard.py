@@ -164,7 +164,7 @@ def test_the_manual_lists_every_name_of_vllms(live: Any) -> None:
 
 
 def test_the_manual_explains_every_field_of_a_request() -> None:
-    source = (DEPLOY.parent / "server" / "access_log.py").read_text()
+    source = (DEPLOY.parent / "server" / "observe" / "access_log.py").read_text()
     call = source.partition("def _log_line")[2].partition("def _ms")[0]
     fields = set(re.findall(r"^        (\w+)=", call, re.M)) - {"said"}
     assert len(fields) > 10

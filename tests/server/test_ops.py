@@ -70,8 +70,8 @@ def test_every_refusal_has_the_shape(server: Any) -> None:
     check_error(server.client.post("/v1/tasks"), 405)
     assert server.client.get("/v1/completions").headers["allow"] == "POST"
     wrong_method = server.client.post("/v1/tasks/sql")
-    assert wrong_method.headers["allow"] == "DELETE, GET, PUT"
-    assert "DELETE, GET, PUT" in check_error(wrong_method, 405)["message"]
+    assert wrong_method.headers["allow"] == "DELETE, GET, HEAD, PUT"
+    assert "DELETE, GET, HEAD, PUT" in check_error(wrong_method, 405)["message"]
     assert len(server.error(400, prompt=[10**4000])["message"]) <= 1000
     check_error(server.client.get("/v1/models/"), 404)
 

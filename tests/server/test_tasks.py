@@ -130,7 +130,7 @@ def test_unknown_task_cannot_be_changed(server: Any) -> None:
 
 BAD_NAMES = [
     "../x", "..%2fx", "%2e%2e%2fx", "%2e%2e", "a%00b", "UPPER", "-x", ".hidden", "caf%C3%A9", "%ff", "x" * 65,
-    "x" * 10_000, "a%20b", "base", "a%5Cb", "a/b", "/etc/passwd", "", "a%0d%0ab", "a%3Fb", "sql/", "sql/x",
+    "x" * 10_000, "a%20b", "a%5Cb", "a/b", "/etc/passwd", "", "a%0d%0ab", "a%3Fb", "sql/", "sql/x",
     "sql%0a", "new%0a", "sql%0d",
 ]  # fmt: skip
 
@@ -147,6 +147,29 @@ def test_names_that_cannot_be(server: Any, name: str, method: str) -> None:
     assert answer.startswith(b"HTTP/1.1 422 "), answer[:200]
     assert b'"invalid_task_name"' in answer
     assert names(server) == {"sql", "qa"}
+
+
+@pytest.mark.parametrize("name", ["base", "tiny-base"])
+def test_the_base_is_no_task(server: Any, name: str) -> None:
+    task = f"/v1/tasks/{name}"
+    for answer in (
+        server.client.get(task),
+        server.client.get(f"{task}/revisions"),
+        server.client.get(f"{task}/content"),
+        server.client.post(f"{task}/rollback"),
+        server.client.delete(task),
+    ):
+        error = check_error(answer, 404)
+        assert error["code"] == "task_not_found"
+        assert "the model itself, not a task" in error["message"]
+        assert "GET /v1/models/tiny-base" in error["message"]
+    assert server.client.get("/v1/models/tiny-base").status_code == 200
+    assert names(server) == {"sql", "qa"}
+
+
+def test_the_base_s_name_is_taken(server: Any) -> None:
+    error = check_error(server.client.put("/v1/tasks/base", content=b"SET x"), 422)
+    assert "choose another name" in error["message"]
 
 
 def test_a_file_that_is_no_set(server: Any) -> None:

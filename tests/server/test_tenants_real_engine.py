@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,49 @@ def test_the_real_library_tells_no_names(client: httpx.Client) -> None:
         check_error(answer, 404)
         assert "secret" not in answer.text.replace("'zeta-secret'", "")
     assert client.post("/v1/completions", json=bodies[3], headers=bearer("bob")).status_code == 200
+
+
+def with_note(data: bytes, note: str) -> bytes:
+    """The same tensors, and so the same revision, under a header of another length."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["note"] = json.dumps({"by": note})
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def test_what_is_kept_already_is_taken_however_full_the_disk(
+    serve: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    client = serve(tmp_path)
+
+    def put(task: str, data: bytes, announced: bool = True, **headers: str) -> httpx.Response:
+        content = data if announced else iter([data[:1000], data[1000:]])
+        headers = {name.replace("_", "-"): value for name, value in headers.items()} | bearer("alice")
+        answer: httpx.Response = client.put(f"/v1/tasks/{task}", content=content, headers=headers)
+        return answer
+
+    old, now, other = (scale_set(tiny_base, seed) for seed in range(3))
+    assert [put("acme-a", data).status_code for data in (old, now)] == [200, 200]
+    revision = put("acme-b", other).json()["revision"]  # three sets: no byte is left
+    for announced in (True, False):
+        check_error(put("acme-a", scale_set(tiny_base, 9), announced), 413)
+        check_error(put("acme-c", now, announced), 413)
+        again = put("acme-b", other, announced, if_match=f'"{revision}"')
+        assert (again.status_code, again.json()["revision"]) == (200, revision)
+        assert put("acme-b", with_note(other, "somebody else"), announced).json()["note"]
+        assert put("acme-b", other, announced, if_match="*").status_code == 200
+        for stale in ({"if_match": '"' + "0" * 64 + '"'}, {"if_none_match": "*"}):
+            assert check_error(put("acme-b", other, announced, **stale), 412)["code"] == "revision_conflict"
+            check_error(put("acme-b", scale_set(tiny_base, 9), announced, **stale), 412)
+        check_error(put("acme-c", now, announced, if_match="*"), 412)
+        check_error(put("acme-c", now, announced, if_none_match="*"), 413)
+        for data in (old, now):  # back and forth between kept revisions
+            assert put("acme-a", data, announced).status_code == 200
+        check_error(put("acme-a", b"x" * len(now), announced), 413)
+    assert client.delete("/v1/tasks/acme-b", headers=bearer("alice")).status_code == 200
+    assert put("acme-c", other).status_code == 200, "none of all this was counted"
+    check_error(put("acme-d", other), 413)
 
 
 def test_the_disk_is_counted_beyond_a_restart(serve: Any, tiny_base: Path, tmp_path: Path) -> None:
