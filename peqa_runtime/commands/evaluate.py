@@ -55,7 +55,10 @@ def evaluate(
             help="Text around each prompt, or chat; default: what the set notes.", envvar="PEQA_PROMPT_FORMAT"
         ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Window of perplexity.", envvar="PEQA_CONTEXT")] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window of perplexity. Default: 1024.", envvar="PEQA_CONTEXT"),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows answered together.", envvar="PEQA_BATCH")] = 25,
     predictions: Annotated[
         Path | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from peqa_runtime.core import ScaleKind
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData, TrainingDiverged
+from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.training.checkpoints import prepare_folder
 from peqa_runtime.training.data import EncodedData, file_digest, split_held_out
 from peqa_runtime.training.run import Say, TrainingFiles, checkpoints_of, read_training_data, row_limit
@@ -142,9 +143,9 @@ def _finished(file: Path, fingerprint: dict[str, Any]) -> list[Trial]:
 
 
 def _write(file: Path, fingerprint: dict[str, Any], trials: Sequence[Trial]) -> None:
-    staged = file.with_suffix(".tmp")
-    staged.write_text(json.dumps({"of": fingerprint, "trials": [asdict(trial) for trial in trials]}))
-    os.replace(staged, file)
+    kept = {"of": fingerprint, "trials": [asdict(trial) for trial in trials]}
+    with disk_full_named(file):
+        write_atomic(file, json.dumps(kept).encode(), durable=False)
 
 
 def _tell(trials: Sequence[Trial], say: Say) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.scales.atomic_file import write_atomic
 
 MASTERS = "scales.safetensors"
 RUN_FILE = "run.json"
@@ -33,7 +34,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def prepare_folder(folder: Path, fingerprint: Mapping[str, Any], *, resume: bool | None) -> Path | None:
     """Checkpoint to go on from, or None for a new run. `resume`: True must, False must not, None if there is one.
 
-    A folder of a run with other settings or data raises `InvalidData` rather than mixing two runs.
+    A folder of a run with other settings or data raises `InvalidData` rather than mixing two runs; `DiskFull`.
     """
     wanted = json.loads(json.dumps(fingerprint))
     if resume is False and folder.exists():
@@ -55,10 +56,9 @@ def prepare_folder(folder: Path, fingerprint: Mapping[str, Any], *, resume: bool
         raise InvalidData(f"nothing to resume: {folder} holds no complete checkpoint")
     if folder.exists():
         shutil.rmtree(folder)  # what a run left that never came to a checkpoint
-    folder.mkdir(parents=True)
-    staged = folder / f"{RUN_FILE}.tmp"
-    staged.write_text(json.dumps(wanted, indent=1))
-    os.replace(staged, folder / RUN_FILE)
+    with disk_full_named(folder):
+        folder.mkdir(parents=True)
+        write_atomic(folder / RUN_FILE, json.dumps(wanted, indent=1).encode())
     return None
 
 
@@ -79,14 +79,14 @@ class BestScales:
                 continue
 
     def offer(self, task: int, loss: float, step: int, scales: Mapping[str, Tensor], *, write: bool) -> None:
-        """Keep these scales if their loss is the lowest; `write` is for one process of several."""
+        """Keep these scales if their loss is the lowest; `write` is for one process of several. Raises `DiskFull`."""
         if not loss < self.losses[task]:
             return
         self.losses[task], self.steps[task] = loss, step
         if write:
-            staged = self.files[task].with_suffix(".tmp")
-            save_file(dict(scales), staged, {"loss": repr(loss), "step": str(step)})
-            os.replace(staged, self.files[task])
+            noted = {"loss": repr(loss), "step": str(step)}
+            with disk_full_named(self.files[task]):
+                write_atomic(self.files[task], save(dict(scales), noted), durable=False)
 
     def load(self, task: int) -> dict[str, Tensor]:
         """The kept scales of a task."""

@@ -37,6 +37,8 @@ def load_teacher(folder: Path | None, tunable: TunableModel) -> Teacher:
     if folder is None:
         return Teacher(tunable)
     device = tunable.model.device
+    if not (folder / "config.json").is_file():
+        raise InvalidCheckpoint(f"the teacher {folder} is no model folder: it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

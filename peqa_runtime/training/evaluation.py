@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training.answers import Scored, answer_rows, choose_options, sample_rows, window_losses
 from peqa_runtime.training.compare import interval, paired
@@ -35,7 +36,7 @@ class Question:
     seed: int = 0
     skip_empty: bool = False
     prompt_format: str | None = None  # None: what each set notes
-    context: int = 1024  # tokens of a window
+    context: int | None = None  # tokens of a window; None: 1024, or the model's context where that is less
     batch_rows: int = 25
 
 
@@ -52,7 +53,7 @@ def evaluate(
     paired difference (first minus `against`).
 
     `predictions`: a file for the row's answers; beside it what is done is kept, so that an interrupted evaluation goes
-    on. Raises `InvalidData`, and `InvalidScaleSet` as `ScaleSet.parse` does.
+    on. Raises `InvalidData`, `DiskFull`, and `InvalidScaleSet` as `ScaleSet.parse` does.
     """
     rows = _rows(tunable, question)
     sets: list[Path | None] = [scale_set]
@@ -75,16 +76,30 @@ def evaluate(
 
 
 def _rows(tunable: TunableModel, question: Question) -> Sequence[Row] | Sequence[Example]:
+    if question.limit is not None and question.limit < 1:
+        raise InvalidData(f"the limit must be at least 1, got {question.limit}")
+    suffix = question.data.suffix.lower()
     if question.metric.asks != "window":
+        if suffix == ".txt":
+            raise InvalidData(f"{question.metric.name} is of rows (.jsonl, .json); {question.data} is text")
         return sample_rows(
             read_rows(question.data), question.limit, question.seed, skip_empty=question.skip_empty
         )
+    if suffix in (".jsonl", ".json"):
+        raise InvalidData(f"{question.metric.name} is of plain text (.txt); {question.data} holds rows")
+    text = encode_text(read_text(question.data), tunable.encode, window=_context(tunable, question))
+    return text.examples[: question.limit]
+
+
+def _context(tunable: TunableModel, question: Question) -> int:
+    """Tokens of a window."""
+    if question.context is None:
+        return min(1024, tunable.max_tokens)
     if not 2 <= question.context <= tunable.max_tokens:
         raise InvalidData(
             f"the context must be between 2 and the model's {tunable.max_tokens}, got {question.context}"
         )
-    text = encode_text(read_text(question.data), tunable.encode, window=question.context)
-    return text.examples[: question.limit]
+    return question.context
 
 
 def _use(tunable: TunableModel, scale_set: Path | None) -> ScaleSet | None:
@@ -118,7 +133,7 @@ def _ask(
         "seed": question.seed,
         "limit": question.limit,
         "skip_empty": question.skip_empty,
-        "context": question.context,
+        "context": _context(tunable, question),
         "batch_rows": question.batch_rows,
         "prompt_format": form,
         "base_digest": tunable.manifest.base_digest,
@@ -138,7 +153,7 @@ def _ask(
     for batch in batches:
         done |= {scored.number: scored for scored in batch}
         if partial is not None:
-            with open(partial, "a", encoding="utf-8") as file:
+            with disk_full_named(partial), open(partial, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(scored)) + "\n" for scored in batch)
         if progress is not None:
             progress(len(done), len(rows))
@@ -158,10 +173,16 @@ def _read_partial(partial: Path | None, fingerprint: dict[str, Any]) -> dict[int
                 done[row["number"]] = Scored(**(row | {"stats": tuple(row["stats"])}))
     except (OSError, ValueError, KeyError, TypeError):
         done = {}
-    partial.parent.mkdir(parents=True, exist_ok=True)
     kept = [json.dumps(fingerprint), *(json.dumps(asdict(scored)) for scored in done.values())]
-    partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    _write_lines(partial, kept)
     return done
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """All lines, or the file as it was."""
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, ("\n".join(lines) + "\n").encode(), durable=False)
 
 
 def _report(
@@ -186,7 +207,7 @@ def _report(
         "seed": question.seed,
     }
     if metric.asks == "window":
-        report |= {"tokens": int(stats[0][:, 1].sum()), "context": question.context}
+        report |= {"tokens": int(stats[0][:, 1].sum()), "context": _context(tunable, question)}
     if stats[0].shape[1] == 2 and metric.asks != "window":
         report["correct"] = int(stats[0][:, 0].sum())
     if len(found) == 2:
@@ -211,10 +232,7 @@ def _write_predictions(path: Path, metric: Metric, found: Sequence[Sequence[Scor
         if len(entries) == 2:
             entries[0]["against"] = {key: entries[1][key] for key in ("answer", "stats")}
         lines.append(json.dumps(entries[0], ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    _write_lines(path, lines)
 
 
 def _entry(scored: Scored, metric: Metric) -> dict[str, Any]:

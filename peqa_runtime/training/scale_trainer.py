@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerControl
 
+from peqa_runtime.disk_space import full_at, is_full
 from peqa_runtime.errors import StoreError
 from peqa_runtime.training.batches import TokenBatch
 from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
@@ -124,9 +125,11 @@ class ScaleTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, SafetensorError, RuntimeError) as error:
+            folder = Path(self.args.output_dir)
+            reason = full_at(folder) if is_full(error) else error
             raise StoreError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}); "
-                f"{kept_checkpoint(Path(self.args.output_dir))}; make room, and the same command goes on"
+                f"the checkpoint of step {self.state.global_step} could not be written ({reason}); "
+                f"{kept_checkpoint(folder)}; make room, and the same command goes on"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

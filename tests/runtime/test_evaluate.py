@@ -299,6 +299,21 @@ def test_a_prompt_that_does_not_fit_the_context_is_named(tunable: TunableModel, 
         evaluate(tunable, Question(file, metric_named("exact-match")))
 
 
+def test_what_cannot_be_measured_is_said(tunable: TunableModel, tmp_path: Path) -> None:
+    text, file = tmp_path / "t.txt", write_rows(tmp_path / "r.jsonl", {"prompt": "a", "completion": "b"})
+    text.write_text(TEXT)
+    perplexity, exact = metric_named("perplexity"), metric_named("exact-match")
+    for question, message in (
+        (Question(file, perplexity), "perplexity is of plain text"),
+        (Question(text, exact), "exact-match is of rows"),
+        (Question(text, perplexity, -3), "limit must be at least 1, got -3"),
+        (Question(text, perplexity, context=513), "between 2 and the model's 512"),
+    ):
+        with pytest.raises(InvalidData, match=message):
+            evaluate(tunable, question)
+    assert evaluate(tunable, Question(text, perplexity))["context"] == 512
+
+
 def test_what_a_metric_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
     with pytest.raises(InvalidData, match="pip install sacrebleu"):

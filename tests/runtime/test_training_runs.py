@@ -263,7 +263,7 @@ def test_a_full_disk_says_what_is_safe_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "save_file", no_room)
         with pytest.raises(
-            StoreError, match=r"step 6 could not be written .*No space left.*checkpoint-3 is kept"
+            StoreError, match=r"step 6 could not be written .the disk is full at .*checkpoint-3 is kept"
         ):
             run(tunable, files)
 
