@@ -5,7 +5,9 @@ Runs on any device, so that it can be proven with a small base where there is no
 
 from __future__ import annotations
 
+import gc
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +26,8 @@ SHARES = {1: 0.6, 32: 0.7}  # of the floor, at least
 RESIDENT = 1000
 COMPARED = 16  # prompts whose answers the CPU and the GPU both give
 EQUAL_SHARE = 1.0
+MOST_FOR_EQUAL_BITS = 1.03
+"""Times the plain step, for the mode to be worth its being on by default."""
 
 
 def random_base_steps(
@@ -35,23 +39,58 @@ def random_base_steps(
         write_random_base(base, shape, tokenizer_of, seed)
         config = EngineConfig(task_rows=RESIDENT + 1, max_sequences=max(SEQUENCES))
         with engine_with_tasks(base, load.task_names, config, machine.device.type) as engine:
-            return steps_against_floor(engine, machine, load, Prompts(shape.vocab, seed))
+            rows = steps_against_floor(engine, machine, load, Prompts(shape.vocab, seed))
+        del engine
+        gc.collect()  # the device has no room for two
+        config = replace(config, row_invariant=True)
+        with engine_with_tasks(base, load.task_names, config, machine.device.type) as engine:
+            plain = {
+                row.facts["sequences"]: row.facts["time_us"] / 1e6 for row in rows if "sequences" in row.facts
+            }
+            return rows + cost_of_equal_bits(engine, plain, load, Prompts(shape.vocab, seed))
 
 
 def steps_against_floor(engine: Engine, machine: Machine, load: Load, prompts: Prompts) -> list[Row]:
-    """Floor over time of decode steps: bytes at the measured copy rate, or flops at the measured bf16 rate."""
+    """Floor over time of decode steps: bytes at the measured copy rate, or flops at the measured bf16 rate.
+
+    Where the engine has CUDA graphs, the times are theirs, and each has a row that compares it with eager steps.
+    """
     rows = []
     for count in SEQUENCES:
-        steps = decode_steps(engine, load, prompts, count)
-        seconds = statistics.median(steps)
+        seconds = statistics.median(decode_steps(engine, load, prompts, count))
         moved = _bytes(engine, count, min(count, load.tasks), load.prompt_tokens + load.output_tokens // 2)
         facts = machine.facts(seconds, moved, _flops(engine, count))
         facts |= {"sequences": count, "tasks": min(count, load.tasks), "tokens_per_s": count / seconds}
         name = f"engine/gpu/random-7b/{count}-sequences/of-floor"
         rows.append(Row(name, facts["of_floor"], "x", ">=", SHARES.get(count), facts))
+        if engine.runner.graphs is not None:
+            eager = statistics.median(eager_steps(engine, load, prompts, count))
+            name = f"engine/gpu/random-7b/{count}-sequences/graph-against-eager"
+            times = {"device": machine.name, "graph_us": seconds * 1e6, "eager_us": eager * 1e6}
+            rows.append(Row(name, eager / seconds, "x", ">=", None, times))
     memory = {"bank_gb": _bank_bytes(engine) / 1e9, "tasks": RESIDENT, "device": machine.name}
     used = torch.cuda.memory_allocated() if machine.device.type == "cuda" else _bank_bytes(engine)
     rows.append(Row("engine/gpu/random-7b/memory-with-1000-tasks", used / 1e9, "GB", "<=", None, memory))
+    return rows
+
+
+def eager_steps(engine: Engine, load: Load, prompts: Prompts, sequences: int) -> list[float]:
+    """`decode_steps` as if the engine had no CUDA graphs."""
+    graphs, engine.runner.graphs = engine.runner.graphs, None
+    try:
+        return decode_steps(engine, load, prompts, sequences)
+    finally:
+        engine.runner.graphs = graphs
+
+
+def cost_of_equal_bits(engine: Engine, plain: dict[int, float], load: Load, prompts: Prompts) -> list[Row]:
+    """Decode steps of an engine that is row-invariant over those of one that is not: `plain`, seconds by sequences."""
+    rows = []
+    for count, seconds in plain.items():
+        own = statistics.median(decode_steps(engine, load, prompts, count))
+        facts = {"time_us": own * 1e6, "plain_us": seconds * 1e6, "sequences": count}
+        name = f"engine/gpu/random-7b/{count}-sequences/cost-of-equal-bits"
+        rows.append(Row(name, own / seconds, "x", "<=", MOST_FOR_EQUAL_BITS, facts))
     return rows
 
 

@@ -83,17 +83,17 @@ def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
 def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:
     """References from an engine with ample memory and no prefix cache, then both loads in small ones."""
     load, seed = options.load, options.seed
-    ample = EngineConfig(prefix_cache=False)
+    ample = EngineConfig(prefix_cache=False, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, ample, options.device) as engine:
         cases = random_cases(load, engine.model.vocab_size, seed)
         show("each request alone")
         alone = answers_alone(engine, cases)
         heavy = load_cases(load, engine.model.vocab_size, seed, LITTLE_MEMORY_REQUESTS)
         want = run_together(engine, [(case, 0) for case in heavy])
-    small = EngineConfig(num_blocks=SMALL_BLOCKS)
+    small = EngineConfig(num_blocks=SMALL_BLOCKS, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, small, options.device) as engine:
         yield random_batches(engine, cases, alone, options.batches, seed, show)
-    few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS)
+    few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, few, options.device) as engine:
         show("a load that needs more KV memory than there is")
         yield little_memory(engine, want, heavy)

@@ -3,8 +3,8 @@
 A graph is captured per bucket (`graph_plan`) before the first request, on padded inputs that never move
 (`static_inputs`), and replayed for each step in which every sequence brings one token. Which task a row belongs to is
 an input like its token id, and a new task is written into its bank row in place: no task ever makes a graph stale.
-Steps with prompt chunks run eagerly, as do all where the model cannot be captured (it waits for the device, as routers
-of experts and some rotary scalings do; see `cuda_recorder`).
+Steps with prompt chunks run eagerly, as do all where the model cannot be captured (it waits for the device, as some
+rotary scalings do; see `cuda_recorder`).
 
 What a graph holds the addresses of: the weights, the caches, the bank's tensors, the inputs, the logits. All of them
 are allocated before the capture and never again, but for the bank's input and group scales, which come with the first
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -106,11 +107,11 @@ class DecodeGraphs:
         )
         return True
 
-    def logits(self, batch: Batch) -> Tensor | None:
-        """Compute a decode step: float32 [rows, vocab] as `logit_positions` lists them, valid until the next call.
+    def prepare(self, batch: Batch) -> Callable[[], Tensor] | None:
+        """Write a decode step's inputs, and return what computes it; None for a step that no graph can compute.
 
-        None, and nothing computed, for a step that is no pure decode or that no graph fits. Bank rows that the step is
-        the first to use must have been written.
+        Its logits are float32 [rows, vocab] as `logit_positions` lists them, and valid until the next call. Bank rows
+        that the step is the first to use must have been written.
         """
         bucket = self._bucket(batch)
         if bucket is None:
@@ -124,9 +125,12 @@ class DecodeGraphs:
         if replay is None:
             return None
         self._inputs[bucket.reach].fill(batch.scheduled, bucket.sequences)
+        return partial(self._computed, replay, len(batch.scheduled))
+
+    def _computed(self, replay: Callable[[], None], rows: int) -> Tensor:
         replay()
         self.replays += 1
-        return self._logits[: len(batch.scheduled)]
+        return self._logits[:rows]
 
     def _bucket(self, batch: Batch) -> Bucket | None:
         """The graph for a step in which each sequence computes one token and needs its logits; None for another."""

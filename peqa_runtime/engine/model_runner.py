@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,12 +56,15 @@ class ModelRunner:
         """Write new rows, compute the batch's tokens, choose the next ones: one result per scheduled sequence."""
         self.write_rows(batch)
         with torch.inference_mode():
-            return self.sampler.sample(batch, self.logits(batch))
+            return self.sampler.sample(batch, self.prepare(batch)())
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Compute the batch's tokens: float32 [rows, vocab] as `logit_positions` lists them, until the next call."""
-        logits = None if self.graphs is None else self.graphs.logits(batch)
-        return self.forward(self.inputs(batch)) if logits is None else logits
+    def prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        """Build the batch's inputs, and return what computes it, once, before another is prepared.
+
+        That gives float32 [rows, vocab], rows as `logit_positions` lists them, valid until the next call.
+        """
+        compute = None if self.graphs is None else self.graphs.prepare(batch)
+        return partial(self.forward, self.inputs(batch)) if compute is None else compute
 
     def write_rows(self, batch: Batch) -> None:
         """Copy the scale sets that the step is the first to use into their rows."""

@@ -111,11 +111,13 @@ def _timed_step(engine: Engine, tick: float) -> dict[str, float]:
     batch = scheduler.schedule()
     times.append(clock())
     runner.write_rows(batch)
-    inputs = runner.inputs(batch)
-    before = native.ticks() if native else ()
-    times.append(clock())
     with torch.inference_mode():
-        logits = runner.forward(inputs)
+        compute = runner.prepare(batch)
+        before = native.ticks() if native else ()
+        times.append(clock())
+        logits = compute()
+        if logits.is_cuda:  # launched is not computed
+            torch.cuda.synchronize(logits.device)
         times.append(clock())
         results = runner.sampler.sample(batch, logits)
     after = native.ticks() if native else ()

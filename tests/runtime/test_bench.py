@@ -19,7 +19,7 @@ from peqa_runtime.bench.equality import (
     random_cases,
     run_together,
 )
-from peqa_runtime.bench.gpu import answers_of_both, steps_against_floor
+from peqa_runtime.bench.gpu import answers_of_both, cost_of_equal_bits, eager_steps, steps_against_floor
 from peqa_runtime.bench.profile import step_profile
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.throughput import mixed_against_base
@@ -137,6 +137,38 @@ def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
     moved += 4 * outputs + 2 * 2 * 8 * 2 * 4 * (6 + 5 // 2)  # one task, keys and values of 8 tokens
     assert rows[0].facts["bytes_floor_us"] == pytest.approx(moved / 1e9 * 1e6)
     assert rows[0].facts["flops_floor_us"] == pytest.approx(2 * (weights + 300 * 32) / 1e12 * 1e6)
+
+
+class NoGraph:
+    """Graphs that fit no step."""
+
+    asked = 0
+
+    def prepare(self, batch: object) -> None:
+        self.asked += 1
+
+
+def test_graphs_and_equal_bits_are_compared(tiny_base: Path) -> None:
+    load = Load(prompt_tokens=6, output_tokens=5, tasks=2)
+    machine = Machine(torch.device("cpu"), "test", 1e9, 1e9, 1e12)
+    with engine_with_tasks(tiny_base, load.task_names, EngineConfig(max_sequences=64), "cpu") as engine:
+        prompts = Prompts(300, 0)
+        engine.runner.graphs = graphs = NoGraph()  # type: ignore[assignment]
+        assert len(eager_steps(engine, load, prompts, 2)) == 3
+        assert graphs.asked == 0
+        compared = [
+            row
+            for row in steps_against_floor(engine, machine, load, prompts)
+            if row.name.endswith("/graph-against-eager")
+        ]
+        assert engine.runner.graphs is graphs
+        assert graphs.asked > 0
+        (cost,) = cost_of_equal_bits(engine, {8: 2.0}, load, prompts)
+    assert len(compared) == 4
+    for row in compared:
+        assert row.value == pytest.approx(row.facts["eager_us"] / row.facts["graph_us"])
+    assert (cost.name, cost.bar) == ("engine/gpu/random-7b/8-sequences/cost-of-equal-bits", 1.03)
+    assert cost.value == pytest.approx(cost.facts["time_us"] / 2e6)
 
 
 def test_answers_of_two_devices_are_compared(tiny_base: Path) -> None:

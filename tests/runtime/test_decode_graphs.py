@@ -223,3 +223,33 @@ def test_a_kind_that_cannot_be_captured_later_runs_eagerly(tiny_base: Path) -> N
     assert graphs.replays == 0
     assert answers(captured, ["task0", "base"]) == answers(eager, ["task0", "base"])
     assert graphs.replays == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3", {"head_dim": 16}),
+        ("gemma2", {"head_dim": 16, "sliding_window": 32}),
+        ("gpt_neox", {}),
+        ("mixtral", {"num_local_experts": 4}),
+    ],
+)
+def test_other_architectures_ask_the_device_for_nothing(
+    architecture_base: Callable[..., Path], name: str, changes: dict[str, object]
+) -> None:
+    engine = eager_engine(architecture_base(name, **changes), kinds=("channel",))
+    graphs = with_graphs(engine, StandIn())
+    assert engine.runner.graphs is graphs
+
+
+def test_a_model_that_waits_for_the_device_runs_eagerly(
+    architecture_base: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dynamic rotary scaling asks how long the longest sequence is."""
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    engine = eager_engine(architecture_base("llama", **dynamic), kinds=("channel",))
+    with_graphs(engine, StandIn())
+    assert engine.runner.graphs is None
+    assert "waits for the device" in caplog.text
+    (answer,) = engine.generate(["the cat"], GREEDY, ["task0"])
+    assert len(answer.token_ids) == 6
