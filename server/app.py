@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 
 from peqa_runtime.errors import InvalidTaskName, PeqaError
+from peqa_server.access import routes as access_routes
 from peqa_server.access.door import Access, Door
 from peqa_server.access.route_roles import RouteRoles
 from peqa_server.http.api_document import DescribedApp
@@ -36,6 +37,7 @@ ROUTERS = tuple(
         model_routes,
         tokenizer_routes,
         task_routes,
+        access_routes,
         observe_routes,
         page_routes,
     )

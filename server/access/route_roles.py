@@ -29,6 +29,7 @@ ROLES: Mapping[str, Role | None] = {
     **{f"GET {path}": ANYONE for path in PUBLIC_PATHS},
     "GET /openapi.json": Role.USER,
     "GET /version": Role.USER,
+    "GET /v1/access": Role.USER,
     "GET /v1/models": Role.USER,
     "GET /v1/models/{model:path}": Role.USER,
     "POST /v1/completions": Role.USER,

@@ -1,7 +1,7 @@
 // The same prompt to several tasks at once: one column each, with its answer, its speed and its state.
 
 import { Problem, call, events } from "./api.js";
-import { byId, el, say, show } from "./dom.js";
+import { byId, counted, el, say, show } from "./dom.js";
 import { TokenText, tokensOf, unpoint } from "./tokens.js";
 
 const MAX_COLUMNS = 5; // a browser opens six connections to a server of HTTP/1; the gauges use one
@@ -73,7 +73,8 @@ class Column {
     if (message !== null && text.content) {
       this.turns.push({ role: "user", content: message }, { role: "assistant", content: text.content });
     }
-    say(`${this.name}: ${this.state.textContent}, ${this.count.textContent} tokens`);
+    const tokens = Number(this.count.textContent) || 0; // a dash: none has come
+    say(`${this.name}: ${this.state.textContent}, ${counted(tokens, "token")}`);
   }
 
   #request(body, message, system) {

@@ -1,5 +1,6 @@
 // The two questions that this page asks: for a key, and whether something is really meant.
 
+import { access } from "./access.js";
 import { key, onUnauthorized } from "./api.js";
 import { byId, show } from "./dom.js";
 
@@ -26,6 +27,7 @@ export function askKey(problem) {
     if (answer === "use" && given) key.set(given);
     if (answer === "forget") key.set(null);
     showKeyState();
+    byId("key-button").hidden = false; // asked for: the server wants one, or one is in use
     return answer === "use" && Boolean(given);
   })().finally(() => {
     asking = null;
@@ -33,8 +35,12 @@ export function askKey(problem) {
   return asking;
 }
 
+/** The button that asks for a key: there is none where the server wants none. */
 export function showKeyState() {
-  byId("key-button").textContent = key.get() ? "Key in use" : "Enter a key";
+  const button = byId("key-button");
+  button.hidden = !(access.keys || key.get());
+  button.textContent = key.get() ? "Key in use" : "Enter a key";
+  button.title = access.name === null ? "" : `${access.name}, ${access.role}`;
 }
 
 /** The button in the page's head, and the question on a 401; `changed()` runs after the button brought a change. */

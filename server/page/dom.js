@@ -27,6 +27,9 @@ export function say(text) {
   byId("said").textContent = text;
 }
 
+/** "1 token", "2 tokens". */
+export const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 export function bytes(count) {
   const units = ["B", "kB", "MB", "GB"];
   let unit = 0;

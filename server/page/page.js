@@ -1,8 +1,9 @@
 // Puts the page together: what is served, its tasks, the comparison, its load.
 
+import { access, mayChangeTasks, readAccess } from "./access.js";
 import { callJson } from "./api.js";
 import { Compare } from "./compare.js";
-import { watchKey } from "./dialogs.js";
+import { showKeyState, watchKey } from "./dialogs.js";
 import { byId } from "./dom.js";
 import { startGauges } from "./gauges.js";
 import { TaskList } from "./tasks.js";
@@ -21,8 +22,14 @@ const compare = new Compare(() => tasks.mark());
 const tasks = new TaskList(compare);
 const askNow = startGauges();
 
+/** Everything that depends on the key. The list comes first: it asks for a key where one is missing. */
 async function readAll() {
   await tasks.load();
+  await readAccess();
+  showKeyState();
+  byId("upload").hidden = !mayChangeTasks();
+  if (!access.base) compare.set("base", false);
+  tasks.showAccess();
   askNow();
   nameModel();
 }

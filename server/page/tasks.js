@@ -1,9 +1,10 @@
 // The list of tasks, a page at a time, and what can be done with each: compare, look back, roll back, delete.
 
+import { access, mayChangeTasks } from "./access.js";
 import { call, callJson } from "./api.js";
 import { labelOf } from "./compare.js";
 import { confirmed } from "./dialogs.js";
-import { age, byId, bytes, el, say, show } from "./dom.js";
+import { age, byId, bytes, counted, el, say, show } from "./dom.js";
 
 const PAGE = 50;
 const BASE = "base";
@@ -57,7 +58,7 @@ export class TaskList {
       byId("more").hidden = !answer.has_more || found.length < answer.data.length;
       if (this.list.childElementCount === 0) this.list.append(el("li.hint.nothing", {}, "No task has such a name."));
       this.#unusable(answer.unusable ?? []);
-      if (afresh && prefix) say(`${found.length}${answer.has_more ? " or more" : ""} tasks`);
+      if (afresh && prefix) say(answer.has_more ? `${found.length} or more tasks` : counted(found.length, "task"));
     } catch (error) {
       if (turn !== this.turn) return;
       if (afresh) this.#empty("");
@@ -69,6 +70,16 @@ export class TaskList {
     this.rows.clear();
     this.list.replaceChildren();
     if (BASE.startsWith(prefix)) this.list.append(this.#baseRow());
+  }
+
+  /** The key has other rights than before: rows that are open show what can be done now. */
+  showAccess() {
+    const base = this.list.querySelector(`[data-compare="${BASE}"]`);
+    if (base) base.closest("li").hidden = !access.base;
+    for (const { info, node } of this.rows.values()) {
+      const panel = node.querySelector(".panel");
+      if (panel.childElementCount) this.#fill(info, panel);
+    }
   }
 
   #append(info) {
@@ -125,7 +136,7 @@ export class TaskList {
 
   #baseRow() {
     const label = el("label.name", {}, this.#box(BASE), el("span", {}, BASE));
-    return el("li.task", {}, label, el("p.about", {}, "The model without a task's scales"));
+    return el("li.task", { hidden: !access.base }, label, el("p.about", {}, "The model without a task's scales"));
   }
 
   #row(info, open = false) {
@@ -155,17 +166,14 @@ export class TaskList {
       history.append(...data.map((row) => this.#revision(info, row, attempt)));
       const button = (kind, text, work, off = false) =>
         el(`button.${kind}`, { type: "button", disabled: off, "aria-label": `${text}: ${info.task}`, onclick: attempt(work) }, text);
-      panel.append(
-        info.prompt_format && el("p.format", {}, "Prompt format ", el("code", {}, info.prompt_format)),
-        el("h4", {}, "Revisions"),
-        history,
-        el(
-          "div.actions", {},
-          button("small", "Roll back", () => this.#rollBack(info), data.length < 2),
-          button("small", "Download", () => this.#download(info)),
-          button("small.danger", "Delete", () => this.#delete(info)),
-        ),
-      );
+      const actions = [
+        button("small", "Roll back", () => this.#rollBack(info), data.length < 2),
+        button("small", "Download", () => this.#download(info)),
+        button("small.danger", "Delete", () => this.#delete(info)),
+      ];
+      if (info.prompt_format) panel.append(el("p.format", {}, "Prompt format ", el("code", {}, info.prompt_format)));
+      panel.append(el("h4", {}, "Revisions"), history);
+      if (mayChangeTasks()) panel.append(el("div.actions", {}, ...actions));
     })();
   }
 
@@ -184,7 +192,7 @@ export class TaskList {
       "li", {},
       el("code", { title: row.revision }, row.revision.slice(0, 12)), current,
       el("span.about", {}, age(row.created), ` · ${bytes(row.bytes)}`),
-      el("span.tools", {}, compare, !row.current && back),
+      el("span.tools", {}, compare, !row.current && mayChangeTasks() && back),
     );
   }
 

@@ -1,5 +1,6 @@
 // Files to tasks: dropped or chosen, named, sent one after the other, each with its progress and its end.
 
+import { mayChangeTasks } from "./access.js";
 import { upload } from "./api.js";
 import { byId, bytes, el, say } from "./dom.js";
 
@@ -31,7 +32,7 @@ export function watchUploads(tasks, uploaded) {
   document.addEventListener("dragleave", (event) => event.relatedTarget === null && drop.classList.remove("over"));
   document.addEventListener("drop", (event) => {
     drop.classList.remove("over");
-    if (event.dataTransfer?.files.length) take(event.dataTransfer.files);
+    if (event.dataTransfer?.files.length && mayChangeTasks()) take(event.dataTransfer.files);
   });
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from key_stubs import key, text_of, write_keys
 from page_visit import Visit
 from server_stubs import Script, StubEngine, StubTasks, wait_until
 
@@ -69,6 +70,8 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     page.locator("#key-problem").filter(has_text="key").wait_for()
     enter_key(page, ADMIN)
     page.get_by_text("The model without a task's scales").wait_for()
+    page.get_by_role("heading", name="Upload").wait_for()
+    assert page.locator("#key-button").text_content() == "Key in use"
 
     tab.upload("Desk One", first).get_by_text("desk-one is live").wait_for()
     revision = api.get("/v1/tasks/desk-one").json()["revision"]
@@ -120,6 +123,69 @@ def test_a_task_from_its_upload_to_its_end(served: str, tiny_base: Path, visit: 
     kept = page.evaluate("[location.href, JSON.stringify(localStorage), document.cookie]")
     assert all(ADMIN not in text for text in kept)
     assert page.evaluate("sessionStorage.getItem('peqa.key')") == ADMIN
+
+
+def test_the_page_offers_what_the_key_may_do(
+    live: Callable[..., Any], visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    keys = write_keys(
+        tmp_path / "keys.json",
+        key("reader", "user", base=False),
+        key("writer", "uploader"),
+    )
+    tasks = StubTasks({"acme-sql": [b"SET one", b"SET two"], "other": [b"SET one"]})
+    tab = visit(live(tasks=tasks, settings=ServerSettings(key_file=keys)).url)
+    page = tab.open()
+    assert page.locator("#upload").is_hidden()
+    enter_key(page, text_of("reader"))
+    tab.task("acme-sql").wait_for()
+    page.locator("#key-button").filter(has_text="Key in use").wait_for()
+    assert page.locator("#key-button").get_attribute("title") == "reader, user"
+    base = page.get_by_text("The model without a task's scales")
+    assert tab.task("other").count() == 0
+    base.wait_for(state="hidden")
+    page.locator(".column").wait_for(state="detached")
+    assert page.locator("#upload").is_hidden()
+    tab.task("acme-sql").get_by_text("Details").click()
+    row = tab.task("acme-sql")
+    row.get_by_role("button", name=re.compile("^Compare acme-sql@")).first.wait_for()
+    for name in ("Roll back", "Download", "Delete", "Make current"):
+        assert row.get_by_role("button", name=name).count() == 0, name
+    moved = page.evaluate_handle(
+        "() => { const d = new DataTransfer(); d.items.add(new File(['x'], 'x')); return d }"
+    )
+    page.dispatch_event("#tasks", "drop", {"dataTransfer": moved})
+    assert page.locator("#uploads > li").count() == 0
+    tab.photograph("reader")
+
+    page.locator("#key-button").click()
+    enter_key(page, text_of("writer"))
+    page.locator("#upload").get_by_text("Drop scale sets here").wait_for()
+    base.wait_for()
+    tab.task("acme-sql").get_by_text("Details").click()
+    for name in ("Roll back", "Download", "Delete", "Make"):
+        tab.task("acme-sql").get_by_role("button", name=re.compile(f"^{name}")).first.wait_for()
+    tab.photograph("writer")
+
+    page.locator("#key-button").click()
+    page.get_by_role("button", name="Forget it").click()
+    page.get_by_role("dialog").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.locator("#key-button").filter(has_text="Enter a key").wait_for()
+    page.locator("#upload").wait_for(state="hidden")
+
+
+def test_without_keys_nobody_is_asked_for_one(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
+    tab = visit(live().url)
+    page = tab.open()
+    page.locator("#upload").get_by_text("Drop scale sets here").wait_for()
+    assert page.locator("#key-button").is_hidden()
+    page.get_by_label("Prompt").fill("hello")
+    for count, said in ((1, "1 token"), (2, "2 tokens")):
+        page.get_by_label("Max tokens").fill(str(count))
+        page.get_by_role("button", name="Run").click()
+        tab.answered("base")
+        page.locator("#said").filter(has_text=re.compile(f", {said}$")).wait_for(state="attached")
 
 
 def test_text_from_outside_is_never_markup(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
