@@ -120,6 +120,7 @@ class PreparedWeight:
         if backend == "gpu":
             from peqa_kernels.quant_matmul.gpu import TritonGpu
 
+            self.bank_dtypes = (torch.float32, torch.float16)
             return TritonGpu(self.weight, self.segments)
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
 
@@ -127,8 +128,11 @@ class PreparedWeight:
 def bank_dtype(device: torch.device) -> torch.dtype:
     """The dtype of banks whose tasks cost least on `device`.
 
-    Their scales are read anew in every step, so where the compiled CPU kernels read fp16 a task's own bytes are halved.
+    Their scales are read anew in every step, so fp16 halves a task's own bytes: on a GPU always, on a CPU where the
+    compiled kernels read it.
     """
+    if device.type == "cuda":
+        return torch.float16
     ops = _native_ops() if device.type == "cpu" else None
     return torch.float16 if ops is not None and ops.halves else torch.float32
 

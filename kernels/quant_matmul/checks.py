@@ -32,8 +32,13 @@ def check_inputs(
         _refuse(f"x must be [rows, {prepared.in_features}], not {list(x.shape)}")
     if x.dtype not in DTYPES:
         _refuse(f"x must be float32, bfloat16 or float16, not {x.dtype}")
+    device = prepared.weight.scales.device
+    if x.device != device:
+        _refuse(f"x is on {x.device}, the weight on {device}")
     if bias is not None and (bias.shape != (prepared.out_features,) or not bias.is_contiguous()):
         _refuse(f"bias must be [{prepared.out_features}], contiguous, not {list(bias.shape)}")
+    if bias is not None and bias.device != device:
+        _refuse(f"bias is on {bias.device}, x on {x.device}")
     for name, rows in (("row", row), ("group_row", group_row)):
         if rows is not None:
             _check_rows(name, rows, x)
@@ -44,13 +49,14 @@ def check_inputs(
         if dtype not in prepared.bank_dtypes:
             names = " or ".join(str(allowed).removeprefix("torch.") for allowed in prepared.bank_dtypes)
             _refuse(f"out_scale must be {names}, not {dtype}")
-        for name in ("out_scale", "in_scale", "group_scale"):
-            scales = getattr(bank, name)
-            if scales is not None and (scales.dtype != dtype or not scales.is_contiguous()):
-                _refuse(
-                    f"{name} must be contiguous and of out_scale's {dtype}, not {scales.dtype} of strides "
-                    f"{scales.stride()}"
-                )
+        n, k = prepared.out_features, prepared.in_features
+        for name, scales, shape in (
+            ("out_scale", bank.out_scale, (n,)),
+            ("in_scale", bank.in_scale, (len(prepared.segments), k)),
+            ("group_scale", bank.group_scale, (prepared.weight.groups, n)),
+        ):
+            if scales is not None:
+                _check_scales(name, scales, shape, dtype, device)
 
 
 def check_rows_exist(bank: LinearBank, row: Tensor | None, group_row: Tensor | None) -> None:
@@ -79,6 +85,21 @@ def _check_rows(name: str, rows: Tensor, x: Tensor) -> None:
         )
     if rows.device != x.device:
         _refuse(f"{name} is on {rows.device}, x on {x.device}")
+
+
+def _check_scales(
+    name: str, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if scales.dtype != dtype or not scales.is_contiguous():
+        _refuse(
+            f"{name} must be contiguous and of out_scale's {dtype}, not {scales.dtype} of strides "
+            f"{scales.stride()}"
+        )
+    if scales.shape[1:] != shape or not len(scales):
+        wanted = ", ".join(map(str, shape))
+        _refuse(f"{name} must be [rows, {wanted}] with one row at least, not {list(scales.shape)}")
+    if scales.device != device:
+        _refuse(f"{name} is on {scales.device}, the weight on {device}")
 
 
 def _refuse(sentence: str) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor
 from peqa_kernels.device import launching_on
 from peqa_kernels.quant_matmul import gpu_kernel
 from peqa_kernels.quant_matmul.gpu_check import is_exact
+from peqa_kernels.quant_matmul.gpu_dense import dense_matmul
 from peqa_kernels.quant_matmul.gpu_device import gpu_device, key_of
 from peqa_kernels.quant_matmul.gpu_inputs import needs_copies, scaled_inputs
 from peqa_kernels.quant_matmul.gpu_layout import Layout, lay_out, layout_of, padded_outputs, panels
-from peqa_kernels.quant_matmul.tuning import MOST_SPLIT_ROW_TILES, Scales, Tile, bucket
+from peqa_kernels.quant_matmul.tile_rule import MOST_SPLIT_ROW_TILES
+from peqa_kernels.quant_matmul.tuning import Scales, Tile, bucket
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 
@@ -38,8 +40,7 @@ class TritonGpu:
         source = padded_outputs(self.layout).to(device)
         self.scales = _half_if_exact(weight.scales.float()[source].t().contiguous())  # [G, padded N]
         self.zeros, self.zeros_mode = _zeros(weight.zeros.float()[source].t().contiguous(), weight.bits)
-        widths = (64, 128) if self.layout.panel == 128 else (64,)
-        self.panels = {width: panels(self.layout, width).to(device) for width in widths}
+        self.panels = {width: panels(self.layout, width).to(device) for width in self.layout.widths}
         most = MOST_SPLIT_ROW_TILES * len(self.panels[64])
         self.counters = torch.zeros(most, dtype=torch.int32, device=device)
         self.device = gpu_device(device)
@@ -90,7 +91,7 @@ class TritonGpu:
         tile = self._tiles.get(key)
         if tile is None:
             tile = self.device.choose(self.layout, rows, dtype, scales, invariant=self._invariant)
-            if self.scales.is_cuda:
+            if self.scales.is_cuda and not tile.dense:
                 if torch.cuda.is_current_stream_capturing():
                     return tile  # no time for a trial; `warm_up` is to be called before a capture
                 name = (key_of(self.layout, rows, dtype, scales), self.zeros_mode, tile)
@@ -112,12 +113,14 @@ def launch(
     rows = x.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = x.new_empty((rows, weight.out_features))
     if rows == 0:
-        return y
+        return x.new_empty((rows, weight.out_features))
     out = None if bank is None or row is None else bank.out_scale
     into = None if bank is None or row is None else bank.in_scale
     group = None if bank is None or group_row is None else bank.group_scale
+    if tile.dense:
+        assert group is None, tile
+        return dense_matmul(weight, x, bias, out, into, row)
     inputs = "none" if into is None else "copies" if needs_copies(rows) else "by row"
     table = weight.panels[tile.outputs]
     number = len(table) * triton.cdiv(rows, tile.rows)
@@ -125,6 +128,7 @@ def launch(
         tile,
         weight.layout,
     )
+    y = x.new_empty((rows, weight.out_features))
     parts, programs = y, 1
     if tile.splits > 1 and not tile.in_turn:
         assert number <= len(weight.counters), (tile, rows)
@@ -164,7 +168,7 @@ def launch(
             weight.layout.padded,
             stride,
             **compiled_for,
-            num_warps=tile.warps,
+            **options(tile),
         )
     return y
 
@@ -196,6 +200,7 @@ def constants(
         "PLAIN": whole
         and layout.padded == sum(layout.segments)
         and (len(layout.segments) == 1 or inputs == "none"),
+        "ALIGNED": all(size % 16 == 0 for size in layout.segments),
         "SPLITS": tile.splits,
         "IN_TURN": tile.in_turn,
         "HAS_BIAS": has_bias,
@@ -207,7 +212,18 @@ def constants(
         "BM": tile.rows,
         "BN": tile.outputs,
         "STAGES": tile.stages,
+        "AHEAD": tile.ahead,
     }
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """How the kernel is compiled and launched beside its constants."""
+    made: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": True}
+    if tile.ahead:
+        made["launch_pdl"] = True
+    if tile.warps == 8 and tile.rows <= 16:
+        made["maxnreg"] = 128  # two such programs a processor; left alone it takes 164, which allows one
+    return made
 
 
 def scales_of(bank: LinearBank | None, row: Tensor | None, group_row: Tensor | None) -> Scales:

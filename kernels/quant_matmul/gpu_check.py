@@ -71,7 +71,7 @@ class _Integers:
         with_inputs, with_groups = scales == "channel+input", scales == "group"
         return LinearBank(
             (n,),
-            self.draw(1, 4, _TASKS, n),
-            self.draw(1, 3, _TASKS, 1, k) if with_inputs else None,
-            self.draw(1, 3, _TASKS, weight.groups, n) if with_groups else None,
+            self.draw(1, 4, _TASKS, n).half(),
+            self.draw(1, 3, _TASKS, 1, k).half() if with_inputs else None,
+            self.draw(1, 3, _TASKS, weight.groups, n).half() if with_groups else None,
         )

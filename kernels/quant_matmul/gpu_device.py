@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from peqa_kernels.quant_matmul.gpu_layout import Layout
-from peqa_kernels.quant_matmul.tuning import Gpu, Scales, Tile, TileTable, bucket, safe, tile_for
+from peqa_kernels.quant_matmul.tile_rule import Gpu, safe, tile_for
+from peqa_kernels.quant_matmul.tuning import Scales, Tile, TileTable, bucket
 
 
 class GpuDevice:
@@ -67,8 +68,15 @@ def key_of(layout: Layout, rows: int, dtype: torch.dtype, scales: Scales) -> obj
 def gpu_device(device: torch.device) -> GpuDevice:
     """Give the one GpuDevice of a torch device; Triton's interpreter on the CPU counts as a small GPU."""
     if device.type != "cuda":
-        return GpuDevice(Gpu("interpreter", 4, register_products=True), TileTable([]), assembly=False)
+        return GpuDevice(
+            Gpu("interpreter", 4, register_products=True, early_launch=False), TileTable([]), assembly=False
+        )
     found = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
-    gpu = Gpu(found.name, found.multi_processor_count, register_products=nvidia and found.major == 9)
+    gpu = Gpu(
+        found.name,
+        found.multi_processor_count,
+        register_products=nvidia and found.major == 9,
+        early_launch=nvidia and found.major >= 9,
+    )
     return GpuDevice(gpu, TileTable.load(found.name), assembly=nvidia and found.major >= 8)

@@ -37,8 +37,9 @@ def scaled_inputs(x: Tensor, in_scale: Tensor, row: Tensor) -> Tensor:
     copies = x.new_empty((in_scale.shape[1], rows, inputs))
     with launching_on(x.device):
         _scale_kernel[(rows, triton.cdiv(inputs, _BLOCK))](
-            x, in_scale, row, copies, rows, x.stride(0), K=inputs, SEGMENTS=in_scale.shape[1], BLOCK=_BLOCK
-        )
+            x, in_scale, row, copies, rows, x.stride(0),
+            K=inputs, SEGMENTS=in_scale.shape[1], BLOCK=_BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
     return copies
 
 

@@ -4,6 +4,9 @@ The weights are the left operand of the product, as register-operand wgmma wants
 in 16 bits. All scaling happens after the sum of a group, in fp32; the task's output scale comes at the very end. K may
 be split over programs: each leaves its fp32 sums in `parts`, and whoever comes last adds them up, first split first,
 so the result depends on no order of arrival. In turn (`IN_TURN`) one program does all splits, with the same bits.
+
+On Hopper a launch may begin while the one before it still ends (`AHEAD`): its programs then bring their first weights,
+which no launch writes, into the second-level cache, and wait before they read anything else.
 """
 
 # A Triton kernel's arguments have no Python types, and its tuples grow.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from peqa_kernels.quant_matmul.gpu_unpack import load_words, run_of, taken_away, unpack
 
@@ -30,6 +34,36 @@ MIXED = tl.constexpr(1)
 TASKWISE = tl.constexpr(2)
 # Row tiles that take turns before the next panel does, so that codes are read from memory once.
 TOGETHER = tl.constexpr(8)
+
+
+@triton.constexpr_function
+def _prefetch(size):
+    """PTX that asks for `size` bytes to be brought into the second-level cache, once for all threads."""
+    return (
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t,%tid.x; setp.eq.u32 p,t,0; "
+        f"@p cp.async.bulk.prefetch.L2.global [$1],{size}; mov.u32 $0,t; }}"
+    )
+
+
+@triton.jit
+def _begin_early(
+    words, start, padded, BITS: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    TILES: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of AHEAD tiles from `start` on; then wait for all that earlier launches write.
+
+    The next launch may follow only then, so two are under way at a time, and of buffers that launches share (parts,
+    counters, recycled memory) none is touched by two of them.
+    """
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    code: tl.constexpr = _prefetch(BN * WORDS * 4)
+    for step in tl.static_range(AHEAD):
+        tile = tl.cast(tl.minimum(start + step, TILES - 1), tl.int64)
+        for plane in tl.static_range(PLANES):
+            at = (words + (tile * PLANES + plane) * padded * WORDS).to(tl.int64)
+            tl.inline_asm_elementwise(code, "=r,l", [at], tl.int32, is_pure=False, pack=1)
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -194,12 +228,17 @@ def quant_matmul_kernel(
     x, words, scales, zeros, panels, bias, out, into, group, row, group_row, y, parts, counters,
     M, N, padded, stride,
     BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    SEGMENTS: tl.constexpr, PLAIN: tl.constexpr, SPLITS: tl.constexpr, IN_TURN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, INPUTS: tl.constexpr, GROUPED: tl.constexpr,
-    ZEROS: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr, PLAIN: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr,
+    IN_TURN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, INPUTS: tl.constexpr,
+    GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs for BM activations over one split of the inputs. PLAIN: no output is filling, and no panel table."""
+    """BN outputs for BM activations over one split of the inputs. PLAIN: no output is filling, and no panel table.
+
+    ALIGNED: outputs per segment are multiples of 16, so that runs of them are loaded in 16 bytes.
+    """
     K: tl.constexpr = GROUPS * SIZE
+    WORDS: tl.constexpr = BK // (32 if BITS == 3 else 32 // BITS)
     row_tiles = tl.cdiv(M, BM)
     number = tl.program_id(0)
     width = TOGETHER * (tl.num_programs(0) // row_tiles)
@@ -210,10 +249,16 @@ def quant_matmul_kernel(
     rn = tl.arange(0, BN)
     at, first, outputs, segment = panel * BN, panel * BN, BN, 0
     if not PLAIN:
-        at = tl.load(panels + 4 * panel)
+        at = tl.multiple_of(tl.load(panels + 4 * panel), BN)
         first = tl.load(panels + 4 * panel + 1)
+        if ALIGNED:
+            first = tl.multiple_of(first, 16)
         outputs = tl.load(panels + 4 * panel + 2)
         segment = tl.load(panels + 4 * panel + 3)
+    words += at.to(tl.int64) * WORDS
+    if AHEAD > 0:
+        PER: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
+        _begin_early(words, tl.program_id(1) * PER, padded, BITS, BN, WORDS, TILES, min(AHEAD, PER))
     rm = row_tile * BM + tl.arange(0, BM)
     live = rm < M
     wide = rm.to(tl.int64)
@@ -229,7 +274,6 @@ def quant_matmul_kernel(
             ip = into + (task * SEGMENTS + segment) * K
     if INPUTS == COPIES:
         xp += (segment * M).to(tl.int64) * K
-    words += at.to(tl.int64) * (BK // (32 if BITS == 3 else 32 // BITS))
     scales += at
     zeros += at
     if GROUPED == MIXED:

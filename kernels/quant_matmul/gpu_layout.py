@@ -63,6 +63,12 @@ class Layout:
         return sum(-(-size // self.panel) * self.panel for size in self.segments)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Outputs that one program may take: whole panels, halves of one, or two where no segment ends between them."""
+        two = self.panel == 128 and all(size % 256 == 0 for size in self.segments)
+        return (64, *((128,) if self.panel == 128 else ()), *((256,) if two else ()))
+
+    @property
     def num_bytes(self) -> int:
         """Size of the words."""
         return 4 * self.tiles * PLANES[self.bits] * self.padded * self.words

@@ -60,7 +60,7 @@ def warm_up(
 def example(
     weight: TritonGpu, rows: int, dtype: torch.dtype, scales: Scales, tasks: int = 1
 ) -> tuple[Tensor, LinearBank | None, Tensor | None, Tensor | None]:
-    """Random activations and task scales for one launch: x, bank, row, group_row, sorted by task."""
+    """Random activations and fp16 task scales for one launch: x, bank, row, group_row, sorted by task."""
     layout, device = weight.layout, weight.words.device
     x = torch.randn((rows, layout.in_features), device=device).to(dtype)
     if scales == "base":
@@ -68,7 +68,7 @@ def example(
     n, segments = weight.out_features, layout.segments
 
     def around_one(*shape: int) -> Tensor:
-        return 1 + 0.1 * torch.rand(shape, device=device)
+        return (1 + 0.1 * torch.rand(shape, device=device)).half()  # as `bank_dtype` has it on a GPU
 
     bank = LinearBank(
         segments,

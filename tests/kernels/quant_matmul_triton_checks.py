@@ -101,17 +101,70 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
         Tile(16, 128, 4, 2, splits=2, in_turn=True),
         Tile(16, 128, 4, 1, taskwise=True),
         Tile(32, 64, 4, 3, taskwise=True),
+        Tile(8, 256, 8, 2, splits=2),
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
         [(4, 1), (4, 8), *([(3, 2)] if 3 in WIDTHS else [])],
-        zip(tiles, ["channel", "mixed", "group", "mixed", "group"], strict=True),
+        zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input"], strict=True),
     ):
-        problem = Problem(device, bits, (128, 120), 256, groups, kind, 37, dtype, integers=True)
+        if tile.outputs == 256 and groups > 1:
+            continue  # not chosen there
+        segments, rows = ((256, 256), 11) if tile.outputs == 256 else ((128, 120), 37)
+        problem = Problem(device, bits, segments, 256, groups, kind, rows, dtype, integers=True)
         for _ in range(2):  # twice: the counters of a split must be as before
             problem.check(launch(problem.prepared.impl, tile, *problem.arguments()), tile)
         count += 1
     return count
+
+
+def check_dense(device: str, dtype: torch.dtype) -> int:
+    """Floats made a panel at a time: every width, shape and kind of zero point; panels that cut a segment."""
+    from peqa_kernels.quant_matmul import gpu_dense
+    from peqa_kernels.quant_matmul.gpu import launch
+    from peqa_kernels.quant_matmul.tuning import Tile
+
+    tile, count, panel = Tile(128, 64, 4, 3, dense=True), 0, gpu_dense.PANEL
+    for bits, shape, fractional in itertools.product(WIDTHS, [*SHAPES, ((384,), 256, 2)], (False, True)):
+        kind = ("base", "channel", "channel+input")[count % 3]
+        segments, k, groups = shape
+        problem = Problem(
+            device, bits, segments, k, groups, kind, 11, dtype, integers=not fractional, bias=count % 2 == 1
+        )
+        if problem.bank is not None and count % 2:
+            problem.bank = half_bank(problem.bank)
+        gpu_dense.PANEL = k * 128 if count % 2 else panel
+        got = launch(problem.prepared.impl, tile, *problem.arguments())
+        want = quant_matmul_reference(problem.x, problem.weight, *problem.arguments()[1:])
+        assert got.dtype == dtype
+        cases.assert_close(problem.name, got, want, 2 * LIMIT[dtype])  # a weight and a sum are rounded, too
+        count += 1
+    gpu_dense.PANEL = panel
+    return count
+
+
+def check_half_banks(device: str, dtype: torch.dtype) -> int:
+    """Scales in fp16, as the bank of a GPU holds them, to the same bits as the fp32 that they round to."""
+    count = 0
+    for kind, bits in itertools.product(cases.KINDS[1:], WIDTHS):
+        problem = Problem(device, bits, (70, 58), 256, 4, kind, 19, dtype, integers=False)
+        x, _, bank, row, group_row = problem.arguments()
+        half = half_bank(bank)
+        full = half_bank(bank, torch.float32, half)
+        answers = [
+            quant_matmul(x, problem.prepared, bank=b, row=row, group_row=group_row) for b in (half, full)
+        ]
+        assert torch.equal(*answers), problem.name
+        count += 1
+    return count
+
+
+def half_bank(
+    bank: LinearBank, dtype: torch.dtype = torch.float16, of: LinearBank | None = None
+) -> LinearBank:
+    """The bank `of`, or `bank` itself, in `dtype`."""
+    tensors = {name: getattr(of or bank, name) for name in ("out_scale", "in_scale", "group_scale")}
+    return replace(bank, **{name: None if t is None else t.to(dtype) for name, t in tensors.items()})
 
 
 def check_empty_and_strided(device: str) -> int:
@@ -217,6 +270,8 @@ if __name__ == "__main__":
     done += check_kinds(where, torch.float32, integers=False, kinds=("mixed",))
     done += (
         check_tiles(where, half)
+        + check_dense(where, half)
+        + check_half_banks(where, half)
         + check_empty_and_strided(where)
         + check_single_rows(where, half)
         + check_warm_up(where)

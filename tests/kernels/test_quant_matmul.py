@@ -306,6 +306,15 @@ def test_compiles_into_one_graph(backend: str) -> None:
         ({"group_row": torch.tensor([7, 1, 1], dtype=torch.int32)}, r"group_row\[0\] is 7"),
         ({"bank": LinearBank((32, 32), torch.ones(5, 64))}, r"segments \(32, 32\)"),
         ({"bank": LinearBank((64,), torch.ones(5, 64).double())}, "out_scale must be float32"),
+        ({"bank": LinearBank((64,), torch.ones(5, 63))}, r"out_scale must be \[rows, 64\] .* not \[5, 63\]"),
+        ({"bank": LinearBank((64,), torch.ones(5, 64), torch.ones(5, 64))}, r"in_scale must be \[rows, 1, 64\]"),
+        (
+            {"bank": LinearBank((64,), torch.ones(5, 64), None, torch.ones(5, 64, 2))},
+            r"group_scale must be \[rows, 2, 64\] .* not \[5, 64, 2\]",
+        ),
+        ({"bank": LinearBank((64,), torch.ones(5, 64, device="meta"))}, "out_scale is on meta, the weight on"),
+        ({"x": torch.zeros(3, 64, device="meta")}, "x is on meta, the weight on cpu"),
+        ({"bias": torch.zeros(64, device="meta")}, "bias is on meta, x on cpu"),
         (
             {"bank": LinearBank((64,), torch.ones(64, 5).t())},
             "out_scale must be contiguous and of out_scale.s torch.float32",

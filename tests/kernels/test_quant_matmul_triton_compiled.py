@@ -34,42 +34,56 @@ class Case(NamedTuple):
     invariant: bool = False
 
 
-def compile_case(case: Case) -> tuple[Any, Any]:
-    """The compiled kernel, and its tile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from peqa_kernels.quant_matmul import gpu, gpu_kernel, gpu_layout, tuning
+def layout_of_case(case: Case) -> Any:
+    """How the case's weight is cut up."""
+    from peqa_kernels.quant_matmul import gpu_layout
 
     n, k = sum(case.segments), 4096
     groups = 1 if case.group == -1 else k // case.group
     empty = partial(torch.empty, device="meta")
     qweight = empty((n, packed_width(k, case.bits)), dtype=torch.uint8)
     weight = QuantizedWeight(qweight, empty((n, groups)), empty((n, groups)), case.bits, k)
-    layout = gpu_layout.layout_of(weight, case.segments)
-    device = tuning.Gpu("any", 132 if case.arch == 90 else 108, register_products=case.arch == 90)
+    return gpu_layout.layout_of(weight, case.segments)
+
+
+def compile_case(case: Case, tile: Any = None) -> tuple[Any, Any]:
+    """The compiled kernel, and its tile: the rule's, unless another one is given."""
+    from peqa_kernels.quant_matmul import gpu, gpu_kernel, tile_rule
+
+    layout = layout_of_case(case)
+    hopper = case.arch == 90
+    device = tile_rule.Gpu("any", 132 if hopper else 108, register_products=hopper, early_launch=hopper)
     dtype = DTYPES[case.dtype]
-    tile = tuning.tile_for(layout, case.rows, dtype, case.scales, device, invariant=case.invariant)
+    if tile is None:
+        tile = tile_rule.tile_for(layout, case.rows, dtype, case.scales, device, invariant=case.invariant)
+    assert not tile.dense, case
     inputs = "none" if case.scales != "channel+input" else "copies" if case.rows > 64 else "by row"
-    grouped = case.scales == "group"
     constants = gpu.constants(
         layout, tile, case.zeros, dtype != torch.float32,
-        inputs=inputs, has_out=True, has_group=grouped, has_bias=True,
+        inputs=inputs, has_out=True, has_group=case.scales == "group", has_bias=True,
     )  # fmt: skip
-    kernel = gpu_kernel.quant_matmul_kernel
     types = dict.fromkeys(("words", "panels", "row", "group_row", "counters"), "*i32")
-    types |= dict.fromkeys(("x", "y", "bias"), f"*{case.dtype}") | dict.fromkeys(
-        ("M", "N", "padded", "stride"), "i32"
-    )
+    types |= dict.fromkeys(("x", "y", "bias"), f"*{case.dtype}") | {"parts": "*fp32"}
     types |= {"scales": "*fp16", "zeros": "*fp32" if case.zeros == 2 else "*u8"}
+    kernel = gpu_kernel.quant_matmul_kernel
+    return compile_for(case.arch, kernel, constants, types, gpu.options(tile)), tile
+
+
+def compile_for(
+    arch: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]
+) -> Any:
+    """A kernel's machine code; arguments without a type are scales of tasks if they are scales, else integers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
-        if signature[name] != "constexpr" and name != "M":
+        other = "*fp16" if name in ("out", "into", "group") else "i32"
+        signature[name] = "constexpr" if name in constants else types.get(name, other)
+        if signature[name] != "constexpr" and name not in ("M", "count"):
             aligned[(i,)] = [["tt.divisibility", 16]]  # as a launcher would see
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", case.arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps}), tile
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def tool(name: str, *arguments: str | Path) -> str:
@@ -117,21 +131,21 @@ def check(case: Case, folder: Path) -> None:
         assert all("dot_op<{opIdx = 0" in line for line in products), (case, tile, products)
 
 
-QUICK = [Case(90, 4, -1, 1), Case(90, 4, 128, 2048), Case(90, 3, -1, 2048), Case(80, 4, 128, 16, "group")]
+QUICK = [Case(90, 4, -1, 1), Case(90, 4, 128, 512), Case(90, 3, -1, 512), Case(80, 4, 128, 16, "group")]
 SHIPPED = [
-    *(Case(90, bits, -1, rows) for bits in (2, 3, 4) for rows in (8, 32, 64, 2048)),
-    *(Case(80, bits, -1, rows) for bits in (3, 4) for rows in (16, 64, 2048)),
+    *(Case(90, bits, -1, rows) for bits in (2, 3, 4) for rows in (8, 32, 64, 512)),
+    *(Case(80, bits, -1, rows) for bits in (3, 4) for rows in (16, 64, 512)),
     *(Case(90, 4, group, rows) for group in (32, 64, 128) for rows in (16, 64)),
-    *(Case(90, 4, group, rows, "group") for group in (32, 64, 128) for rows in (16, 2048)),
-    *(Case(80, bits, 32, rows, "group") for bits in (3, 4) for rows in (16, 2048)),
+    *(Case(90, 4, group, rows, "group") for group in (32, 64, 128) for rows in (16, 512)),
+    *(Case(80, bits, 32, rows, "group") for bits in (3, 4) for rows in (16, 512)),
     *(Case(90, 4, group, rows, "channel+input") for group in (-1, 64) for rows in (16, 64)),
-    *(Case(90, bits, 128, rows) for bits in (2, 3) for rows in (64, 2048)),
-    *(Case(arch, 8, 32, rows) for arch in (80, 90) for rows in (16, 2048)),
-    *(Case(90, bits, -1, rows, dtype="fp16") for bits in (2, 3, 4) for rows in (64, 2048)),
-    *(Case(90, 4, group, rows, zeros=2) for group in (-1, 32) for rows in (16, 64, 2048)),
-    *(Case(90, 4, 32, rows, zeros=0) for rows in (16, 2048)),
+    *(Case(90, bits, 128, rows) for bits in (2, 3) for rows in (64, 512)),
+    *(Case(arch, 8, 32, rows) for arch in (80, 90) for rows in (16, 512)),
+    *(Case(90, bits, -1, rows, dtype="fp16") for bits in (2, 3, 4) for rows in (64, 512)),
+    *(Case(90, 4, group, rows, zeros=2) for group in (-1, 32) for rows in (16, 64, 512)),
+    *(Case(90, 4, 32, rows, zeros=0) for rows in (16, 512)),
     Case(90, 4, -1, 16, "channel+input", segments=(576, 192, 192)),
-    *(Case(arch, 4, group, 2048, "group", invariant=True) for arch in (80, 90) for group in (-1, 128, 32)),
+    *(Case(arch, 4, group, 512, "group", invariant=True) for arch in (80, 90) for group in (-1, 128, 32)),
     *(Case(arch, 4, 32, 16, "group", dtype="fp32") for arch in (80, 90)),
 ]
 
@@ -145,6 +159,39 @@ def test_quick_ones_compile_without_spills(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [case for case in SHIPPED if case not in QUICK], ids=str)
 def test_all_compile_without_spills(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "group", "zeros"), [(4, -1, 0), (4, 32, 1), (3, 128, 1), (2, 64, 2), (8, 32, 1)]
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_unpacking_for_long_batches_compiles_without_spills(
+    arch: int, bits: int, group: int, zeros: int, tmp_path: Path
+) -> None:
+    from peqa_kernels.quant_matmul import gpu_dense
+
+    layout = layout_of_case(Case(arch, bits, group, 2048))
+    constants = gpu_dense.unpack_constants(layout, zeros, assembly=True)
+    types = {"words": "*i32", "scales": "*fp16", "zeros": "*fp32" if zeros == 2 else "*u8", "floats": "*bf16"}
+    compiled = compile_for(arch, gpu_dense.unpack_kernel, constants, types, {"num_warps": 4})
+    sass, stack = machine_code(compiled, tmp_path)
+    assert stack == 0
+    assert re.search(r"STG\.E\.128", sass), "whole runs of floats are written at a time"
+
+
+def test_a_launch_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    """It may begin early, but all that it reads or writes then is the prefetch of weights."""
+    compiled, tile = compile_case(Case(90, 4, -1, 16))
+    assert tile.ahead == 4
+    sass = machine_code(compiled, tmp_path)[0]
+    before, after = sass.split("ACQBULK", 1)
+    assert before.count("UBLKPF.L2") == tile.ahead
+    memory = re.compile(r"\b(LDG|LDGSTS|STG|ATOMG|RED|UBLKCP)\b")
+    assert not memory.search(before)
+    assert memory.search(after)
+    assert "PREEXIT" in after, "the launch after it may begin once this one need not wait any more"
+    assert "ACQBULK" not in machine_code(compile_case(Case(80, 4, -1, 16))[0], tmp_path)[0]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +213,7 @@ def test_instructions_per_weight(bits: int, rows: int, dtype: str, most: float, 
     assert instructions["I2F"] + instructions["I2FP"] == 0, "codes become floats without conversions"
 
 
-@pytest.mark.parametrize("rows", [16, 64, 2048])
+@pytest.mark.parametrize("rows", [16, 64, 512])
 def test_products_run_asynchronously(rows: int, tmp_path: Path) -> None:
     """The assembler waits after every single wgmma, and says so, when it cannot see that the loop runs at all."""
     compiled, _ = compile_case(Case(90, 4, -1, rows))

@@ -1,0 +1,139 @@
+"""The untuned tile of a launch: chosen by what the compiled kernels take and by the bytes that a launch moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from peqa_kernels.quant_matmul.gpu_layout import Layout
+from peqa_kernels.quant_matmul.tuning import Scales, Tile, bucket
+
+MOST_SPLIT_ROW_TILES = 8  # of a launch that splits K: each has counters
+MOST_SPLITS = 16
+DENSE_ROWS = 1024  # from here on floats made once per launch cost less than codes unpacked in every tile
+
+# The costs below are in bytes that one processor could have loaded from memory meanwhile: 32 a nanosecond on an H200.
+_CACHE_RATE = 1.6  # the second-level cache delivers so many times as much
+_BEGIN = 24 << 10  # until the first weights of a wave of programs are there
+_MEET = 32 << 10  # until the last program of a split knows that it is the last
+_ADD_UP = 0.4  # a byte of sums, read by one program while the others rest
+_STEP = 2 << 10  # barriers and addresses of one step of a program
+_ISSUE = 0.3  # a weight: 2.3 of the 3.9 instructions that fit in while half a byte comes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the rule needs to know of a device."""
+
+    name: str
+    processors: int  # streaming multiprocessors
+    register_products: bool  # wgmma with the weights in registers (Hopper)
+    early_launch: bool  # a launch may begin while the one before it ends (Hopper and later)
+
+
+def tile_for(
+    layout: Layout, rows: int, dtype: torch.dtype, scales: Scales, gpu: Gpu, *, invariant: bool = False
+) -> Tile:
+    """The untuned tile for a batch of `rows`; a test compiles each for sm_80 and sm_90 without spills.
+
+    `invariant`: the same tile and the same splits whatever the number of rows and the kind of scales, so that a row's
+    bits do not depend on the batch. Large batches then do the splits one after the other.
+    """
+    rows = bucket(rows)
+    ahead = 4 if gpu.early_launch and rows <= 64 and dtype != torch.float32 else 0
+    if dtype == torch.float32:
+        tiles = [Tile(16, 64, 4, 2)]  # two products for each
+    elif invariant:
+        tiles = [_invariant_tile(layout, gpu)]
+    elif rows <= 64:
+        tiles = list(_decode_tiles(layout, rows, scales, gpu))
+    elif rows >= DENSE_ROWS and scales != "group":
+        return _prefill_tile(layout, scales, gpu)._replace(dense=True)
+    else:
+        tiles = [_prefill_tile(layout, scales, gpu)]
+    if invariant:
+        splits = _best([tiles[0]], layout, tiles[0].rows, gpu).splits
+        return tiles[0]._replace(splits=splits, in_turn=splits > 1 and rows > 64, ahead=ahead)
+    tile = tiles[0] if tiles[0].taskwise else _best(tiles, layout, rows, gpu)
+    return tile._replace(ahead=ahead)
+
+
+def safe(tile: Tile) -> Tile:
+    """The tile to use instead of one that computes wrongly on this device: narrow, and no loads under way."""
+    return tile._replace(rows=8, outputs=64, stages=1, warps=4, splits=1, in_turn=False, ahead=0)
+
+
+def cost(tile: Tile, layout: Layout, rows: int, gpu: Gpu) -> float:
+    """What a launch takes, in bytes that one processor could have loaded meanwhile."""
+    row_tiles = -(-rows // tile.rows)
+    panels = layout.padded // tile.outputs
+    programs = row_tiles * panels * tile.splits
+    steps = -(-layout.tiles // tile.splits)
+    weights = tile.outputs * layout.step * layout.bits / 8
+    inputs = 2 * tile.rows * layout.step
+    sums = 4 * tile.rows * tile.outputs if tile.splits > 1 else 0
+    together = programs_per_processor(tile)
+    busiest = -(-programs // gpu.processors)
+    waves = -(-programs // (gpu.processors * together))
+    memory = panels * layout.tiles * weights / gpu.processors
+    caches = programs * (steps * (weights + inputs) + 2 * sums) / gpu.processors / _CACHE_RATE
+    hidden = min(1.0, 0.4 + min(busiest, together) * tile.warps / 24)  # latency, by other warps
+    issue = busiest * steps * (tile.outputs * layout.step * _ISSUE / hidden + _STEP / together)
+    meeting = _MEET + tile.splits * sums * _ADD_UP if tile.splits > 1 else 0.0
+    return max(memory, caches, issue) + waves * _BEGIN + meeting
+
+
+def programs_per_processor(tile: Tile) -> int:
+    """Programs that share a processor's registers, as the compiled kernels take them."""
+    if tile.warps == 8:
+        return 2 if tile.rows <= 16 else 1
+    return 4 if tile.rows <= 16 else 3 if tile.rows <= 32 else 2
+
+
+def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterator[Tile]:
+    """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales."""
+    most = 64
+    if scales == "group" or layout.groups_per_tile > 2:
+        most = 16
+    elif scales == "channel+input" or layout.groups_per_tile > 1 or not gpu.register_products:
+        most = 32
+    size = min(most, rows if layout.bits in (4, 8) else max(16, rows))
+    yield Tile(size, layout.panel, 4, 4 if size <= 16 else 3)
+    plain = layout.groups == 1 and scales in ("base", "channel") and layout.bits == 4
+    if 256 in layout.widths and plain and size == rows and gpu.register_products:
+        yield Tile(size, 256, 8, 4)  # inputs come from the cache half as often
+
+
+def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu) -> Tile:
+    """More than 64 activations. Groups of inputs add as many sums again, which fill the registers."""
+    warps = 8 if layout.panel == 128 else 4
+    taskwise = scales == "group"
+    if warps == 4 or not gpu.register_products or layout.groups_per_tile > 1 or taskwise:
+        size = 64 if gpu.register_products or layout.bits != 8 else 32
+        return Tile(size, layout.panel, warps, 3, taskwise=taskwise)
+    return Tile(128, layout.panel, warps, 3)
+
+
+def _invariant_tile(layout: Layout, gpu: Gpu) -> Tile:
+    """Any number of activations, of any kind of scales."""
+    if layout.groups_per_tile > 1:
+        return Tile(16, 64, 4, 3) if gpu.register_products else Tile(8, 64, 4, 2)
+    return Tile(32 if layout.groups == 1 else 16, layout.panel, 4, 3)
+
+
+def _best(tiles: list[Tile], layout: Layout, rows: int, gpu: Gpu) -> Tile:
+    """The cheapest of the tiles under any split of K."""
+    found = [
+        tile._replace(splits=splits)
+        for tile in tiles
+        for splits in splits_of(layout.tiles)
+        if splits == 1 or -(-rows // tile.rows) <= MOST_SPLIT_ROW_TILES
+    ]
+    return min(found, key=lambda tile: cost(tile, layout, rows, gpu))
+
+
+def splits_of(tiles: int) -> list[int]:
+    """Numbers of parts up to MOST_SPLITS that `tiles` tiles of K can be cut into, each part with a tile at least."""
+    return sorted({-(-tiles // -(-tiles // wanted)) for wanted in range(1, min(tiles, MOST_SPLITS) + 1)})
