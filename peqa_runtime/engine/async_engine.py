@@ -156,7 +156,7 @@ class AsyncEngine:
         stats = self.engine.stats()
         stats["requests_waiting"] = max(0, len(self._streams) - int(stats["requests_running"]))
         with self._lock:
-            stats["queue_wait_seconds"] = self._queue.wait("", self._running())
+            stats["expected_wait_seconds"] = self._queue.wait("", self._running())
         stats["rejected_total"] = self._rejected
         return stats
 

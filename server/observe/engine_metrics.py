@@ -14,7 +14,7 @@ Work = tuple[Mapping[str, int], Mapping[str, int]]
 HELP: Mapping[str, str] = {
     "requests_running": "Choices that hold KV blocks at this moment.",
     "requests_waiting": "Choices that wait for a place, blocks or a bank row.",
-    "queue_wait_seconds": "How long a choice of another task would wait for a place, as far as can be foreseen.",
+    "expected_wait_seconds": "How long a choice that came now would wait for a place, as far as can be foreseen.",
     "kv_blocks_used": "Blocks of the KV cache that running choices own (cached ones that nobody owns are free).",
     "kv_blocks": "Blocks of the KV cache.",
     "kv_block_tokens": "Tokens of one block of the KV cache.",

@@ -80,6 +80,31 @@ def served(server: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return found
 
 
+UNITS = ("seconds", "bytes", "tokens", "choices")
+
+
+def test_names_are_as_prometheus_wants_them(server: Any, served: dict[str, set[str]]) -> None:
+    """Its rules (prometheus.io/docs/practices/naming): `_total` on counters alone, base units, at a histogram's end."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    kinds: dict[str, set[str]] = {}
+    for line in server.client.get("/metrics").text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            kinds.setdefault(kind, set()).add(name)
+    assert set(kinds) == {"counter", "gauge", "histogram"}
+    assert len(kinds["counter"]) > 30
+    assert all(name.endswith("_total") for name in kinds["counter"])
+    assert not any(name.endswith(("_total", "_count", "_sum", "_bucket")) for name in kinds["gauge"])
+    assert all(name.rsplit("_", 1)[1] in UNITS for name in kinds["histogram"])
+    named = set().union(*kinds.values())
+    assert all(re.fullmatch(r"(peqa|process)_[a-z]+(_[a-z]+)*", name) for name in named)
+    scaled = ("ms", "milliseconds", "us", "minutes", "mb", "mib", "kb", "percent", "ratio")
+    assert not [name for name in named if set(name.split("_")) & {*scaled, "histogram", "gauge", "counter"}]
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        assert family.documentation.endswith((".", "seconds.")), family.name
+
+
 @pytest.mark.parametrize(("where", "query"), queries(), ids=lambda value: str(value)[:40])
 def test_every_query_names_metrics_and_labels_that_exist(
     where: str, query: str, served: dict[str, set[str]]
