@@ -196,7 +196,7 @@ def constants(
         "SIZE": layout.group_size,
         "BK": layout.step,
         "TILES": layout.tiles,
-        "SEGMENTS": len(layout.segments),
+        "SEGMENTS": len(layout.segments) if inputs == "by row" else 1,
         "PLAIN": whole
         and layout.padded == sum(layout.segments)
         and (len(layout.segments) == 1 or inputs == "none"),

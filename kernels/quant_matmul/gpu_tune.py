@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from peqa_kernels.quant_matmul import PreparedWeight
 from peqa_kernels.quant_matmul.gpu import TritonGpu, launch
 from peqa_kernels.quant_matmul.gpu_check import is_exact
+from peqa_kernels.quant_matmul.tile_rule import MOST_SPLIT_ROW_TILES, cost, splits_of
 from peqa_kernels.quant_matmul.tuning import BUCKETS, Scales, Tile, bucket, line_of
 from peqa_kernels.quant_matmul.weight import LinearBank
 
+_TRIED = 8  # tiles that are compiled and timed for the choice of width and splits
 _CACHE_TIMES = 3  # a measurement walks through that many times the bytes that the second-level cache holds
 
 
@@ -96,46 +98,61 @@ def tune(
         raise ValueError("tiles are measured on a CUDA device: prepare the weight there")
     size = bucket(rows)
     arguments = example(weight, size, dtype, scales, tasks)
-    first = weight.tile(size, dtype, scales)
-    timed = []
-    for tile in dict.fromkeys([first, *candidates(weight, first, size)]):
-        try:
-            timed.append((_microseconds(weight, tile, arguments), tile))
-        except Exception as error:
-            # Triton's own exceptions differ from version to version; all mean that this tile does not fit here.
-            if "OutOfResources" not in type(error).__name__ and "PTXAS" not in type(error).__name__:
-                raise
-    for us, tile in sorted(timed):
-        if is_exact(weight, tile, size, dtype, scales):
-            return line_of(weight.layout, size, dtype, scales, tile, us)
+    timed: dict[Tile, float] = {}
+
+    def measure(tiles: Iterable[Tile]) -> list[Tile]:
+        """Time those that were not timed; all so far, the fastest first."""
+        for tile in tiles:
+            if tile not in timed:
+                timed[tile] = _microseconds(weight, tile, arguments)
+        return sorted(timed, key=lambda tile: timed[tile])
+
+    fastest = measure(candidates(weight, weight.tile(size, dtype, scales), size))
+    for tile in measure(neighbours(fastest[0])):
+        if tile.dense or is_exact(weight, tile, size, dtype, scales):
+            return line_of(weight.layout, size, dtype, scales, tile, timed[tile])
     raise RuntimeError(f"no tile computes {weight.layout} exactly on this device")
 
 
-def candidates(weight: TritonGpu, first: Tile, rows: int) -> Iterator[Tile]:
-    """Tiles near the rule's: half and twice of each of its numbers."""
-    layout = weight.layout
-    for size in {max(8, first.rows // 2), first.rows, min(128, first.rows * 2)}:
-        for outputs in weight.panels:
-            for warps in (4, 8) if outputs == 128 else (4,):
-                for stages in (2, 3, 4, 5):
-                    for wanted in (
-                        {1} if first.taskwise else {1, *(first.splits + more for more in (-1, 0, 1, 2)), 8}
-                    ):
-                        per = -(-layout.tiles // min(max(1, wanted), layout.tiles))
-                        splits = -(-layout.tiles // per)
-                        if splits == 1 or -(-rows // size) * len(weight.panels[outputs]) <= len(
-                            weight.counters
-                        ):
-                            yield Tile(size, outputs, warps, stages, splits, taskwise=first.taskwise)
+def candidates(weight: TritonGpu, first: Tile, rows: int) -> list[Tile]:
+    """The rule's tile, and those of other widths and splits that the rule thinks to be nearly as good."""
+    layout, gpu = weight.layout, weight.device.gpu
+    if rows > 64:  # few choices: floats made once, or codes unpacked in every tile, by more or fewer warps
+        fused = first._replace(dense=False)
+        others = [fused, *(fused._replace(rows=size, warps=warps) for size in (64, 128) for warps in (4, 8))]
+        return [first, *others] if first.taskwise else [first, first._replace(dense=True), *others]
+    found = [
+        first._replace(rows=size, outputs=outputs, warps=8 if outputs == 256 else 4, splits=splits)
+        for size in {first.rows, max(8, first.rows // 2)}
+        for outputs in layout.widths
+        for splits in splits_of(layout.tiles)
+        if splits == 1 or -(-rows // size) <= MOST_SPLIT_ROW_TILES
+    ]
+    return [first, *sorted(found, key=lambda tile: cost(tile, layout, rows, gpu))[:_TRIED]]
+
+
+def neighbours(tile: Tile) -> list[Tile]:
+    """The same tile with more or fewer loads under way, other warps, and an earlier or later begin."""
+    if tile.dense:
+        return []
+    stages = [tile._replace(stages=tile.stages + more) for more in (-1, 1, 2) if tile.stages + more > 1]
+    begins = [tile._replace(ahead=ahead) for ahead in (0, 2, 8) if tile.ahead]
+    return [*stages, *begins, *([tile._replace(warps=12 - tile.warps)] if tile.outputs == 128 else [])]
 
 
 def _microseconds(weight: TritonGpu, tile: Tile, arguments: tuple[Any, ...]) -> float:
-    """Median time of one launch in a CUDA graph that walks through copies of the weight."""
+    """Median time of one launch in a CUDA graph that walks through copies of the weight; infinite where none fits."""
     x, bank, row, group_row = arguments
+    try:
+        launch(weight, tile, x, None, bank, row, group_row)  # compiles
+    except Exception as error:
+        # Triton's own exceptions differ from version to version; all mean that this tile does not fit here.
+        if "OutOfResources" not in type(error).__name__ and "PTXAS" not in type(error).__name__:
+            raise
+        return float("inf")
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
     number = min(64, 1 + _CACHE_TIMES * cache // (4 * weight.words.numel()))
     copies = [weight.clone() for _ in range(number)]
-    launch(weight, tile, x, None, bank, row, group_row)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for other in copies:

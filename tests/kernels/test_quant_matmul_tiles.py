@@ -101,7 +101,7 @@ def test_a_new_measurement_replaces_the_old_one() -> None:
 def test_tuning_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from peqa_kernels.quant_matmul import prepare
     from peqa_kernels.quant_matmul.cli import main, random_weight
-    from peqa_kernels.quant_matmul.gpu_tune import candidates, tune
+    from peqa_kernels.quant_matmul.gpu_tune import candidates, neighbours, tune
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--shapes", "64x64"]) == 2
@@ -110,9 +110,16 @@ def test_tuning_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(ValueError, match="CUDA device"):
         tune(prepared, 16)
     weight = prepared.impl
-    tried = list(candidates(weight, weight.tile(16, torch.bfloat16, "channel"), 16))  # type: ignore[attr-defined,arg-type]
-    assert len(tried) > 20
-    assert all((tile.splits - 1) * -(-4 // tile.splits) < 4 for tile in tried), "every part of K has a step"
+    for rows, least in ((16, 6), (2048, 4)):
+        first = weight.tile(rows, torch.bfloat16, "channel")  # type: ignore[attr-defined]
+        tried = candidates(weight, first, rows)  # type: ignore[arg-type]
+        assert tried[0] == first
+        assert len(set(tried)) >= least
+        assert {tile.dense for tile in tried} == {False, rows == 2048} | {first.dense}
+        assert all((tile.splits - 1) * -(-4 // tile.splits) < 4 for tile in tried), "every part has a step"
+    assert neighbours(first) == []
+    assert {tile.stages for tile in neighbours(Tile(16, 128, 4, 3, ahead=4))} == {2, 3, 4, 5}
+    assert {tile.ahead for tile in neighbours(Tile(16, 128, 4, 3, ahead=4))} == {0, 2, 4, 8}
 
 
 @pytest.mark.gpu
