@@ -26,7 +26,7 @@ _MEANINGS: Mapping[int, str] = {
     409: "The task cannot be used or changed as it is; `code` says why.",
     412: "If-Match names a revision that is not the current one.",
     413: "The body is larger than this server accepts.",
-    415: "The body comes with a Content-Encoding.",
+    415: "The body is packed (Content-Encoding), or the file of an upload is wrapped in a form.",
     422: "The task's name, or the scale set, is not valid.",
     429: "Too much waits already, or the key's limit is reached; Retry-After says for how long.",
     500: "The server failed on this request; its log says why.",

@@ -145,6 +145,11 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     """Upload a scale set: the body is the file's bytes. Live for every request that starts after the 200."""
     gate = gate_of(request)
     services = _services(request, task)
+    if request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
+        raise ApiError(
+            415, "the body is a form with a file in it; send the file's bytes alone, as curl -T FILE or "
+            "--data-binary @FILE does", code="unsupported_content_type",
+        )  # fmt: skip
     if_match = _if_match_or_absent(request)
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():

@@ -21,6 +21,8 @@ import httpx
 import pytest
 from server_stubs import wait_until
 
+from peqa_runtime.model import read_manifest
+from peqa_runtime.scales.synthetic import synthetic_sets
 from peqa_server.app import create_loading_app
 from peqa_server.http.connection import MAX_HEAD_BYTES, bounded_connection
 from peqa_server.settings import ServerSettings
@@ -30,10 +32,18 @@ REQUESTS = int(os.environ.get("PEQA_CLIENT_REQUESTS", "2000"))
 SEED = int(os.environ.get("PEQA_CLIENT_SEED", "0"))
 AT_ONCE = 24
 SECONDS = 30
+TASKS = [f"task{i}" for i in range(6)]  # more than there are rows
 
 
 @pytest.fixture(scope="module")
-def app(run_app: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+def sets(tiny_base: Path) -> list[bytes]:
+    return [content for _, _, content in synthetic_sets(read_manifest(tiny_base), 6)]
+
+
+@pytest.fixture(scope="module")
+def app(
+    run_app: Any, tiny_base: Path, sets: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Any]]:
     store = tmp_path_factory.mktemp("clients") / "store"
     engine = {"num_blocks": 200, "max_sequences": 8, "task_rows": 4}
     options = ServeOptions(tiny_base, home=store.parent, store=store, engine=engine)
@@ -42,6 +52,8 @@ def app(run_app: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
     url, loop = run_app(
         app, http=bounded_connection(256), ws="none", h11_max_incomplete_event_size=MAX_HEAD_BYTES
     )
+    for task in TASKS:
+        services.tasks.upload(task, sets[0])
     loop.call_soon_threadsafe(app.state.gate.open, services)
     wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200)
     yield url, app
@@ -52,8 +64,8 @@ def app(run_app: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
 class Connection:
     """One client's, as raw as it gets; opened again when the server has ended it."""
 
-    def __init__(self, url: str, rng: random.Random) -> None:
-        self.url, self.rng = url, rng
+    def __init__(self, url: str, rng: random.Random, sets: list[bytes]) -> None:
+        self.url, self.rng, self.sets = url, rng, sets
         self.host, port = urlsplit(url).netloc.split(":")
         self.port = int(port)
         self.writer: asyncio.StreamWriter | None = None
@@ -101,9 +113,15 @@ def completion(rng: random.Random, *headers: str, **more: Any) -> bytes:
         "temperature": rng.choice([0, 1]),
         "ignore_eos": True,
     }
+    if rng.random() < 0.6:
+        body["task"] = rng.choice(TASKS)
+    elif rng.random() < 0.2:
+        body["task"] = dict.fromkeys(rng.sample(TASKS, 2), 0.5)
     if rng.random() < 0.2:
         body["n"] = 2
         body["max_tokens"] = 3
+    if rng.random() < 0.1:
+        body["guided_regex"] = "[a-f]{6}"
     body |= more
     if body.get("stream") and rng.random() < 0.5:
         body["stream_options"] = {"include_usage": True}
@@ -203,6 +221,13 @@ async def pipelined_and_leaves(c: Connection) -> list[int]:
     return []
 
 
+async def upload(c: Connection) -> list[int]:
+    data = c.rng.choice(c.sets)
+    front = head(f"PUT /v1/tasks/{c.rng.choice(TASKS)}", f"Content-Length: {len(data)}")
+    await c.send(front, data[:500], data[500:])
+    return [await c.answer()]
+
+
 async def too_large(c: Connection) -> list[int]:
     size = c.rng.choice([20_001, 70_000, 300_000])
     await c.send(head("POST /v1/completions", f"Content-Length: {size}"))
@@ -223,19 +248,19 @@ async def small(c: Connection) -> list[int]:
 
 KINDS: list[Callable[[Connection], Awaitable[list[int]]]] = [
     whole, whole, stream, stream, leaves, leaves_in_its_body, in_pieces, chunked, asks_first, pipelined,
-    pipelined_and_leaves, too_large, small,
+    pipelined_and_leaves, upload, too_large, small,
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_every_request_is_answered_or_refused(app: tuple[str, Any]) -> None:
+def test_every_request_is_answered_or_refused(app: tuple[str, Any], sets: list[bytes]) -> None:
     url, served = app
     statuses: Counter[tuple[str, int]] = Counter()
     left = iter(range(REQUESTS))
 
     async def client(number: int) -> None:
         rng = random.Random(1000 * SEED + number)
-        connection = Connection(url, rng)
+        connection = Connection(url, rng, sets)
         for _ in left:
             kind = rng.choice(KINDS)
             try:

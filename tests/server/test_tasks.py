@@ -149,6 +149,19 @@ def test_names_that_cannot_be(server: Any, name: str, method: str) -> None:
     assert names(server) == {"sql", "qa"}
 
 
+def test_a_form_is_told_from_a_file(server: Any) -> None:
+    answer = server.client.put("/v1/tasks/sql", files={"file": ("sql.safetensors", b"SET new")})
+    error = check_error(answer, 415)
+    assert error["code"] == "unsupported_content_type"
+    assert "--data-binary" in error["message"]
+    for kind in ("application/x-www-form-urlencoded", "application/octet-stream", "text/plain"):
+        content = b"SET as " + kind.encode()  # what curl --data-binary says of any file, and others
+        assert (
+            server.client.put("/v1/tasks/sql", content=content, headers={"Content-Type": kind}).status_code
+            == 200
+        )
+
+
 @pytest.mark.parametrize("name", ["base", "tiny-base"])
 def test_the_base_is_no_task(server: Any, name: str) -> None:
     task = f"/v1/tasks/{name}"
