@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, Device, OptionalSet, Quiet, Seed
-from peqa_runtime.commands.terminal import progress_bar, quiet_libraries, reported
+from peqa_runtime.commands.terminal import progress_bar, quiet_libraries, reported, show
 
-
-class MetricName(str, Enum):
-    """What `peqa eval` measures."""
-
-    perplexity = "perplexity"
-    exact_match = "exact-match"
-    bleu = "bleu"
-    final_number = "final-number"
-    multiple_choice = "multiple-choice"
-    slot_f1 = "slot-f1"
+MetricName = Literal["perplexity", "exact-match", "bleu", "final-number", "multiple-choice", "slot-f1"]
 
 
 @reported
@@ -87,7 +76,7 @@ def evaluate(
 
     if batch < 1:
         raise InvalidData(f"--batch must be at least 1, got {batch}")
-    measured = metric_named(metric.value, ignore_case=ignore_case)
+    measured = metric_named(metric, ignore_case=ignore_case)
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     question = evaluation.Question(
@@ -97,18 +86,4 @@ def evaluate(
         report = evaluation.evaluate(
             tunable, question, scale_set, against=against, predictions=predictions, progress=progress
         )
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    for line in _lines(report):
-        typer.echo(line)
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{key} {inner}: {shown}" for inner, shown in value.items()]
-        else:
-            lines.append(f"{key}: {value}")
-    return lines
+    show([report], as_json=as_json)

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, OptionalSet, Quiet
-from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.commands.terminal import quiet_libraries, reported, say, size_of, tell
 from peqa_runtime.errors import InvalidRequest
 
-
-class Format(str, Enum):
-    """What `peqa export` writes."""
-
-    hf = "hf"
-    gptq = "gptq"
-    ia3 = "ia3"
-
-
-class Dtype(str, Enum):
-    """Of the floats that are written."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @reported
@@ -35,7 +19,7 @@ def export(
     base: Base,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", envvar="PEQA_OUTPUT")],
     output_format: Annotated[
-        Format,
+        Literal["hf", "gptq", "ia3"],
         typer.Option(
             "--format",
             help="hf: floats. gptq: codes, for vLLM and transformers. ia3: the set alone, for PEFT.",
@@ -57,15 +41,13 @@ def export(
     Example: peqa export bases/smollm2 --scale-set sql.safetensors --format hf -o smollm2-sql
     """
     quiet_libraries()
-    if output_format is Format.ia3:
+    if output_format == "ia3":
         _adapter(base, scale_set, output, dtype)
     else:
-        _folder(base, scale_set, output, "gptq" if output_format is Format.gptq else "hf", dtype, quiet)
+        _folder(base, scale_set, output, output_format, dtype, quiet)
     size = sum(file.stat().st_size for file in output.iterdir())
-    if as_json:
-        typer.echo(json.dumps({"output": str(output), "format": output_format.value, "bytes": size}))
-    else:
-        say(f"{output}: {output_format.value}, {size / 1e6:.1f} MB")
+    report = {"output": str(output), "format": output_format, "bytes": size}
+    tell(report, f"{output}: {output_format}, {size_of(size)}", as_json=as_json)
 
 
 def _adapter(base: Path, scale_set: Path | None, output: Path, dtype: Dtype | None) -> None:
@@ -95,7 +77,7 @@ def _folder(
         output,
         output_format,
         scale_set=scale_set,
-        dtype=dtype.value if dtype else None,
+        dtype=dtype,
         progress=not quiet,
         say=say,
     )

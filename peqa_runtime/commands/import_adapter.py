@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peqa_runtime.commands.options import AsJson
-from peqa_runtime.commands.terminal import reported, say
+from peqa_runtime.commands.terminal import reported, size_of, tell
 
 
 @reported
@@ -30,14 +29,14 @@ def import_adapter(
     """
     from peqa_runtime.core import check_task_name
     from peqa_runtime.export.ia3 import import_ia3
+    from peqa_runtime.scales.scale_set import check_set_path
 
+    check_set_path(output)
     if task:
         check_task_name(task)
     result = import_ia3(adapter, base, task=task)
     output.parent.mkdir(parents=True, exist_ok=True)
     result.save(output)
-    if as_json:
-        report = {"output": str(output), "kind": result.kind, "revision": result.revision, "task": task}
-        typer.echo(json.dumps(report))
-    else:
-        say(f"{output}: {result.kind}, {result.num_bytes / 1e3:.0f} kB, revision {result.revision[:12]}")
+    report = {"output": str(output), "kind": result.kind, "revision": result.revision, "task": task}
+    sentence = f"{output}: {result.kind}, {size_of(result.num_bytes)}, revision {result.revision[:12]}"
+    tell(report, sentence, as_json=as_json)

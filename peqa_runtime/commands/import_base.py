@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, NewBase, Quiet
-from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.commands.terminal import base_said, quiet_libraries, reported, tell
 from peqa_runtime.errors import InvalidRequest
-
-
-class SourceFormat(str, Enum):
-    """What `peqa import` can be told of files that look alike."""
-
-    auto = "auto"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    efficientqat = "efficientqat"
 
 
 @reported
@@ -35,9 +24,9 @@ def import_base(
     ],
     output: NewBase,
     source_format: Annotated[
-        SourceFormat,
+        Literal["auto", "gptq", "gptq_v2", "efficientqat"],
         typer.Option("--format", help="For checkpoints that do not say it.", envvar="PEQA_SOURCE_FORMAT"),
-    ] = SourceFormat.auto,
+    ] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,25 +38,19 @@ def import_base(
 
     quiet_libraries()
     if source.suffix.lower() == ".gguf":
-        if source_format is not SourceFormat.auto:
+        if source_format != "auto":
             raise InvalidRequest("a .gguf file says what it is; leave --format out", param="format")
         import_gguf(source, output, progress=not quiet)
         found = "gguf"
     else:
-        stated = None if source_format is SourceFormat.auto else source_format.value
+        stated = None if source_format == "auto" else source_format
         found = import_checkpoint(source, output, format=stated, progress=not quiet)
     manifest = read_manifest(output)
-    if as_json:
-        report = {
-            "output": str(output),
-            "format": found,
-            "model_id": manifest.model_id,
-            "linears": len(manifest.linears),
-            "base_digest": manifest.base_digest,
-        }
-        typer.echo(json.dumps(report))
-    else:
-        say(
-            f"{output}: {manifest.model_id} from {found}, {len(manifest.linears)} linears, "
-            f"base {manifest.base_digest[:12]}"
-        )
+    report = {
+        "output": str(output),
+        "format": found,
+        "model_id": manifest.model_id,
+        "linears": len(manifest.linears),
+        "base_digest": manifest.base_digest,
+    }
+    tell(report, base_said(output, manifest, f" from {found}"), as_json=as_json)

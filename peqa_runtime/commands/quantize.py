@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Device, NewBase, Quiet, Seed
-from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.commands.terminal import base_said, quiet_libraries, reported, say, tell
 from peqa_runtime.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from peqa_runtime.model.quantize import QuantizeReport
 
 
-class Method(str, Enum):
-    """How `peqa quantize` makes integers."""
-
-    rtn = "rtn"
-    gptq = "gptq"
-    blockwise = "blockwise"
-
-
-class Zeros(str, Enum):
-    """What a zero point may be."""
-
-    float = "float"
-    integer = "integer"
+_FLAGS = {"windows": "--calibration-windows", "tokens": "--calibration-tokens"}
+_FLAGS |= {"weight_rate": "--lr", "scale_rate": "--scale-lr"}
+"""Options that are named otherwise than what they set."""
 
 
 @reported
@@ -47,9 +35,9 @@ def quantize(
         int, typer.Option(help="Inputs that share a scale; -1 = the whole row.", envvar="PEQA_GROUP_SIZE")
     ] = 64,
     method: Annotated[
-        Method,
+        Literal["rtn", "gptq", "blockwise"],
         typer.Option(help="To nearest; by GPTQ; trained block by block from GPTQ.", envvar="PEQA_METHOD"),
-    ] = Method.rtn,
+    ] = "rtn",
     rules: Annotated[
         Path | None,
         typer.Option(help="JSON file: other bits, groups or methods for some linears.", envvar="PEQA_RULES"),
@@ -88,8 +76,9 @@ def quantize(
         typer.Option(help="gptq: part of the mean diagonal. Default: 0.01.", envvar="PEQA_DAMPING"),
     ] = None,
     zeros: Annotated[
-        Zeros, typer.Option(help="integer: zeros are codes, as GPTQ files need.", envvar="PEQA_ZEROS")
-    ] = Zeros.float,
+        Literal["float", "integer"],
+        typer.Option(help="integer: zeros are codes, as GPTQ files need.", envvar="PEQA_ZEROS"),
+    ] = "float",
     epochs: Annotated[
         float | None,
         typer.Option(help="blockwise: times over the windows. Default: 4.", envvar="PEQA_BLOCKWISE_EPOCHS"),
@@ -136,26 +125,25 @@ def quantize(
     gptq = _given(damping=damping, act_order=act_order, static_groups=static_groups)
     training = _given(epochs=epochs, batch=batch, weight_rate=weight_rate, scale_rate=scale_rate)
     read = read_rules(rules) if rules else ()
-    methods = {method.value, *(rule.settings.get("method") for rule in read)}
+    methods = {method, *(rule.settings.get("method") for rule in read)}
     _refuse_unused(methods, calibration, text, gptq, training)
     options = QuantizeOptions(
         rules=read,
         calibration=CalibrationText(calibration, seed=seed, **text) if calibration else None,
-        integer_zeros=zeros is Zeros.integer,
+        integer_zeros=zeros == "integer",
         gptq=GptqOptions(**gptq),
         training=TrainingOptions(**training),
         device=device,
     )
     quiet_libraries()
     report = quantize_folder(
-        source, output, bits, group_size, method.value, options=options, progress=not quiet, say=say
+        source, output, bits, group_size, method, options=options, progress=not quiet, say=say
     )
     manifest = read_manifest(output)
-    if as_json:
-        typer.echo(json.dumps({"output": str(output), "base_digest": manifest.base_digest, **vars(report)}))
-        return
-    _show(report)
-    say(f"{output}: {manifest.model_id}, {len(manifest.linears)} linears, base {manifest.base_digest[:12]}")
+    if not as_json:
+        _say_gains(report)
+    made = {"output": str(output), "base_digest": manifest.base_digest, **vars(report)}
+    tell(made, base_said(output, manifest), as_json=as_json)
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -171,14 +159,20 @@ def _refuse_unused(
 ) -> None:
     """Raise `InvalidRequest` for an option that nothing would read."""
     if text and calibration is None:
-        raise InvalidRequest(f"calibration_{next(iter(text))} means nothing without --calibration FILE")
+        raise InvalidRequest(f"{_flag(text)} means nothing without --calibration FILE")
     if gptq and not methods & {"gptq", "blockwise"}:
-        raise InvalidRequest(f"{next(iter(gptq))} is for --method gptq and blockwise")
+        raise InvalidRequest(f"{_flag(gptq)} is for --method gptq and blockwise")
     if training and "blockwise" not in methods:
-        raise InvalidRequest(f"{next(iter(training))} is for --method blockwise")
+        raise InvalidRequest(f"{_flag(training)} is for --method blockwise")
 
 
-def _show(report: QuantizeReport) -> None:
+def _flag(given: Mapping[str, Any]) -> str:
+    """The first option that was given."""
+    name = next(iter(given))
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _say_gains(report: QuantizeReport) -> None:
     """What training gained, block by block, and the mean error, for a person."""
     for block in report.blocks:
         if block["gain"]:

@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, Device, Quiet, Seed
-from peqa_runtime.commands.terminal import quiet_libraries, reported, say
+from peqa_runtime.commands.terminal import quiet_libraries, reported, say, show
+from peqa_runtime.core import ScaleKind
 from peqa_runtime.errors import InvalidData
 
 if TYPE_CHECKING:
     from peqa_runtime.training.run import FinishedRun
-
-
-class Kind(str, Enum):
-    """Kinds of scale set."""
-
-    channel = "channel"
-    channel_input = "channel+input"
-    group = "group"
-
-
-class Schedule(str, Enum):
-    """How the learning rate falls after the warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class TooLongRows(str, Enum):
-    """What happens to rows longer than --max-tokens."""
-
-    drop = "drop"
-    fail = "fail"
-
-
-class Compute(str, Enum):
-    """Dtype of the matrix products in training."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class SetDtype(str, Enum):
-    """Dtype of a saved set."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class RecipeName(str, Enum):
-    """What fills in for options that are not given."""
-
-    default = "default"
-    paper = "peqa-paper"
 
 
 @reported
@@ -86,7 +40,7 @@ def train(
         ),
     ],
     kind: Annotated[
-        Kind | None, typer.Option(help="Which scales are tuned. Default: channel.", envvar="PEQA_KIND")
+        ScaleKind | None, typer.Option(help="Which scales are tuned. Default: channel.", envvar="PEQA_KIND")
     ] = None,
     held_out: Annotated[
         list[Path] | None,
@@ -106,8 +60,9 @@ def train(
         ),
     ] = False,
     recipe: Annotated[
-        RecipeName, typer.Option(help="What fills in for options not given.", envvar="PEQA_RECIPE")
-    ] = RecipeName.default,
+        Literal["default", "peqa-paper"],
+        typer.Option(help="What fills in for options not given.", envvar="PEQA_RECIPE"),
+    ] = "default",
     epochs: Annotated[
         float | None, typer.Option(help="Times over the rows. Default: 1.", envvar="PEQA_EPOCHS")
     ] = None,
@@ -122,7 +77,7 @@ def train(
         typer.Option("--lr", help="Per step, on the relative scale. Default: by kind.", envvar="PEQA_LR"),
     ] = None,
     schedule: Annotated[
-        Schedule | None,
+        Literal["cosine", "linear", "constant"] | None,
         typer.Option(help="Decay of the learning rate. Default: cosine.", envvar="PEQA_SCHEDULE"),
     ] = None,
     warmup: Annotated[
@@ -164,8 +119,9 @@ def train(
         typer.Option(help="The teacher's share of the loss. Default: 0.5.", envvar="PEQA_DISTILL"),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Of the teacher's probabilities.", envvar="PEQA_TEMPERATURE")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Of the teacher's probabilities. Default: 1.", envvar="PEQA_TEMPERATURE"),
+    ] = None,
     prompt_format: Annotated[
         str,
         typer.Option(
@@ -178,8 +134,8 @@ def train(
         typer.Option(help="Longest row; window of plain text. Default: 1024.", envvar="PEQA_MAX_TOKENS"),
     ] = None,
     too_long: Annotated[
-        TooLongRows, typer.Option(help="Rows longer than that.", envvar="PEQA_TOO_LONG")
-    ] = TooLongRows.drop,
+        Literal["drop", "fail"], typer.Option(help="Rows longer than that.", envvar="PEQA_TOO_LONG")
+    ] = "drop",
     check_every: Annotated[
         int, typer.Option(help="Steps between checkpoints and held-out losses.", envvar="PEQA_CHECK_EVERY")
     ] = 100,
@@ -193,11 +149,12 @@ def train(
         Path | None, typer.Option(help="Folder for TensorBoard events.", envvar="PEQA_TENSORBOARD")
     ] = None,
     compute: Annotated[
-        Compute, typer.Option(help="Dtype of the matrix products.", envvar="PEQA_COMPUTE")
-    ] = Compute.auto,
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Dtype of the matrix products.", envvar="PEQA_COMPUTE"),
+    ] = "auto",
     dtype: Annotated[
-        SetDtype, typer.Option(help="Dtype of the set.", envvar="PEQA_DTYPE")
-    ] = SetDtype.float16,
+        Literal["float16", "float32"], typer.Option(help="Dtype of the set.", envvar="PEQA_DTYPE")
+    ] = "float16",
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -218,39 +175,41 @@ def train(
     from peqa_runtime.training.trainer import TrainingInterrupted
     from peqa_runtime.training.tuning import load_tunable, refuse_groups
 
+    if temperature is not None and teacher is None:
+        raise InvalidData(
+            "--temperature is of a teacher's probabilities; give --teacher too, or leave it out"
+        )
     wanted = Wanted(
-        recipe.value,
-        kind.value if kind else None,
+        recipe,
+        kind,
         learning_rate,
         steps,
         epochs,
-        schedule.value if schedule else None,
+        schedule,
         warmup,
         batch,
         accumulate,
         {
             "clip": clip,
             "seed": seed,
-            "compute": compute.value,
+            "compute": compute,
             "check_every": check_every,
             "patience": patience,
             "pack": pack,
             "checkpoint_activations": checkpoint_activations,
             "distill": (0.5 if teacher else 0.0) if distill is None else distill,
-            "temperature": temperature,
+            "temperature": 1.0 if temperature is None else temperature,
         },
     )
     text = all(path.suffix.lower() == ".txt" for path in data)
     files = [
-        TrainingFiles(
-            name, path, where, own, eval_fraction, prompt_format, max_tokens, too_long.value, dtype.value
-        )
+        TrainingFiles(name, path, where, own, eval_fraction, prompt_format, max_tokens, too_long, dtype)
         for name, path, where, own in _pairs(task, data, output, held_out or [])
     ]
     wanted.config(0, text=text)  # settings are checked before time is spent
     quiet_libraries()
     tunable = load_tunable(base, device=device)
-    if RECIPES[recipe.value].per_channel_base:
+    if RECIPES[recipe].per_channel_base:
         refuse_groups(tunable)
     trials: list[dict[str, Any]] = []
     try:
@@ -305,9 +264,5 @@ def _report(runs: list[FinishedRun], trials: list[dict[str, Any]], *, as_json: b
         }
         for run in runs
     ]
-    if as_json:
-        typer.echo(json.dumps(reports[0] if len(reports) == 1 else reports, ensure_ascii=False))
-        return
     keys = ("output", "kind", "revision", "bytes", "train_loss", "base_held_out_loss", "held_out_loss")
-    for report in reports:
-        typer.echo("\n".join(f"{key}: {report[key]}" for key in (*keys, "best_step", "tokens", "seconds")))
+    show(reports, as_json=as_json, keys=(*keys, "best_step", "tokens", "seconds"))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peqa_runtime.core import SCALE_KINDS, BaseManifest, ScaleKind, check_task_name
-from peqa_runtime.errors import InvalidScaleSet, InvalidTaskName, WrongBase
+from peqa_runtime.errors import InvalidData, InvalidScaleSet, InvalidTaskName, WrongBase
 from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.scales.set_file import (
     SetHeader,
@@ -163,6 +163,14 @@ class ScaleSet:
     def save(self, path: Path | str) -> None:
         """Write the file to `path`: a reader sees the file that was there before or all of this one."""
         write_atomic(Path(path), self.to_bytes())
+
+
+def check_set_path(path: Path) -> None:
+    """Raise `InvalidData` unless a set can be written to `path`: a .safetensors file, no folder."""
+    if path.suffix != ".safetensors":
+        raise InvalidData(f"a scale set is a .safetensors file, not {path.name!r}")
+    if path.is_dir():
+        raise InvalidData(f"{path} is a folder; name the scale set file to write")
 
 
 def max_file_bytes(manifest: BaseManifest) -> int:

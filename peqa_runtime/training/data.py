@@ -91,7 +91,10 @@ def encode_rows(
         else:
             dropped.append(row.line)
     if not examples:
-        raise InvalidData(f"every row has more than {max_tokens} tokens; allow more")
+        raise InvalidData(
+            f"every row has more than {max_tokens} tokens; give shorter rows, or raise --max-tokens if the model's "
+            "context has room"
+        )
     return EncodedData(tuple(examples), tuple(dropped), prompt_format)
 
 

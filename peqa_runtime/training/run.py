@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from peqa_runtime.core import check_task_name
 from peqa_runtime.errors import InvalidData, StoreError
-from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, file_digest, split_held_out
 from peqa_runtime.training.distill import load_teacher
@@ -54,10 +54,7 @@ class TrainingFiles:
         check_prompt_format(self.prompt_format)
         if self.held_out is not None and self.held_out_fraction:
             raise InvalidData("give a file of held-out rows or a fraction to split off, not both")
-        if self.output.suffix != ".safetensors":
-            raise InvalidData(f"a scale set is a .safetensors file, not {self.output.name!r}")
-        if self.output.is_dir():
-            raise InvalidData(f"{self.output} is a folder; name the scale set file to write")
+        check_set_path(self.output)
 
 
 @dataclass(frozen=True)

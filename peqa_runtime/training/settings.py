@@ -13,6 +13,8 @@ from peqa_runtime.errors import InvalidData
 
 Compute = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
+OPTIONS = MappingProxyType({"learning_rate": "--lr", "warmup_steps": "--warmup", "batch_rows": "--batch"})
+"""What `peqa train` calls settings that it does not call by their name."""
 LEARNING_RATES = MappingProxyType({"channel": 1e-2, "channel+input": 5e-3, "group": 5e-3})
 """Default per kind, per step on the relative scale; `--auto` finds the one for a base and its data."""
 
@@ -60,7 +62,8 @@ class TuneConfig:
         )
         for name, ok, allowed in checks:
             if not ok:
-                raise InvalidData(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                option = f" ({OPTIONS[name]})" if name in OPTIONS else ""
+                raise InvalidData(f"{name}{option} must be {allowed}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Wanted:
 
     def config(self, rows: int, *, text: bool = False) -> TuneConfig:
         """Settings of a run over so many rows (of plain text: windows). Raises `InvalidData`."""
+        if self.steps is not None and self.epochs is not None:
+            raise InvalidData("steps and epochs both say how long a run is; give one of them")
         recipe = RECIPES[self.recipe]
         kind = self.kind or "channel"
         batch_rows = recipe.batch_rows if self.batch_rows is None else self.batch_rows

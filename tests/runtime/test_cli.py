@@ -103,12 +103,14 @@ def test_held_out_rows_and_long_rows_are_reported(tiny_base: Path, rows: Path, t
         (["--task", "Bad Name"], "task name 'Bad Name' is not valid"),
         (["--task", "base"], "reserved"),
         (["--steps", "0"], "steps must be at least 1"),
-        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--lr", "0"], "learning_rate (--lr) must be above 0"),
         (["--eval-fraction", "0.9"], "fraction must be above 0"),
         (["--prompt-format", "no place"], "exactly once"),
         (["--max-tokens", "100000"], "a row may have 2 to 512 tokens"),
         (["-o", "set.bin"], ".safetensors file"),
         (["--resume"], "nothing to resume"),
+        (["--temperature", "2"], "give --teacher too"),
+        (["--steps", "2", "--epochs", "1"], "give one of them"),
     ],
 )
 def test_train_says_what_is_wrong(
@@ -240,7 +242,7 @@ def test_several_tasks_are_tuned_in_one_run(tiny_base: Path, rows: Path, tmp_pat
         (["--task", "a", "--task", "a"], "a name and an output of its own"),
         (["--task", "a", "--task", "b", "--recipe", "peqa-paper"], "--group-size -1"),
         (["--task", "a", "--task", "b", "--accumulate", "99"], "accumulate must be between 1"),
-        (["--task", "a", "--task", "b", "--teacher", "nowhere"], "the teacher nowhere cannot be loaded"),
+        (["--task", "a", "--task", "b", "--teacher", "nowhere"], "the teacher nowhere is no model folder"),
     ],
 )
 def test_several_tasks_that_do_not_go_together(

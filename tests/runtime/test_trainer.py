@@ -193,10 +193,10 @@ def test_bf16_training_multiplies_in_bf16_both_ways(tiny_base: Path, monkeypatch
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"learning_rate": 0.0}, r"learning_rate \(--lr\) must be above 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate \(--lr\) must be above 0"),
         ({"kind": "rows"}, "kind must be one of channel"),
-        ({"batch_rows": 0}, "batch_rows must be"),
+        ({"batch_rows": 0}, r"batch_rows \(--batch\) must be"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(change: dict[str, object], message: str) -> None:

@@ -53,7 +53,8 @@ class TrainingOptions:
         for name in ("epochs", "batch", "weight_rate", "scale_rate", "looks"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise InvalidRequest(f"{name} must be above 0, not {value}", param=name)
+                option = {"weight_rate": " (--lr)", "scale_rate": " (--scale-lr)"}.get(name, "")
+                raise InvalidRequest(f"{name}{option} must be above 0, not {value}", param=name)
         if not 0 < self.held_out <= 0.5:
             raise InvalidRequest(
                 f"held_out must be above 0 and at most 0.5, not {self.held_out}", param="held_out"
