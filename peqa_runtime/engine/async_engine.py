@@ -16,19 +16,20 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import Lease, Request, TokenOutput
+from peqa_runtime.engine.canary import Trial
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.form_compiler import FormCompiler
 from peqa_runtime.engine.queue_gauge import QueueGauge
 from peqa_runtime.engine.token_stream import Reservation, TokenStream, deliver_all
-from peqa_runtime.errors import EngineDead, InvalidScaleSet, Overloaded
+from peqa_runtime.errors import EngineDead, Overloaded
 from peqa_runtime.scales.scale_set import ScaleSet
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,7 @@ class _Stop:
     deadline: float  # time.monotonic()
 
 
-@dataclass(frozen=True)
-class _Trial:
-    scale_set: ScaleSet
-    verdict: Future[None] = field(default_factory=Future)
-
-
-_Command = _Add | _Abort | _Stop | _Trial
+_Command = _Add | _Abort | _Stop | Trial
 
 
 class AsyncEngine:
@@ -69,7 +64,6 @@ class AsyncEngine:
         self.engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._forms = FormCompiler(engine.guidance)
-        self._trials: deque[_Trial] = deque()  # one between two steps
         self._streams: dict[str, TokenStream] = {}
         self._queue = QueueGauge(engine.config)
         self._lock = threading.Lock()  # guards _streams, _queue and _error: nobody submits to a dead engine
@@ -138,11 +132,11 @@ class AsyncEngine:
         self._commands.put(_Abort(request_id))
 
     def try_out(self, scale_set: ScaleSet) -> None:
-        """Compute with a set that is no task's yet, between two steps; see `Canary`. Blocks meanwhile.
+        """Compute with a set that is no task's yet, beside what runs; see `Canary`. Blocks meanwhile.
 
         Content that passed before is not computed again. Raises `InvalidScaleSet`, `EngineDead`.
         """
-        trial = _Trial(scale_set)
+        trial = Trial(scale_set)
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -206,14 +200,15 @@ class AsyncEngine:
         try:
             while not self._finished():
                 self._take_commands()
-                if self._trials:
-                    self._judge(self._trials.popleft())
+                trial = self.engine.canary.next
                 if self.engine.has_work:
                     before, begin = self.engine.step_tokens, time.perf_counter()
                     outputs = self.engine.step()
                     self._deliver(outputs, self.engine.step_tokens - before, time.perf_counter() - begin)
                     if not outputs and not self.engine.scheduler.running:
                         time.sleep(_NO_ROW_WAIT)
+                if trial is not None and self.engine.canary.next is trial:  # there was no room in the step
+                    self.engine.canary.judge()
         except EngineDead as dead:
             logger.critical("the engine has ended itself: %s", dead)
             error = dead
@@ -228,12 +223,16 @@ class AsyncEngine:
     def _finished(self) -> bool:
         if self._deadline is None:
             return False
-        idle = not self.engine.has_work and not self._trials and self._commands.empty()
+        idle = not self._busy and self._commands.empty()
         return idle or time.monotonic() >= self._deadline
+
+    @property
+    def _busy(self) -> bool:
+        return self.engine.has_work or self.engine.canary.next is not None
 
     def _take_commands(self) -> None:
         """Carry out what was asked meanwhile; wait for a command when there is nothing else to do."""
-        idle = not self.engine.has_work and not self._trials and self._deadline is None
+        idle = not self._busy and self._deadline is None
         while idle or not self._commands.empty():
             command = self._commands.get()
             idle = False
@@ -244,19 +243,8 @@ class AsyncEngine:
                     self.engine.abort(request_id)
                 case _Stop(deadline):
                     self._deadline = deadline
-                case _Trial():
-                    self._trials.append(command)
-
-    def _judge(self, trial: _Trial) -> None:
-        try:
-            self.engine.canary.try_out(trial.scale_set)
-        except InvalidScaleSet as error:
-            trial.verdict.set_exception(error)
-        except BaseException as error:
-            trial.verdict.set_exception(EngineDead(f"the engine died of {type(error).__name__}: {error}"))
-            raise
-        else:
-            trial.verdict.set_result(None)
+                case Trial():
+                    self.engine.canary.add(command)
 
     def _deliver(self, outputs: list[TokenOutput], tokens: int, seconds: float) -> None:
         """Hand a step's outputs over: one call per loop, whatever the number of its requests."""
@@ -302,9 +290,8 @@ class AsyncEngine:
             command = self._commands.get()
             if isinstance(command, _Add):
                 self.engine.unpin(command.lease)
-            elif isinstance(command, _Trial):
-                self._trials.append(command)
-        while self._trials:
-            self._trials.popleft().verdict.set_exception(error)
+            elif isinstance(command, Trial):
+                self.engine.canary.add(command)
+        self.engine.canary.give_up(error)
         self._forms.close()
         self.engine.close()

@@ -95,6 +95,8 @@ class Engine:
             self.tasks.scale_set,
             vocab_size=model.vocab_size,
             blocks=self.kv_cache.spare,
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
         )
         make_ready(model, config)
         self.runner.graphs = capture_graphs(
@@ -190,7 +192,7 @@ class Engine:
             if not batch.scheduled:
                 return []
             planned = [item.sequence for item in batch.scheduled]
-            outcome = run_step(self.runner.run, batch)
+            outcome = run_step(self.canary.run, batch)
             outputs = self._refused(outcome)
             outputs += self.scheduler.update(outcome.batch, outcome.results)
             self._tally.count("row_writes_total", len(outcome.batch.bank_writes))
