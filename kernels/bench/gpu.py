@@ -5,7 +5,7 @@ Every case runs on any device, so that it can be proven with small shapes where 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,8 @@ class GpuPlan:
     """Which shapes are measured, and with how many rows and tasks."""
 
     shapes: tuple[Shape, ...]
+    informing: tuple[Shape, ...] = ()  # decode of other formats, held against no bar
+    informing_rows: tuple[int, ...] = (1, 16)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     prefill: tuple[int, ...] = (2048, 4096, 8192)
     invariant_rows: tuple[int, ...] = (1, 32, 2048)
@@ -58,11 +60,16 @@ class GpuPlan:
 
 PLAN = GpuPlan(
     shapes=(
-        Shape((4096,) * 3, 4096),
-        Shape((11008,) * 2, 4096),
-        Shape((8192,) * 3, 8192),
-        Shape((22016,) * 2, 8192),
-    )
+        Shape((4096,) * 3, 4096, halves=True),
+        Shape((11008,) * 2, 4096, halves=True),
+        Shape((8192,) * 3, 8192, halves=True),
+        Shape((22016,) * 2, 8192, halves=True),
+    ),
+    informing=(
+        Shape((8192,) * 3, 8192, bits=3, halves=True),
+        Shape((8192,) * 3, 8192, bits=2, halves=True),
+        Shape((8192,) * 3, 8192, group_size=128, halves=True),
+    ),
 )
 
 
@@ -70,7 +77,7 @@ def cases(plan: GpuPlan) -> list[Case]:
     """Cases of the plan, in the order of the table."""
     made = []
     for shape in plan.shapes:
-        grouped = Shape(shape.segments, shape.in_features, shape.bits, plan.group_size)
+        grouped = replace(shape, group_size=plan.group_size)
         made += [
             Case(f"gpu {shape.name} decode", partial(_decode, plan, shape)),
             Case(f"gpu {shape.name} tasks", partial(_tasks, plan, shape)),
@@ -78,7 +85,25 @@ def cases(plan: GpuPlan) -> list[Case]:
             Case(f"gpu {shape.name} prefill", partial(_prefill, plan, shape)),
             Case(f"gpu {shape.name} equal bits", partial(_equal_bits, plan, shape)),
         ]
-    return made
+    return made + [
+        Case(f"gpu {shape.name} {shape.format} decode", partial(_formats, plan, shape))
+        for shape in plan.informing
+    ]
+
+
+def _formats(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[Row]:
+    """Other widths and groups against their own floors."""
+    device = machine.device
+    weights = rotation(shape, device, _span(plan, machine))
+    banks = [channel_bank(shape, 1, device) for _ in weights]
+    rows = []
+    for count in plan.informing_rows:
+        row = task_rows(count, 1, device)
+        way = Way("ours", ours(_inputs(count, shape, device), weights, banks, row=row))
+        facts = _facts(shape, count, 1, timer.compare(f"{count} rows", way)["ours"], machine)
+        name = f"gpu/decode/{shape.name}/{shape.format}/{count}-rows/of-floor"
+        rows.append(Row(name, facts["of_floor"], "x", ">=", None, facts))
+    return rows
 
 
 def _decode(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[Row]:
@@ -117,7 +142,9 @@ def _tasks(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[
 
     count = plan.tasks
     times = timer.compare(f"{count} tasks", Way("one", run(count, 1)), Way("mixed", run(count, count)))
-    extra = 4 * shape.out_features * (count - 1) / machine.memory_rate  # the other tasks' scales
+    extra = (
+        shape.scale_bytes * shape.out_features * (count - 1) / machine.memory_rate
+    )  # the other tasks' scales
     facts = _facts(shape, count, count, times["mixed"], machine)
     one = times["one"].median
     facts |= {"peer_us": one * 1e6, "scale_bytes_us": extra * 1e6, "ratio": times["mixed"].median / one}

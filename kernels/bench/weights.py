@@ -25,6 +25,7 @@ class Shape:
     bits: int = 4
     group_size: int | None = None  # None: per channel
     fractional: bool = False  # zero points between the codes, as GGUF's Q4_1 has them
+    halves: bool = False  # scales that fp16 holds exactly, the base's as quantizers write them and the tasks'
 
     @property
     def out_features(self) -> int:
@@ -48,15 +49,20 @@ class Shape:
 
     @property
     def weight_bytes(self) -> int:
-        """Codes, group scales and (where they are not the middle code) zero points, in fp32 as they are kept."""
-        side = self.out_features * self.groups * 4
+        """Codes, group scales and (where they are not the middle code) zero points, as they are kept."""
+        side = self.out_features * self.groups * self.scale_bytes
         return self.out_features * packed_width(self.in_features, self.bits) + side * (
             2 if self.fractional else 1
         )
 
+    @property
+    def scale_bytes(self) -> int:
+        """Of one scale."""
+        return 2 if self.halves else 4
+
     def step_bytes(self, rows: int, tasks: int, *, activation: int, group_sets: bool = False) -> int:
         """Bytes that a call moves at least; `activation`: bytes of one input or output number."""
-        task = 4 * self.out_features * (self.groups if group_sets else 1)
+        task = self.scale_bytes * self.out_features * (self.groups if group_sets else 1)
         return self.weight_bytes + tasks * task + rows * (self.in_features + self.out_features) * activation
 
     def flops(self, rows: int) -> float:
@@ -69,6 +75,8 @@ def random_weight(shape: Shape, device: torch.device) -> QuantizedWeight:
     n, k = shape.out_features, shape.in_features
     qweight = torch.randint(0, 256, (n, packed_width(k, shape.bits)), dtype=torch.uint8, device=device)
     scales = torch.rand(n, shape.groups, device=device) * 0.01 + 0.001
+    if shape.halves:
+        scales = scales.half().float()
     zeros = torch.full_like(scales, float(1 << (shape.bits - 1)))
     if shape.fractional:
         zeros += torch.rand_like(zeros) - 0.5
@@ -107,14 +115,16 @@ def channel_bank(shape: Shape, tasks: int, device: torch.device) -> LinearBank:
     """Output scales around 1 for the base and `tasks` tasks."""
     out = 1 + 0.1 * torch.randn(tasks + 1, shape.out_features, device=device)
     out[0] = 1
-    return LinearBank(shape.segments, out.contiguous())
+    return LinearBank(shape.segments, out.half() if shape.halves else out)
 
 
 def group_bank(shape: Shape, tasks: int, device: torch.device) -> LinearBank:
     """Output scales of the base only, group scales around 1 for the base and `tasks` tasks."""
     group = 1 + 0.1 * torch.randn(tasks + 1, shape.groups, shape.out_features, device=device)
     group[0] = 1
-    return LinearBank(shape.segments, torch.ones(1, shape.out_features, device=device), None, group)
+    if shape.halves:
+        group = group.half()
+    return LinearBank(shape.segments, torch.ones_like(group[:1, 0]), None, group)
 
 
 def task_rows(rows: int, tasks: int, device: torch.device) -> Tensor:

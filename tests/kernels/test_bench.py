@@ -39,7 +39,13 @@ TINY = cpu.Model(
 )
 CPU_PLAN = cpu.CpuPlan((Shape((64,), 256),), (Shape((64,), 256, group_size=64),), TINY, span=1)
 GPU_PLAN = gpu.GpuPlan(
-    (Shape((64, 32), 256),), rows=(1, 64), prefill=(80,), invariant_rows=(8,), group_tasks=32, span=1
+    (Shape((64, 32), 256),),
+    (Shape((64, 32), 256, bits=3),),
+    rows=(1, 64),
+    prefill=(80,),
+    invariant_rows=(8,),
+    group_tasks=32,
+    span=1,
 )
 
 
@@ -175,8 +181,10 @@ def test_gpu_rows_have_their_names_and_bars() -> None:
         "gpu/tasks/96x256/int4-g128/32-group-sets/vs-bytes",
         "gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16",
         "gpu/equal-bits/96x256/int4-channel/8-rows/cost",
+        "gpu/decode/96x256/int3-channel/1-rows/of-floor",
+        "gpu/decode/96x256/int3-channel/16-rows/of-floor",
     ]
-    assert [name for name, row in rows.items() if row.bar is None] == [*rows][-1:]
+    assert [name for name, row in rows.items() if row.bar is None] == [*rows][-3:]
     assert rows["gpu/equal-bits/96x256/int4-channel/8-rows/cost"].value == pytest.approx(1.2)
     assert rows["gpu/decode/96x256/int4-channel/1-rows/of-floor"].bar == 0.8
     assert rows["gpu/decode/96x256/int4-channel/1-rows/vs-int4pack"].ok is False
@@ -401,6 +409,14 @@ def test_every_task_of_a_mixed_batch_has_a_row() -> None:
     assert bank.out_scale.shape == (4, 8)
     assert torch.equal(bank.out_scale[0], torch.ones(8))
     assert len({tuple(r.tolist()) for r in bank.out_scale}) == 4
+    halves = Shape((8,), 64, group_size=32, halves=True)
+    assert (shape.step_bytes(0, 3, activation=2), halves.step_bytes(0, 3, activation=2, group_sets=True)) == (
+        8 * 16 + 4 * 8 * 4,
+        8 * 32 + 4 * 8 * 2 * 2,
+    )
+    assert channel_bank(halves, 3, CPU).out_scale.dtype == torch.float16
+    scales = random_weight(halves, CPU).scales
+    assert torch.equal(scales, scales.half().float())
     assert random_weight(Shape((8,), 32, group_size=32, fractional=True), CPU).zeros.frac().any()
 
 
@@ -460,6 +476,7 @@ def test_progress_is_one_line_on_a_terminal() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_cases_run_on_a_gpu() -> None:
     device = torch.device("cuda")
     found = Machine(device, torch.cuda.get_device_name(), 4e12, 4e12, 7e14)
