@@ -1,4 +1,8 @@
-"""Choosing tokens with torch's operations: on a GPU, and on a CPU without the compiled library."""
+"""Choosing tokens with torch's operations: on a GPU, and on a CPU without the compiled library.
+
+On a GPU torch adds up a row in an order that hangs on how many rows there are. So there rows are always computed in
+parts of one size, the last part filled up with its first row: what a row gives depends on that row alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from peqa_kernels.sampling.draws import Draw, Likeliest
 _CANDIDATES = 512
 """Sorting 50 000 probabilities costs milliseconds, taking the best 512 a fraction; nearly always top_p ends there."""
 
+_PART = 32
+"""Rows of a part: as many as a decode step mostly has, and few enough that one alone costs little more."""
+
 
 def row_best_torch(logits: Tensor) -> tuple[list[float], list[int]]:
     """See `peqa_kernels.sampling.row_best`."""
@@ -25,19 +32,25 @@ def draw_torch(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     chosen = [0] * len(draws)
     for narrows, draw in ((False, _draw_plain), (True, _draw_narrowed)):
         some = [i for i, d in enumerate(draws) if d.narrows is narrows]
-        if some:
-            group = [draws[i] for i in some]
+        for part in _parts(some, logits):
+            group = [draws[i] for i in part]
             temperature = _floats([d.temperature for d in group], logits)
             rows = logits[_index([d.row for d in group], logits)]
             probs = torch.softmax(rows / temperature[:, None], dim=-1)
-            for i, token in zip(some, draw(probs, group), strict=True):
-                chosen[i] = token
+            for i, token in zip(part, draw(probs, group), strict=True):
+                chosen[i] = token  # what fills a part up gives its first row's token again
     return chosen
 
 
 def likeliest_torch(logits: Tensor, rows: Sequence[int], top: int) -> Likeliest:
     """See `peqa_kernels.sampling.likeliest`."""
-    some = logits[_index(list(rows), logits)]
+    parts = [_likeliest(logits, part, top) for part in _parts(rows, logits) or [[]]]
+    return Likeliest(*(torch.cat(tensors)[: len(rows)] for tensors in zip(*parts, strict=True)))
+
+
+def _likeliest(logits: Tensor, rows: list[int], top: int) -> Likeliest:
+    """`likeliest` of one part."""
+    some = logits[_index(rows, logits)]
     best = some.amax(dim=-1)
     sums = (some - best[:, None]).exp_().sum(dim=-1, dtype=torch.float64)
     if top == 0:
@@ -75,10 +88,13 @@ def _draw_narrowed(probs: Tensor, draws: Sequence[Draw]) -> list[int]:
     mass: list[float] = values.double().sum(dim=-1).tolist()
     least: list[float] = (values[:, -1] / values[:, 0]).tolist()
     enough = [_enough(d, values.shape[-1], mass[i], least[i]) for i, d in enumerate(draws)]
-    short = [i for i, is_enough in enumerate(enough) if is_enough]
-    drawn = dict(zip(short, _narrow_and_draw(values, tokens, draws, short), strict=True)) if short else {}
+    drawn: dict[int, int] = {}
+    for part in _parts([i for i, is_enough in enumerate(enough) if is_enough], probs):
+        drawn |= zip(part, _narrow_and_draw(values, tokens, draws, part), strict=True)
     for i, draw in enumerate(draws):
-        if i not in drawn:
+        if i not in drawn and i > 0 and draw is draws[0]:
+            drawn[i] = drawn[0]  # it fills the part up
+        elif i not in drawn:
             ordered = probs[i : i + 1].sort(dim=-1, descending=True, stable=True)
             drawn[i] = _narrow_and_draw(ordered.values, ordered.indices, [draw], [0])[0]
     return [drawn[i] for i in range(len(draws))]
@@ -110,6 +126,18 @@ def _narrow_and_draw(values: Tensor, tokens: Tensor, draws: Sequence[Draw], rows
     keep = (before < top_p * total) & (weights >= min_p * weights[:, :1])
     drawn = tokens.gather(1, _draw(weights * keep, some))[:, 0].tolist()
     return list(drawn)
+
+
+def _parts(rows: Sequence[int], like: Tensor) -> list[list[int]]:
+    """The rows in parts of one size, the last one filled up with its first row."""
+    size = _part_size(len(rows), like)
+    parts = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [part + part[:1] * (size - len(part)) for part in parts]
+
+
+def _part_size(rows: int, like: Tensor) -> int:
+    """Rows of one part: always the same on a GPU, all of them on a CPU."""
+    return _PART if like.is_cuda else max(1, rows)
 
 
 def _index(numbers: list[int], like: Tensor) -> Tensor:

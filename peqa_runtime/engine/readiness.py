@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -9,12 +10,15 @@ from torch import Tensor
 from peqa_kernels.quant_matmul import PreparedWeight
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.model.attention import warm_up_attention
+from peqa_runtime.model.equal_bits import set_equal_bits
 from peqa_runtime.model.loader import LoadedModel
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TiedHead
 
+logger = logging.getLogger(__name__)
+
 
 def make_ready(model: LoadedModel, config: EngineConfig) -> None:
-    """Set every weight to `config.row_invariant`; on a GPU also compile what batches up to the configured sizes run.
+    """Set the model to `config.row_invariant`; on a GPU also compile what batches up to the configured sizes run.
 
     Compiling takes minutes the first time and seconds afterwards, from Triton's cache on disk. Kinds of scale sets
     other than `channel` compile when the first of their sets is used. RuntimeError where a GPU computes wrongly.
@@ -24,6 +28,13 @@ def make_ready(model: LoadedModel, config: EngineConfig) -> None:
         prepared.set_row_invariant(config.row_invariant)
     if model.device.type != "cuda":
         return
+    if config.row_invariant and (uncovered := set_equal_bits(model.model)):
+        logger.warning(
+            "row_invariant does not reach %d modules that multiply by floats in a way of their own (%s, …): the last "
+            "bits of an answer may depend on what runs beside it",
+            len(uncovered),
+            ", ".join(uncovered[:3]),
+        )
     from peqa_kernels.quant_matmul.gpu_tune import warm_up
     from peqa_kernels.quant_matmul.tuning import BUCKETS, bucket
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peqa_kernels import native, sampling
 from peqa_kernels.native.isa import usable
-from peqa_kernels.sampling import Draw
+from peqa_kernels.sampling import Draw, torch_path
 from peqa_kernels.sampling.native_path import NativeSampling
 from peqa_kernels.sampling.torch_path import draw_torch, likeliest_torch, row_best_torch
 
@@ -160,3 +162,37 @@ def test_the_path_is_chosen_by_what_the_logits_are(monkeypatch: pytest.MonkeyPat
     draws = draws_of(logits, 0, temperature=1.0)
     assert sampling.draw(logits, draws) == draw_torch(logits, draws)
     assert torch.equal(sampling.likeliest(logits, [1], 3).tokens, logits[1:].topk(3).indices)
+
+
+class Shapes(TorchDispatchMode):
+    """First shapes of the operations that add along rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, int]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("sum", "cumsum", "_softmax", "topk"):
+            self.seen.add((name, args[0].shape[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {}])
+def test_on_a_gpu_rows_are_computed_in_parts_of_one_size(
+    monkeypatch: pytest.MonkeyPatch, narrow: dict[str, float]
+) -> None:
+    logits = logits_of(11, 1500)
+    draws = draws_of(logits, 4, **narrow)
+    tokens, likely = draw_torch(logits, draws), likeliest_torch(logits, range(11), 3)
+    monkeypatch.setattr(torch_path, "_part_size", lambda rows, like: 4)
+    with Shapes() as shapes:
+        assert draw_torch(logits, draws) == tokens
+        for count in range(1, 12):
+            found = likeliest_torch(logits, range(count), 3)
+            assert all(torch.equal(a, b[:count]) for a, b in zip(found, likely, strict=True))
+            assert draw_torch(logits, draws[:count]) == tokens[:count]
+    names = {name for name, _ in shapes.seen}
+    assert names >= {"sum", "cumsum", "_softmax", "topk"}
+    alone = set() if narrow else {("sum", 1), ("cumsum", 1)}  # rows sorted whole, each by itself
+    assert shapes.seen - alone == {(name, 4) for name in names}
