@@ -145,13 +145,12 @@ class StepBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plans[0]) * self.shares
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole run's examples, padding left out."""
+    def num_tokens(self, steps: int) -> int:
+        """Tokens of the examples of the first `steps` steps, padding left out."""
         return sum(
             len(examples[i].token_ids) - 1
             for examples, plan in zip(self.tasks, self.plans, strict=True)
-            for batch in plan
+            for batch in plan[:steps]
             for i in batch
         )
 

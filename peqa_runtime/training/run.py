@@ -153,10 +153,7 @@ def train_files(
         for given, task, result in zip(files, tasks, results, strict=True)
     ]
     for run in finished:
-        if clamped := run.scale_set.note["clamped_scales"]:
-            say(
-                f"{run.scale_set.task}: {clamped} scales stand at an end of their range; a lower --lr may do better"
-            )
+        _tell_outcome(run, config, say)
     process.wait_for_everyone()
     if process.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -191,6 +188,20 @@ def _tell(files: TrainingFiles, task: TaskData, limit: int, say: Say) -> None:
         f"{files.task}: {len(data.examples)} rows ({data.num_loss_tokens} tokens in the loss), "
         f"{len(task.held_out.examples) if task.held_out else 0} held out"
     )
+
+
+def _tell_outcome(run: FinishedRun, config: TuneConfig, say: Say) -> None:
+    task, result = run.scale_set.task, run.result
+    if result.last_step < config.steps:
+        say(
+            f"{task}: stopped early after step {result.last_step} of {config.steps}; step {result.best_step} is kept"
+        )
+    if result.held_out_loss is not None and result.best_step == 0:
+        say(
+            f"{task}: nothing did better than the base on the held-out rows, so the set is the base's own scales"
+        )
+    if clamped := run.scale_set.note["clamped_scales"]:
+        say(f"{task}: {clamped} scales stand at an end of their range; a lower --lr may do better")
 
 
 def _warn_of_zeros(zeros: ZeroCodes, say: Say) -> None:

@@ -238,7 +238,7 @@ def _result(trainer: ScaleTrainer, task: int, seconds: float) -> TuneResult:
         base_loss=before[0] if before else None,
         best_step=trainer.best.steps[task] if held_out else step,
         last_step=step,
-        tokens=trainer.train_dataset.num_tokens,
+        tokens=trainer.train_dataset.num_tokens(step),
         seconds=seconds,
     )
 
@@ -262,7 +262,7 @@ def _arguments(
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
         seed=config.seed,
-        logging_steps=min(10, config.steps),
+        logging_steps=min(10, every),  # a run that stops early has logged a loss
         logging_nan_inf_filter=False,
         eval_strategy="steps" if with_held_out else "no",
         eval_steps=every,

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from peqa_runtime.commands.terminal import print_table, stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,26 +149,16 @@ def list_(file: File, as_json: AsJson = False) -> None:
     try:
         keys, _, _ = key_file.read(file)
     except KeyFileError as error:
-        _stop(str(error))
+        stop(str(error))
     rows = [_shown(key) for key in keys.keys]
     if as_json:
         typer.echo(json.dumps({"keys": rows}))
         return
-    from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Column
 
     # The id is what `revoke` wants where a name is not enough, so it stays whole in a narrow terminal.
     whole = Column("id", no_wrap=True, min_width=12)
-    table = Table(whole, "name", "tenant", "role", "tasks", "limits", "state")
-    for row in rows:
-        tasks = (
-            "all"
-            if row["role"] == "admin"
-            else ", ".join([*row["tasks"], *(["base"] if row["base"] else [])])
-        )
-        state = f"{row['state']}, until {row['expires']}" if row["expires"] else row["state"]
-        table.add_row(row["id"], row["name"], row["tenant"], row["role"], tasks, _limits_said(row), state)
-    Console().print(table)
+    print_table((whole, "name", "tenant", "role", "tasks", "limits", "state"), [_said(row) for row in rows])
 
 
 @app.command()
@@ -199,7 +191,7 @@ def change(
     """
     limits = (tokens_per_minute, requests_per_minute, concurrent, disk, highest_priority)
     if all(value is None for value in (role, tasks or None, base, *limits, expires)):
-        _stop("name what is to be changed; peqa keys change --help lists it")
+        stop("name what is to be changed; peqa keys change --help lists it")
     _replace(
         file, which, lambda key: _changed(key, role, tasks, base, limits, expires), as_json, "is changed"
     )
@@ -288,7 +280,7 @@ def _changing(file: Path) -> Iterator[tuple[KeySet, Callable[[KeySet], None]]]:
         with key_file.locked(file) as target:
             yield key_file.read_for_change(target), lambda keys: key_file.replace(target, keys)
     except ValueError as error:
-        _stop(str(error))
+        stop(str(error))
 
 
 def _replace(file: Path, which: str, new: Callable[[ApiKey], ApiKey], as_json: bool, done: str) -> None:
@@ -323,6 +315,15 @@ def _shown(key: ApiKey) -> dict[str, Any]:
     return {"id": key.id, **describe(key), "state": key.state(time.time())}
 
 
+def _said(row: dict[str, Any]) -> tuple[str, ...]:
+    """A key as a row of the table."""
+    tasks = (
+        "all" if row["role"] == "admin" else ", ".join([*row["tasks"], *(["base"] if row["base"] else [])])
+    )
+    state = f"{row['state']}, until {row['expires']}" if row["expires"] else row["state"]
+    return (row["id"], row["name"], row["tenant"], row["role"], tasks, _limits_said(row), state)
+
+
 def _limits_said(row: dict[str, Any]) -> str:
     parts = {
         "tokens_per_minute": "tokens/min",
@@ -334,8 +335,3 @@ def _limits_said(row: dict[str, Any]) -> str:
     if row["highest_priority"]:
         said.append(f"priority from {row['highest_priority']}")
     return ", ".join(said) or "none"
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)

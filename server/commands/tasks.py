@@ -6,9 +6,11 @@ import json
 import struct
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from peqa_runtime.commands.terminal import print_table, reported, size_of, stop
 
 if TYPE_CHECKING:
     import httpx
@@ -44,15 +46,20 @@ def list_(server: Server = LOCAL, api_key: ApiKey = None, as_json: AsJson = Fals
     if as_json:
         typer.echo(json.dumps(listed))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "revision", "kind", "size", "revisions", "since")
-    for row in listed["data"]:
-        since = datetime.fromtimestamp(row["created"]).strftime("%Y-%m-%d %H:%M")
-        size = f"{row['bytes'] / 1000:.0f} kB"
-        table.add_row(row["task"], row["revision"][:12], row["kind"], size, str(row["num_revisions"]), since)
-    Console().print(table)
+    rows = [
+        (
+            *(
+                row["task"],
+                row["revision"][:12],
+                row["kind"],
+                size_of(row["bytes"]),
+                str(row["num_revisions"]),
+            ),
+            datetime.fromtimestamp(row["created"]).strftime("%Y-%m-%d %H:%M"),
+        )
+        for row in listed["data"]
+    ]
+    print_table(("task", "revision", "kind", "size", "revisions", "since"), rows)
     for row in listed["data"]:
         if row["status"] != "ready":
             typer.echo(f"{row['status']}: {row['status_reason']}", err=True)
@@ -78,7 +85,7 @@ def push(
     try:
         content = file.read_bytes()
     except OSError as error:
-        _stop(f"{file} cannot be read: {error.strerror}")
+        stop(f"{file} cannot be read: {error.strerror}")
     task = name or _noted_name(content) or file.stem
     answer = _ask("PUT", server, task, api_key, content=content, if_match=if_match)
     _tell(answer, as_json, "{task} is at revision {revision}")
@@ -143,7 +150,7 @@ def pull(
     try:
         output.write_bytes(answer.content)
     except OSError as error:
-        _stop(f"{output} cannot be written: {error.strerror}")
+        stop(f"{output} cannot be written: {error.strerror}")
     found = answer.headers.get("etag", "").strip('"')
     if as_json:
         report = {"task": task, "revision": found, "bytes": len(answer.content), "output": str(output)}
@@ -153,6 +160,7 @@ def pull(
 
 
 @app.command()
+@reported
 def fill(
     base: Annotated[Path, typer.Argument(help="Base folder.", envvar="PEQA_BASE")],
     count: Annotated[int, typer.Option(help="How many tasks.", envvar="PEQA_COUNT", min=1)],
@@ -168,18 +176,14 @@ def fill(
     """
     from tqdm import tqdm
 
-    from peqa_runtime.errors import PeqaError
     from peqa_runtime.model import read_manifest
     from peqa_runtime.scales.scale_store import ScaleStore
     from peqa_runtime.scales.synthetic import fill_store
 
-    try:
-        opened = ScaleStore(store, read_manifest(base), durable=False)
-        for _ in tqdm(fill_store(opened, count, seed=seed), total=count, disable=None, unit="task"):
-            pass
-        opened.close()
-    except PeqaError as error:
-        _stop(str(error))
+    opened = ScaleStore(store, read_manifest(base), durable=False)
+    for _ in tqdm(fill_store(opened, count, seed=seed), total=count, disable=None, unit="task"):
+        pass
+    opened.close()
     report = {"store": str(store), "added": count, "tasks": len(opened.tasks())}
     typer.echo(
         json.dumps(report) if as_json else "{store}: {added} tasks added, {tasks} in all".format(**report)
@@ -209,23 +213,18 @@ def _ask(
     try:
         answer = httpx.request(method, url, headers=headers, content=content, params=query, timeout=120)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        _stop(f"no server answers at {server} ({error}); start one with: peqa serve")
+        stop(f"no server answers at {server} ({error}); start one with: peqa serve")
     if answer.is_success:
         return answer
     try:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = f"{server} answered {answer.status_code}, but not as a peqa server does"
-    _stop(message)
+    stop(message)
 
 
 def _tell(answer: httpx.Response, as_json: bool, sentence: str) -> None:
     typer.echo(json.dumps(answer.json()) if as_json else sentence.format(**answer.json()))
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def _noted_name(content: bytes) -> str | None:

@@ -106,6 +106,8 @@ def test_the_commands(floats: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert "task name" in peqa(
         "import-adapter", tmp_path, "--base", tiny_base, "-o", file, "--task", "A b", status=1
     )
+    adapter = ("import-adapter", tmp_path / "adapter", "--base", tiny_base, "-o")
+    assert "is a .safetensors file, not 'set.bin'" in peqa(*adapter, "set.bin", status=1)
     export = ("export", tiny_base, "--format", "ia3", "-o", tmp_path / "back")
     assert "--scale-set" in peqa(*export, status=1)
     assert "--dtype" in peqa(*export, "--scale-set", file, "--dtype", "float16", status=1)

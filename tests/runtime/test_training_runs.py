@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -216,12 +217,17 @@ def test_a_run_stops_early_and_keeps_its_best(tunable: TunableModel, rows: Rows,
     )
     files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors", held_out=contrary)
     config = replace(CONFIG, steps=200, check_every=4, patience=2, learning_rate=5e-2)
-    (done,) = run(tunable, files, config=config)
+    said: list[str] = []
+    (done,) = run(tunable, files, config=config, say=said.append)
     assert done.result.last_step < 200
     assert done.result.last_step == done.result.best_step + 8
     assert done.result.held_out_loss is not None
     assert done.result.base_loss is not None
     assert done.result.held_out_loss <= done.result.base_loss
+    assert f"stopped early after step {done.result.last_step} of 200" in said[2]
+    assert ("nothing did better than the base" in said[-1]) == (done.result.best_step == 0)
+    assert done.result.tokens < 200 * 4 * 20
+    assert math.isfinite(done.result.train_loss)
     with pytest.raises(InvalidData, match="needs held-out rows"):
         run(tunable, replace(files, held_out=None), config=config)
 
