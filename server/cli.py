@@ -94,6 +94,22 @@ UsePrefixCache = Annotated[
         envvar="PEQA_PREFIX_CACHE",
     ),
 ]
+RowInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--row-invariant",
+        help="On a GPU, too, no answer depends to the last bit on what runs beside it. Takes longer.",
+        envvar="PEQA_ROW_INVARIANT",
+    ),
+]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="On a GPU, capture no CUDA graphs: a start sooner by seconds, slower answers.",
+        envvar="PEQA_ENFORCE_EAGER",
+    ),
+]
 KVBlocks = Annotated[
     int | None,
     typer.Option(help="Blocks of the KV cache. Default: what fits.", envvar="PEQA_KV_BLOCKS", min=1),
@@ -202,6 +218,8 @@ def serve(
     max_waiting: MaxWaiting = None,
     max_waiting_tokens: MaxWaitingTokens = None,
     prefix_cache: UsePrefixCache = True,
+    row_invariant: RowInvariant = False,
+    enforce_eager: EnforceEager = False,
     kv_blocks: KVBlocks = None,
     task_rows: TaskRows = None,
     group_rows: GroupRows = None,
@@ -238,6 +256,8 @@ def serve(
         "max_waiting": max_waiting,
         "max_waiting_tokens": max_waiting_tokens,
         "prefix_cache": prefix_cache,
+        "row_invariant": row_invariant,
+        "enforce_eager": enforce_eager,
         "num_blocks": kv_blocks,
         "task_rows": task_rows,
         "group_rows": group_rows,

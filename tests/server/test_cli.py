@@ -136,6 +136,7 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
     [
         (["--no-prefix-cache", "--max-waiting-tokens", "99"], {}),
         ([], {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99"}),
+        (["--no-prefix-cache", "--max-waiting-tokens", "99", "--enforce-eager", "--row-invariant"], {}),
     ],
 )
 def test_serve_hands_settings_to_the_engine(
@@ -152,6 +153,9 @@ def test_serve_hands_settings_to_the_engine(
     assert peqa("serve", *given, **environment).exit_code == 0
     assert (seen[0].prefix_cache, seen[0].max_waiting_tokens) == (True, EngineConfig().max_waiting_tokens)
     assert (seen[1].prefix_cache, seen[1].max_waiting_tokens) == (False, 99)
+    assert not seen[0].enforce_eager
+    assert not seen[0].row_invariant
+    assert seen[1].enforce_eager == seen[1].row_invariant == ("--enforce-eager" in given)
 
 
 def test_serve_names_a_port_in_use(tmp_path: Path) -> None:
