@@ -63,10 +63,14 @@ class AllowedToolChoice(Strict):
 
 
 class FunctionCall(Strict):
-    """A call that was made earlier; `arguments` is JSON text, as the model wrote it."""
+    """A call that was made earlier; `arguments` is JSON text, as the model wrote it.
+
+    `parsed_arguments` is what the `openai` client has made of them, and sends back beside them.
+    """
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(Strict):
@@ -137,7 +141,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 class ChatMessage(Strict):
     """One message; `content` is text, which may come in parts.
 
-    The fields without a meaning here are those that an answer's message has, as clients send it back. Messages of role
+    The fields without a meaning here are those that an answer's message has, as clients send it back. `reasoning` is
+    the newer name of `reasoning_content`. Messages of role
     "function", and `function_call`, are how calls were told before there were `tool_calls`.
     """
 
@@ -147,10 +152,12 @@ class ChatMessage(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: FunctionCall | None = None
+    parsed: Any = None
 
     @property
     def text(self) -> str:

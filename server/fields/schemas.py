@@ -151,7 +151,7 @@ def parse(schema: type[Model], body: bytes | dict[str, Any]) -> Model:
     """Read a JSON body as `schema`; everything wrong with it is an `ApiError` 400 (or pydantic's, with the field)."""
     value = parse_object(body) if isinstance(body, bytes) else body
     fields = schema.model_fields
-    if issubclass(schema, GenerationFields):
+    if "model" in fields:  # a route of OpenAI's or vLLM's
         value = {name: v for name, v in value.items() if name in fields or not is_neutral(name, v)}
     for name in value:
         if name not in fields:

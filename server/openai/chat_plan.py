@@ -85,11 +85,14 @@ def _logprobs(wanted: ChatCompletionRequest) -> int | None:
 
 
 def _max_tokens(wanted: ChatCompletionRequest) -> int | None:
-    if None not in (wanted.max_tokens, wanted.max_completion_tokens):
+    given = {wanted.max_tokens, wanted.max_completion_tokens} - {None}
+    if len(given) > 1:
         raise InvalidRequest(
-            "max_tokens and max_completion_tokens are the same; send one", param="max_completion_tokens"
+            f"max_tokens is {wanted.max_tokens} and max_completion_tokens, its newer name, "
+            f"{wanted.max_completion_tokens}; send one of them",
+            param="max_completion_tokens",
         )
-    return wanted.max_completion_tokens if wanted.max_tokens is None else wanted.max_tokens
+    return next(iter(given), None)
 
 
 def _begun(wanted: ChatCompletionRequest) -> str:

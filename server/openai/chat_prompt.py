@@ -214,6 +214,8 @@ def _plain(message: ChatMessage, template: ChatTemplate) -> dict[str, Any]:
     for field in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, field)) is not None:
             plain[field] = value
+    if message.reasoning is not None:
+        plain.setdefault("reasoning_content", message.reasoning)
     if role == "function":
         plain |= {"role": "tool", "tool_call_id": message.name}
     calls = [(call.id, call.function) for call in message.tool_calls or ()]

@@ -215,6 +215,19 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     assert server.idle
 
 
+def test_the_length_by_both_of_its_names(server: Any) -> None:
+    both = {"max_tokens": 3, "max_completion_tokens": 3}
+    assert server.post(CHAT, messages=SAY, **both).json()["usage"]["completion_tokens"] == 3
+    error = server.error(400, path=CHAT, messages=SAY, **(both | {"max_tokens": 4}))
+    assert error["param"] == "max_completion_tokens"
+
+
+def test_the_tokenizers_routes_know_fields_of_other_servers(server: Any) -> None:
+    assert server.post("/tokenize", messages=SAY, mm_processor_kwargs=None).status_code == 200
+    error = server.error(400, path="/tokenize", messages=SAY, mm_processor_kwargs={"a": 1})
+    assert (error["param"], error["code"]) == ("mm_processor_kwargs", "unsupported_field")
+
+
 def test_an_unknown_role_is_told_the_known_ones(server: Any) -> None:
     error = server.error(400, path=CHAT, messages=[*SAY, {"role": "bot", "content": "x"}])
     assert error["param"] == "messages[1].role"

@@ -109,6 +109,10 @@ def test_roles_kwargs_and_documents(written: Any) -> None:
     assert written(PLAIN, reasoning_effort="high") == "<user>hi<a>"
     documents = PLAIN + "{% for d in documents or [] %}{{ d.text }}{% endfor %}"
     assert written(documents, documents=[{"text": "one"}, {"text": "two"}]) == "<user>hi<a>onetwo"
+    thought = "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}"
+    for name in ("reasoning", "reasoning_content"):
+        messages = [{"role": "assistant", "content": "x", name: "so"}]
+        assert written(thought, messages=messages) == "so"
     begun = [*SAY, {"role": "assistant", "content": "well"}]
     assert written(PLAIN, messages=begun, continue_final_message=True).endswith("<assistant>well")
     assert written(PLAIN, add_generation_prompt=False) == "<user>hi"
@@ -133,6 +137,11 @@ def test_an_assistants_message_may_have_no_content(written: Any) -> None:
         ({"content": None, "refusal": "No."}, "<assistant>No."),
         ({"content": [{"type": "refusal", "refusal": "No."}]}, "<assistant>No."),
         ({"content": ""}, "<assistant>"),
+        ({"content": "{}", "parsed": {}, "reasoning": "so"}, "<assistant>{}"),
+        (
+            {"tool_calls": [CALL | {"function": CALL["function"] | {"parsed_arguments": {"at": 1}}}]},
+            "<assistant>(look é)",
+        ),
     ):
         assert written(KNOWING, messages=[*SAY, {"role": "assistant", **message}]) == "<user>hi" + text
 

@@ -16,7 +16,15 @@ from openai.types.chat import (
 )
 from pydantic import BaseModel
 
-from peqa_server.fields.chat_schemas import ROLES, ChatCompletionRequest, ChatMessage, RefusalPart, TextPart
+from peqa_server.fields.chat_schemas import (
+    ROLES,
+    ChatCompletionRequest,
+    ChatMessage,
+    FunctionCall,
+    RefusalPart,
+    TextPart,
+    ToolCall,
+)
 from peqa_server.fields.foreign import FOREIGN, HARMLESS
 from peqa_server.fields.forms import ResponseFormat, StructuredOutputs
 from peqa_server.fields.schemas import CompletionRequest, StreamOptions
@@ -93,6 +101,11 @@ def test_every_entry_of_what_the_client_nests_is_known() -> None:
     formats = members(hints(completion_create_params.CompletionCreateParamsBase)["response_format"])
     for kind in formats:
         assert hints(kind).keys() <= ResponseFormat.model_fields.keys()
+    answered = openai.types.chat.ParsedChatCompletionMessage
+    assert answered.model_fields.keys() <= ChatMessage.model_fields.keys(), "clients send answers back"
+    call = openai.types.chat.ParsedFunctionToolCall
+    assert call.model_fields.keys() <= ToolCall.model_fields.keys()
+    assert call.model_fields["function"].annotation.model_fields.keys() <= FunctionCall.model_fields.keys()
     for part, ours in ((openai.types.chat.ChatCompletionContentPartTextParam, TextPart),
                        (openai.types.chat.ChatCompletionContentPartRefusalParam, RefusalPart)):  # fmt: skip
         assert hints(part).keys() <= ours.model_fields.keys()
