@@ -13,12 +13,20 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peqa_server.http.connection import ABORT
+from peqa_server.http.errors import ApiError
 from peqa_server.settings import ServerSettings
 
 SMALL_BYTES = 64 * 1024
 """A body of so many is read away as a matter of course, and its connection lives on."""
 
 _CLOSE = (b"connection", b"close")
+_TWO_SIZES = ApiError(
+    400,
+    "a body comes with a Content-Length or in chunks, not both; send one of them",
+    code="two_body_sizes",
+    headers={"Connection": "close"},
+)
+"""A proxy in front may believe the other one, and take what one client hides in a body for the request of the next."""
 
 
 class BodyRest:
@@ -36,6 +44,9 @@ class BodyRest:
         size = _announced(scope)
         if size == 0:
             await self._app(scope, receive, send)
+            return
+        if _has_two_sizes(scope):
+            await _TWO_SIZES.response()(scope, receive, send)
             return
         whole = False
         held_back: Message | None = None
@@ -76,6 +87,11 @@ class BodyRest:
                 return True
             left -= len(message.get("body", b""))
         return False
+
+
+def _has_two_sizes(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers and "content-length" in headers
 
 
 def _announced(scope: Scope) -> int:

@@ -27,6 +27,11 @@ _LATE = (
     b'{"error":{"message":"the head of the request did not come in time; send the request again",'
     b'"type":"timeout_error","param":null,"code":"head_timeout"}}'
 )
+_MALFORMED = (
+    b'{"error":{"message":"this is not HTTP/1.1 as it has to be, or its head is larger than 32 KiB",'
+    b'"type":"invalid_request_error","param":null,"code":"malformed_http"}}'
+)
+_SHORTLY = b"retry-after: 1\r\n"
 
 
 def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H11Protocol]:
@@ -42,7 +47,7 @@ def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H
             """Take the connection, or say that there are too many."""
             super().connection_made(transport)
             if len(self.connections) > limit:
-                self._refuse(b"503 Service Unavailable", _FULL)
+                self._refuse(b"503 Service Unavailable", _FULL, _SHORTLY)
             else:
                 self._await_head()
 
@@ -62,21 +67,33 @@ def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H
                 self._await_head()
 
         def _await_head(self) -> None:
-            self._head_timer = self.loop.call_later(head_seconds, self._refuse, b"408 Request Timeout", _LATE)
+            self._head_timer = self.loop.call_later(
+                head_seconds, self._refuse, b"408 Request Timeout", _LATE, _SHORTLY
+            )
 
         def _head_is_there(self) -> None:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
 
-        def _refuse(self, status: bytes, body: bytes) -> None:
+        def send_400_response(self, msg: str) -> None:
+            """What cannot be parsed is told as any refusal is; in the middle of an answer the connection just ends."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self._refuse(b"400 Bad Request", _MALFORMED)
+            else:
+                self.transport.close()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Nobody speaks WebSocket here; a client that asks for it is answered without, and no news for the log."""
+
+        def _refuse(self, status: bytes, body: bytes, more: bytes = b"") -> None:
             if self.transport.is_closing():
                 return
             head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % (
                 status,
                 len(body),
             )
-            self.transport.write(head + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body)
+            self.transport.write(head + more + b"connection: close\r\n\r\n" + body)
             self.transport.close()
 
         def _abort(self) -> None:

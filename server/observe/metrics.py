@@ -6,11 +6,13 @@ pattern, error codes, and the first `max_tasks` names of tasks; what comes later
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from peqa_runtime.core import Lease
 from peqa_server.observe.engine_metrics import EngineCollector, WatchedEngine, WatchedTasks
@@ -167,4 +169,18 @@ class Metrics:
 
     def render(self) -> bytes:
         """Prometheus' text format. Thread-safe."""
-        return generate_latest(self.registry)
+        return generate_latest(_WithoutBirths(self.registry))
+
+
+class _WithoutBirths(Collector):
+    """What a registry has but for the moments when its series began, which the text format shows as gauges: a series
+    more for each, and nothing that anybody asks for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, without their `_created` samples."""
+        for family in self._registry.collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family

@@ -121,6 +121,62 @@ def test_headers_that_are_too_large(server: Bounded, count: int) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET /h\xc3 HTTP/1.1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["no request", "no host", "tls", "no ascii", "no number", "packed", "no chunk"],
+)
+def test_what_is_not_http_is_told_in_the_one_shape(
+    server: Bounded, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(sent)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "malformed_http"
+    assert "Traceback" not in caplog.text
+
+
+def test_nonsense_behind_a_request_comes_after_its_answer(server: Bounded) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nNONSENSE\r\n\r\n")
+        answer = read_all(connection)
+    assert [answer.count(status) for status in (b"HTTP/1.1 200 ", b"HTTP/1.1 400 ")] == [1, 1]
+    assert answer.index(b'{"status"') < answer.index(b"malformed_http")
+
+
+def test_a_body_with_two_sizes(server: Bounded) -> None:
+    """A proxy that believes the length passes on as one body what would be two requests here."""
+    hidden = b"0\r\n\r\nGET /v1/tasks HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head % len(hidden) + hidden)
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"two_body_sizes" in answer
+
+
+def test_an_upgrade_is_answered_without_and_without_a_word(
+    server: Bounded, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert "upgrade" not in caplog.text.lower()
+
+
 def test_more_connections_than_places(server: Bounded) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(LIMIT):

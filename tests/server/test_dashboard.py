@@ -98,6 +98,7 @@ def test_names_are_as_prometheus_wants_them(server: Any, served: dict[str, set[s
     assert not any(name.endswith(("_total", "_count", "_sum", "_bucket")) for name in kinds["gauge"])
     assert all(name.rsplit("_", 1)[1] in UNITS for name in kinds["histogram"])
     named = set().union(*kinds.values())
+    assert not [name for name in named if name.endswith("_created")]
     assert all(re.fullmatch(r"(peqa|process)_[a-z]+(_[a-z]+)*", name) for name in named)
     scaled = ("ms", "milliseconds", "us", "minutes", "mb", "mib", "kb", "percent", "ratio")
     assert not [name for name in named if set(name.split("_")) & {*scaled, "histogram", "gauge", "counter"}]
