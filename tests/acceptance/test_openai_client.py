@@ -102,6 +102,8 @@ SHARED: list[tuple[dict[str, Any], Check]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}, "max_tokens": 60},
      lambda a: set(json.loads(text(a))) == {"name", "age"}),
     ({"structured_outputs": {"choice": ["left", "right"]}}, lambda a: text(a) in ("left", "right")),
+    ({"structured_outputs": {"json": PERSON, "disable_any_whitespace": True}, "max_tokens": 60},
+     lambda a: text(a) == json.dumps(json.loads(text(a)), separators=(",", ":"), ensure_ascii=False)),
     ({"guided_json": PERSON, "max_tokens": 60}, lambda a: isinstance(json.loads(text(a))["age"], int)),
     ({"guided_regex": "[0-9]{3}"}, lambda a: len(text(a)) == 3 and text(a).isdigit()),
     ({"guided_choice": ["yes", "no"]}, lambda a: text(a) in ("yes", "no")),
@@ -147,7 +149,11 @@ def test_completions_own_fields(client: OpenAI) -> None:
     assert reported[0] is None
     assert reported[1][str(ids(client, " capital")[0])]["decoded_token"] == " capital"
     tokens = ids(client, PROMPT)
-    assert [entry[str(token)]["rank"] for entry, token in zip(reported[1:], tokens[1:], strict=True)][1:] == [1, 2, 1]
+    assert [entry[str(token)]["rank"] for entry, token in zip(reported[1:], tokens[1:], strict=True)][1:] == [
+        1,
+        2,
+        1,
+    ]
     with pytest.raises(openai.BadRequestError, match="cannot fill in before a suffix"):
         complete(client, suffix="the end")
 
@@ -168,6 +174,14 @@ def test_scores_as_lm_eval_reads_them(client: OpenAI) -> None:
 def test_chats_own_fields(client: OpenAI) -> None:
     plain = chat(client, max_completion_tokens=5, reasoning_effort="low", add_special_tokens=False)
     assert plain.usage.completion_tokens == 5
+    harmless = {"verbosity": "medium", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    harmless |= {
+        "prompt_cache_key": "k",
+        "prompt_cache_options": {"mode": "implicit"},
+        "safety_identifier": "s",
+    }
+    guess = {"type": "content", "content": "Hello"}
+    assert text(chat(client, max_tokens=5, modalities=["text"], prediction=guess, **harmless)) == text(plain)
     parts = [
         {"role": "user", "content": [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]}
     ]
@@ -189,6 +203,9 @@ def test_chats_own_fields(client: OpenAI) -> None:
         ("chat_template", EXAMPLE, "program"),
         ("chat_template_kwargs", {"enable_thinking": True}, "no variable 'enable_thinking'"),
         ("documents", [{"text": "x"}], "no place for documents"),
+        ("verbosity", "low", "does not know it"),
+        ("moderation", {"model": "omni-moderation-latest"}, "no model that moderates"),
+        ("web_search_options", {}, "reaches no other"),
     ):
         with pytest.raises(openai.BadRequestError, match=reason) as refusal:
             chat(client, **{field: value})
@@ -215,6 +232,12 @@ def test_tools(client: OpenAI) -> None:
     assert not calls(ask(tool_choice="none"))
     assert ask(tool_choice="auto").choices[0].finish_reason in ("stop", "length", "tool_calls")
 
+    second = [{"type": "function", "function": {"name": "time"}}]
+    for mode in ("required", "auto"):
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": second}}
+        names = [name for name, _ in calls(ask(tool_choice=allowed))]
+        assert set(names) == {"time"} if mode == "required" else set(names) <= {"time"}
+
     class Place(BaseModel):
         city: Literal["Rome", "Oslo"]
 
@@ -224,6 +247,13 @@ def test_tools(client: OpenAI) -> None:
 
     typed = chat(client, tools=[openai.pydantic_function_tool(Trip)], tool_choice="required", max_tokens=120)
     assert Trip.model_validate(calls(typed)[0][1])
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=MESSAGES, tools=[openai.pydantic_function_tool(Trip)], tool_choice="required",
+        max_tokens=120, temperature=0,
+    ).choices[0].message  # fmt: skip
+    assert isinstance(parsed.tool_calls[0].function.parsed_arguments, Trip)
+    result = {"role": "tool", "tool_call_id": parsed.tool_calls[0].id, "content": "booked"}
+    assert text(chat(client, messages=[*MESSAGES, parsed, result]))
     broken = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}}
     with pytest.raises(openai.BadRequestError) as refusal:
         chat(client, tools=[{"type": "function", "function": broken}], tool_choice="required")
