@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from peqa_kernels.paged_attention import tiles
 
@@ -20,6 +21,13 @@ _PER_LEVEL: tl.constexpr = tl.constexpr(tiles.SPLITS_PER_LEVEL)
 _LEVEL: tl.constexpr = tl.constexpr(tiles.FIRST_SPLIT * tiles.SPLITS_PER_LEVEL)
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _TOGETHER: tl.constexpr = tl.constexpr(8)  # partial results whose loads are in flight at a time
+
+
+@triton.jit
+def begin_early():
+    """For a launch that begins while the one before it ends: wait for what that one writes, then let the next begin."""
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -171,12 +179,15 @@ def decode_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, block_size: tl.constexpr, d: tl.constexpr, d_v: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of a sequence with one new token; PACKED query heads of one key/value head in a tile.
 
     Grid: (sequences, kv_heads * tiles per kv head, splits). Writes out [tokens, heads, d_v] where the sequence has one
     split only, else part [sequences, splits, heads, d_v] and stat [sequences, splits, heads, 2] (maximum, denominator).
     """
+    if EARLY:
+        begin_early()
     repeat: tl.constexpr = heads // kv_heads
     chunks: tl.constexpr = (repeat + PACKED - 1) // PACKED
     sequence = tl.program_id(0)
@@ -228,8 +239,11 @@ def decode_kernel(
 def combine_kernel(
     part_ptr, stat_ptr, starts_ptr, lens_ptr, sinks_ptr, out_ptr, window, splits,
     heads: tl.constexpr, d_v: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, D_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one sequence and head, in the order of the keys. Grid: (sequences, heads)."""
+    if EARLY:
+        begin_early()
     sequence = tl.program_id(0)
     token = tl.load(starts_ptr + sequence)
     if tl.load(starts_ptr + sequence + 1) - token == 1:

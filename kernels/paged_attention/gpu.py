@@ -59,6 +59,7 @@ def paged_attention_gpu(
         "HAS_WINDOW": sliding_window is not None,
     }
     widest, dtype, wgmma = max(d, d_v), key_cache.dtype, _has_wgmma(q.device)
+    early = begins_early(q.device)
     with launching_on(q.device):
         if plan.max_new > 1:
             tile = prefill_tile(widest, dtype, invariant=plan.invariant, wgmma=wgmma)
@@ -74,13 +75,13 @@ def paged_attention_gpu(
         stats = torch.empty(seqs, splits, heads, 2, dtype=torch.float32, device=q.device)
         attend.decode_kernel[(seqs, kv_heads * chunks, splits)](
             *inputs, parts, stats, *numbers, splits, *strides,
-            **shape, **_tile_constants(tile, packed, d, d_v), **_options(tile),
+            **shape, **_tile_constants(tile, packed, d, d_v), **_options(tile), **early,
         )  # fmt: skip
         if splits > 1:
             attend.combine_kernel[(seqs, heads)](
                 parts, stats, query_starts, seq_lens, sink, out, numbers[2], splits,
                 heads=heads, d_v=d_v, HAS_SINKS=shape["HAS_SINKS"], HAS_WINDOW=shape["HAS_WINDOW"],
-                D_V=triton.next_power_of_2(d_v), num_warps=1, enable_fp_fusion=False,
+                D_V=triton.next_power_of_2(d_v), num_warps=1, enable_fp_fusion=False, **early,
             )  # fmt: skip
     return out
 
@@ -116,6 +117,7 @@ def write_kv_gpu(
             D_V=triton.next_power_of_2(d_v),
             num_warps=1,  # one head of one token: a few hundred bytes
             enable_fp_fusion=False,
+            **begins_early(key.device),
         )
 
 
@@ -161,6 +163,16 @@ def warm_up(
 def _has_wgmma(device: torch.device) -> bool:
     """Hopper, as later generations have other instructions in its place. (No GPU: the interpreter in a test.)"""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def begins_early(device: torch.device) -> dict[str, bool]:
+    """Options of the launches of a decode step, a few microseconds each.
+
+    On Hopper and later they begin while the one before ends, and wait on the device for what it writes.
+    """
+    early = device.type == "cuda" and torch.version.hip is None
+    early = early and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def _rows(x: Tensor) -> Tensor:

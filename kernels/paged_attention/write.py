@@ -8,14 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peqa_kernels.paged_attention.attend import begin_early
+
 
 @triton.jit
 def write_kernel(
     key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_ptr,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride,
     kv_heads: tl.constexpr, d: tl.constexpr, d_v: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one token; a slot of -1 is skipped. Grid: (tokens, kv_heads)."""
+    if EARLY:
+        begin_early()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slot_ptr + token)

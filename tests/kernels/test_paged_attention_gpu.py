@@ -31,6 +31,8 @@ def compile_kernel(kernel: Any, constants: dict, options: dict, arch: int, dtype
             signature[name] = "constexpr"
         elif name in ("table_ptr", "starts_ptr", "lens_ptr"):
             signature[name] = "*i32"
+        elif name == "slot_ptr":
+            signature[name] = "*i64"
         elif name in ("part_ptr", "stat_ptr"):
             signature[name] = "*fp32"
         elif name.endswith("_ptr"):
@@ -57,10 +59,11 @@ def compile_attention(
         **{"heads": repeat * 4, "kv_heads": 4, "block_size": 16, "d": d, "d_v": d},
         **dict.fromkeys(("HAS_SINKS", "HAS_CAP", "HAS_WINDOW"), True),
         **gpu._tile_constants(tile, gpu.packing(repeat, tile)[0], d, d),
-        **({"SPLITS": invariant} if prefill else {}),
+        **({"SPLITS": invariant} if prefill else {"EARLY": arch == 90}),
     }
     kernel = attend.prefill_kernel if prefill else attend.decode_kernel
-    return compile_kernel(kernel, constants, gpu._options(tile), arch, dtype, queries or dtype)
+    options = gpu._options(tile) | ({} if prefill or arch != 90 else {"launch_pdl": True})
+    return compile_kernel(kernel, constants, options, arch, dtype, queries or dtype)
 
 
 def assert_no_spill(compiled: Any, tmp_path: Path) -> None:
@@ -117,12 +120,55 @@ def test_compiles_for_narrow_heads_and_queries_of_another_dtype(d: int, queries:
 def test_the_combination_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     from peqa_kernels.paged_attention import attend
 
-    constants = {"heads": 32, "d_v": 256, "HAS_SINKS": True, "HAS_WINDOW": True, "D_V": 256}
+    constants = {
+        "heads": 32,
+        "d_v": 256,
+        "HAS_SINKS": True,
+        "HAS_WINDOW": True,
+        "D_V": 256,
+        "EARLY": arch == 90,
+    }
     options = {"num_warps": 1, "enable_fp_fusion": False}
     compiled = compile_kernel(attend.combine_kernel, constants, options, arch, "bf16", "bf16")
     assert_no_spill(compiled, tmp_path)
     # A fused multiply-add stands only where the source names it: one for the denominator, then one per feature.
     assert "fma.rn.f32" in compiled.asm["ptx"]
+
+
+def test_launches_of_a_decode_step_wait_before_they_read(tmp_path: Path) -> None:
+    """They may begin while the launch before them still writes what they read."""
+    from peqa_kernels.paged_attention import attend, write
+
+    sizes = {"heads": 32, "kv_heads": 8, "d": 128, "d_v": 128, "D": 128, "D_V": 128, "EARLY": True}
+    options = {"num_warps": 1, "enable_fp_fusion": False, "launch_pdl": True}
+    for kernel, more in (
+        (attend.combine_kernel, {"HAS_SINKS": True, "HAS_WINDOW": False}),
+        (write.write_kernel, {}),
+    ):
+        constants = {name: value for name, value in (sizes | more).items() if name in kernel.arg_names}
+        sass = machine_code(compile_kernel(kernel, constants, options, 90, "bf16", "bf16"), tmp_path)
+        assert_waits_first(sass)
+    assert_waits_first(machine_code(compile_attention(False, 90, "bf16", 128, 4, False), tmp_path))
+    assert "ACQBULK" not in machine_code(compile_attention(False, 80, "bf16", 64, 3, False), tmp_path)
+
+
+def assert_waits_first(sass: str) -> None:
+    """No access to memory before the wait."""
+    before, after = sass.split("ACQBULK", 1)
+    memory = re.compile(r"\b(LDG|LDGSTS|STG)\b")
+    assert not memory.search(before)
+    assert memory.search(after)
+    assert "PREEXIT" in after
+
+
+def machine_code(compiled: Any, folder: Path) -> str:
+    """The kernel's SASS."""
+    import triton.backends.nvidia
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def test_splits_cover_all_positions_in_order() -> None:
