@@ -85,8 +85,6 @@ UNITS = ("seconds", "bytes", "tokens", "choices")
 
 def test_names_are_as_prometheus_wants_them(server: Any, served: dict[str, set[str]]) -> None:
     """Its rules (prometheus.io/docs/practices/naming): `_total` on counters alone, base units, at a histogram's end."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     kinds: dict[str, set[str]] = {}
     for line in server.client.get("/metrics").text.splitlines():
         if line.startswith("# TYPE "):
@@ -99,11 +97,6 @@ def test_names_are_as_prometheus_wants_them(server: Any, served: dict[str, set[s
     assert all(name.rsplit("_", 1)[1] in UNITS for name in kinds["histogram"])
     named = set().union(*kinds.values())
     assert not [name for name in named if name.endswith("_created")]
-    assert all(re.fullmatch(r"(peqa|process)_[a-z]+(_[a-z]+)*", name) for name in named)
-    scaled = ("ms", "milliseconds", "us", "minutes", "mb", "mib", "kb", "percent", "ratio")
-    assert not [name for name in named if set(name.split("_")) & {*scaled, "histogram", "gauge", "counter"}]
-    for family in text_string_to_metric_families(server.client.get("/metrics").text):
-        assert family.documentation.endswith((".", "seconds.")), family.name
 
 
 @pytest.mark.parametrize(("where", "query"), queries(), ids=lambda value: str(value)[:40])
