@@ -215,9 +215,10 @@ class Blend:
         if not 1 <= len(weights) <= MAX_BLEND:
             raise InvalidRequest(f"a blend has 1 to {MAX_BLEND} tasks, got {len(weights)}", param="task")
         for task, weight in weights.items():
-            if not (math.isfinite(weight) and weight > 0):
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (number and math.isfinite(weight) and weight > 0):
                 raise InvalidRequest(
-                    f"the weight of {task[:80]!r} must be finite and greater than 0, got {weight!r}",
+                    f"the weight of {task[:80]!r} must be a finite number greater than 0, got {weight!r}",
                     param="task",
                 )
         total = math.fsum(weights.values())

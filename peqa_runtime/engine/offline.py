@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -58,9 +59,9 @@ def generate(
     all_params = _one_each(
         "params", [params] if isinstance(params, SamplingParams) else list(params), len(prompts)
     )
-    choices: Items[Choice] = [task] if isinstance(task, str | Path | Mapping) else task
-    all_tasks = _one_each("task", list(choices), len(prompts))
-    ids = [tuple(encode(engine.model.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
+    choices = list(task) if isinstance(task, Items) and not isinstance(task, str) else [task]
+    all_tasks = _one_each("task", choices, len(prompts))
+    ids = [_token_ids(engine, prompt) for prompt in prompts]
     requests: list[Request] = []
     outputs: dict[str, list[TokenOutput]] = {}
     files: dict[Path, ScaleSet] = {}
@@ -87,7 +88,24 @@ def _lease(engine: Engine, choice: Choice, files: dict[Path, ScaleSet]) -> Lease
         if choice not in files:
             files[choice] = engine.tasks.read_file(choice)
         return engine.tasks.hold(str(choice), files[choice])
+    if not isinstance(choice, str | Mapping):
+        raise InvalidRequest(
+            "task is the name of a task, the Path of a scale set file, the weights of a blend, or a list of these; got "
+            f"{type(choice).__name__}",
+            param="task",
+        )
     return engine.tasks.acquire(Blend.of(choice) if isinstance(choice, Mapping) else choice)
+
+
+def _token_ids(engine: Engine, prompt: str | Items[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return tuple(encode(engine.model.tokenizer, prompt))
+    try:
+        return tuple(map(operator.index, prompt))  # numpy's integers too
+    except TypeError:
+        raise InvalidRequest(
+            f"a prompt is a text or a list of token ids, not {str(prompt)[:80]!r}", param="prompts"
+        ) from None
 
 
 def _one_each(name: str, values: list[_T], count: int) -> list[_T]:

@@ -46,10 +46,12 @@ def library(tmp_path: Path) -> TaskLibrary:
         ({f"t{i}": 1 / 9 for i in range(9)}, "1 to 8 tasks, got 9"),
         ({"a": 0.7, "b": 0.2}, "must sum to 1 .* got 0.9"),
         ({"a": 0.5, "b": 0.502}, "must sum to 1"),
-        ({"a": 1.5, "b": -0.5}, "weight of 'b' must be finite and greater than 0, got -0.5"),
-        ({"a": 1.0, "b": 0.0}, "weight of 'b' must be finite and greater than 0"),
-        ({"a": float("nan"), "b": 1.0}, "weight of 'a' must be finite"),
-        ({"a": float("inf")}, "weight of 'a' must be finite"),
+        ({"a": 1.5, "b": -0.5}, "weight of 'b' must be a finite number greater than 0, got -0.5"),
+        ({"a": 1.0, "b": 0.0}, "weight of 'b' must be a finite number greater than 0"),
+        ({"a": "1"}, "weight of 'a' must be a finite number greater than 0, got '1'"),
+        ({"a": True}, "weight of 'a' must be a finite number greater than 0, got True"),
+        ({"a": float("nan"), "b": 1.0}, "weight of 'a' must be a finite number"),
+        ({"a": float("inf")}, "weight of 'a' must be a finite number"),
     ],
 )
 def test_weights_that_are_no_mix_are_refused(weights: dict[str, float], words: str) -> None:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,3 +135,28 @@ def test_a_store_outlives_its_engine_and_a_temporary_one_does_not(
         temporary.tasks.upload("gone", files[0])
         (folder,) = tmp_path.glob("peqa-store-*")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "task", "words"),
+    [
+        ([PROMPT], None, "task is the name of a task, .* got NoneType"),
+        ([PROMPT], 5, "got int"),
+        ([PROMPT, PROMPT], ["one", b"two"], "got bytes"),
+        ([PROMPT, 5], "one", "a prompt is a text or a list of token ids, not '5'"),
+        ([[1, 2.5]], "one", "not '.1, 2.5.'"),
+        ([PROMPT], {"one": "all"}, "must be a finite number"),
+    ],
+)
+def test_what_is_no_prompt_or_task_is_refused_by_name(
+    engine: Engine, prompts: list[object], task: object, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        engine.generate(prompts, GREEDY, task)  # type: ignore[arg-type]
+    assert not engine.has_work
+    assert engine.tasks.registry.counts().leases == 0
+
+
+def test_token_ids_may_be_numpys(engine: Engine) -> None:
+    ids = [5, 6, 7]
+    assert engine.generate([np.array(ids)], GREEDY) == engine.generate([ids], GREEDY)  # type: ignore[list-item]
