@@ -79,7 +79,7 @@ def _call_form(use: ToolUse) -> AnswerForm:
 
 
 def _logprobs(wanted: ChatCompletionRequest) -> int | None:
-    if wanted.top_logprobs is not None and not wanted.logprobs:
+    if wanted.top_logprobs and not wanted.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return (wanted.top_logprobs or 0) if wanted.logprobs else None
 

@@ -222,6 +222,11 @@ def test_the_length_by_both_of_its_names(server: Any) -> None:
     assert error["param"] == "max_completion_tokens"
 
 
+def test_no_alternatives_need_no_logprobs(server: Any) -> None:
+    choice = server.post(CHAT, messages=SAY, max_tokens=1, top_logprobs=0).json()["choices"][0]
+    assert choice["logprobs"] is None
+
+
 def test_the_tokenizers_routes_know_fields_of_other_servers(server: Any) -> None:
     assert server.post("/tokenize", messages=SAY, mm_processor_kwargs=None).status_code == 200
     error = server.error(400, path="/tokenize", messages=SAY, mm_processor_kwargs={"a": 1})
