@@ -24,7 +24,10 @@ _PART = 32
 def row_best_torch(logits: Tensor) -> tuple[list[float], list[int]]:
     """See `peqa_kernels.sampling.row_best`."""
     best, tokens = logits.max(dim=-1)  # NaN wins every maximum
-    return best.tolist(), tokens.tolist()
+    values, numbers = torch.stack(
+        (best.double(), tokens.double())
+    ).tolist()  # one look: each waits for the device
+    return values, [int(number) for number in numbers]
 
 
 def draw_torch(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -85,19 +88,19 @@ def _draw_narrowed(probs: Tensor, draws: Sequence[Draw]) -> list[int]:
     happens depends on that row alone.
     """
     values, tokens = probs.topk(min(_CANDIDATES, probs.shape[-1]), dim=-1)
-    mass: list[float] = values.double().sum(dim=-1).tolist()
-    least: list[float] = (values[:, -1] / values[:, 0]).tolist()
-    enough = [_enough(d, values.shape[-1], mass[i], least[i]) for i, d in enumerate(draws)]
-    drawn: dict[int, int] = {}
-    for part in _parts([i for i, is_enough in enumerate(enough) if is_enough], probs):
-        drawn |= zip(part, _narrow_and_draw(values, tokens, draws, part), strict=True)
+    found = _narrow_and_draw(values, tokens, draws)
+    facts = (values.double().sum(dim=-1), (values[:, -1] / values[:, 0]).double(), found.double())
+    mass, least, numbers = torch.stack(facts).tolist()  # together: each look waits for the device
+    drawn = [int(number) for number in numbers]
     for i, draw in enumerate(draws):
-        if i not in drawn and i > 0 and draw is draws[0]:
+        if _enough(draw, values.shape[-1], mass[i], least[i]):
+            continue
+        if i > 0 and draw is draws[0]:
             drawn[i] = drawn[0]  # it fills the part up
-        elif i not in drawn:
+        else:
             ordered = probs[i : i + 1].sort(dim=-1, descending=True, stable=True)
-            drawn[i] = _narrow_and_draw(ordered.values, ordered.indices, [draw], [0])[0]
-    return [drawn[i] for i in range(len(draws))]
+            drawn[i] = int(_narrow_and_draw(ordered.values, ordered.indices, [draw]))
+    return drawn
 
 
 def _enough(draw: Draw, candidates: int, mass: float, least: float) -> bool:
@@ -110,22 +113,19 @@ def _enough(draw: Draw, candidates: int, mass: float, least: float) -> bool:
     return 0 < draw.top_k <= candidates or top_p or least < draw.min_p * 0.999
 
 
-def _narrow_and_draw(values: Tensor, tokens: Tensor, draws: Sequence[Draw], rows: list[int]) -> list[int]:
-    """Filter candidates sorted by falling probability ([S, C]) and draw one token in each of `rows`."""
-    some = [draws[i] for i in rows]
-    index = _index(rows, values)
-    weights, tokens = values[index].double(), tokens[index]
+def _narrow_and_draw(values: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Filter candidates sorted by falling probability ([S, C]) and draw one token in each row, int64 [S]."""
+    weights = values.double()
     width = weights.shape[-1]
-    top_k = _floats([float(d.top_k) if d.top_k > 0 else math.inf for d in some], weights)[:, None]
-    top_p = _floats([d.top_p if d.top_p < 1.0 else math.inf for d in some], weights)[:, None]
-    min_p = _floats([d.min_p for d in some], weights)[:, None]
+    top_k = _floats([float(d.top_k) if d.top_k > 0 else math.inf for d in draws], weights)[:, None]
+    top_p = _floats([d.top_p if d.top_p < 1.0 else math.inf for d in draws], weights)[:, None]
+    min_p = _floats([d.min_p for d in draws], weights)[:, None]
     weights = weights * (torch.arange(width, device=weights.device) < top_k)
     # Without top_k the total is the whole vocabulary's, which is 1, whether or not all of it is here.
     total = torch.where(torch.isinf(top_k), torch.ones_like(top_k), weights.sum(dim=-1, keepdim=True))
     before = weights.cumsum(dim=-1) - weights
     keep = (before < top_p * total) & (weights >= min_p * weights[:, :1])
-    drawn = tokens.gather(1, _draw(weights * keep, some))[:, 0].tolist()
-    return list(drawn)
+    return tokens.gather(1, _draw(weights * keep, draws))[:, 0]
 
 
 def _parts(rows: Sequence[int], like: Tensor) -> list[list[int]]:

@@ -196,3 +196,22 @@ def test_on_a_gpu_rows_are_computed_in_parts_of_one_size(
     assert names >= {"sum", "cumsum", "_softmax", "topk"}
     alone = set() if narrow else {("sum", 1), ("cumsum", 1)}  # rows sorted whole, each by itself
     assert shapes.seen - alone == {(name, 4) for name in names}
+
+
+def test_the_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at a result waits for a GPU: one for the best tokens, one for a part that draws."""
+    logits, looks = logits_of(11, 1500), []
+    plain = draws_of(logits, 4, top_k=0, top_p=1.0, min_p=0.0)
+    narrowed = draws_of(logits, 4, top_k=40)
+    look = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.append(tensor) or look(tensor))
+    monkeypatch.setattr(Tensor, "item", lambda tensor: pytest.fail("a look at one number"))
+    for work, most in (
+        (lambda: row_best_torch(logits), 1),
+        (lambda: draw_torch(logits, plain), 1),
+        (lambda: draw_torch(logits, narrowed), 1),
+        (lambda: draw_torch(logits, [*plain, *narrowed]), 2),
+    ):
+        looks.clear()
+        work()
+        assert len(looks) == most
