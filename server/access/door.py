@@ -17,6 +17,7 @@ from peqa_server.access.caller import Anybody, Caller, KeyHolder
 from peqa_server.access.key_metrics import KeyMetrics
 from peqa_server.access.key_ring import KeyRing
 from peqa_server.access.route_roles import RouteRoles
+from peqa_server.http.body_rest import check_one_size
 from peqa_server.http.errors import ApiError
 from peqa_server.observe.access_log import note_of, refused
 
@@ -127,6 +128,7 @@ class Door:
             await send(message)
 
         try:
+            check_one_size(scope)
             note.caller = self._access.caller(scope)
         except ApiError as error:
             refused(scope, error)

@@ -20,13 +20,6 @@ SMALL_BYTES = 64 * 1024
 """A body of so many is read away as a matter of course, and its connection lives on."""
 
 _CLOSE = (b"connection", b"close")
-_TWO_SIZES = ApiError(
-    400,
-    "a body comes with a Content-Length or in chunks, not both; send one of them",
-    code="two_body_sizes",
-    headers={"Connection": "close"},
-)
-"""A proxy in front may believe the other one, and take what one client hides in a body for the request of the next."""
 
 
 class BodyRest:
@@ -44,9 +37,6 @@ class BodyRest:
         size = _announced(scope)
         if size == 0:
             await self._app(scope, receive, send)
-            return
-        if _has_two_sizes(scope):
-            await _TWO_SIZES.response()(scope, receive, send)
             return
         whole = False
         held_back: Message | None = None
@@ -89,9 +79,18 @@ class BodyRest:
         return False
 
 
-def _has_two_sizes(scope: Scope) -> bool:
+def check_one_size(scope: Scope) -> None:
+    """Raise 400 for a body with a length that also comes in chunks.
+
+    A proxy in front may believe the other one, and take what one client hides in a body for the request of the next.
+    """
     headers = Headers(scope=scope)
-    return "transfer-encoding" in headers and "content-length" in headers
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise ApiError(
+            400,
+            "a body comes with a Content-Length or in chunks, not both; send one of them",
+            code="two_body_sizes",
+        )
 
 
 def _announced(scope: Scope) -> int:

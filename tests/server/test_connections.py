@@ -164,6 +164,7 @@ def test_a_body_with_two_sizes(server: Bounded) -> None:
     assert answer.count(b"HTTP/1.1 ") == 1
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"two_body_sizes" in answer
+    assert b"x-request-id: " in answer
 
 
 def test_an_upgrade_is_answered_without_and_without_a_word(
