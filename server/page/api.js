@@ -18,10 +18,15 @@ export const key = {
 };
 
 let askForKey = async () => false;
+let tellOfKey = () => {};
 
-/** `ask(sentence)` is called on a 401; it resolves to true when there is another key to try. */
-export function onUnauthorized(ask) {
+/**
+ * `ask(sentence)` is called on a 401; it resolves to true when there is another key to try. `accepted()` is called when
+ * the server has taken that one.
+ */
+export function onUnauthorized(ask, accepted) {
   askForKey = ask;
+  tellOfKey = accepted;
 }
 
 const address = (path) => new URL(path, document.baseURI).href;
@@ -42,13 +47,20 @@ function problemOf(status, text) {
 
 /** Repeat `attempt(token)` while it meets a 401 and there is another key to try. */
 async function withKey(attempt, quiet) {
-  for (;;) {
+  for (let asked = false; ; ) {
     const token = key.get();
     try {
-      return await attempt(token);
+      const answer = await attempt(token);
+      if (asked) tellOfKey();
+      return answer;
     } catch (error) {
-      if (!(error instanceof Problem) || error.status !== 401 || quiet) throw error;
-      if (key.get() === token && !(await askForKey(token ? error.message : null))) throw error;
+      if (!(error instanceof Problem) || error.status !== 401 || quiet) {
+        if (asked) tellOfKey(); // the key is known, whatever else is wrong
+        throw error;
+      }
+      if (key.get() !== token) continue; // another call has asked
+      if (!(await askForKey(token ? error.message : null))) throw error;
+      asked = true;
     }
   }
 }

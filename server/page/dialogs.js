@@ -43,9 +43,12 @@ export function showKeyState() {
   button.title = access.name === null ? "" : `${access.name}, ${access.role}`;
 }
 
-/** The button in the page's head, and the question on a 401; `changed()` runs after the button brought a change. */
-export function watchKey(changed) {
-  onUnauthorized(askKey);
+/**
+ * The button in the page's head, and the question on a 401. `changed()` runs after the button brought a change,
+ * `accepted()` after the server took a key that was asked for.
+ */
+export function watchKey(changed, accepted) {
+  onUnauthorized(askKey, accepted);
   byId("key-button").addEventListener("click", async () => {
     const before = key.get();
     await askKey(null);

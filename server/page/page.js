@@ -22,9 +22,8 @@ const compare = new Compare(() => tasks.mark());
 const tasks = new TaskList(compare);
 const askNow = startGauges();
 
-/** Everything that depends on the key. The list comes first: it asks for a key where one is missing. */
-async function readAll() {
-  await tasks.load();
+/** What the key may do is shown, and nothing else. */
+async function showAccess() {
   await readAccess();
   showKeyState();
   byId("upload").hidden = !mayChangeTasks();
@@ -34,7 +33,14 @@ async function readAll() {
   nameModel();
 }
 
-watchKey(readAll);
+/** Everything that depends on the key. The list comes first: it asks for a key where one is missing. */
+async function readAll() {
+  await tasks.load();
+  await showAccess();
+}
+
+byId("reload").addEventListener("click", readAll);
+watchKey(readAll, showAccess);
 watchUploads(tasks, (info) => tasks.put(info));
 compare.set("base", true);
 await readAll();

@@ -28,7 +28,6 @@ export class TaskList {
       clearTimeout(typed);
       typed = setTimeout(() => this.load(), 150);
     });
-    byId("reload").addEventListener("click", () => this.load());
     byId("more").addEventListener("click", () => this.#next());
   }
 

@@ -174,6 +174,11 @@ def test_the_page_offers_what_the_key_may_do(
     page.locator("#key-button").filter(has_text="Enter a key").wait_for()
     page.locator("#upload").wait_for(state="hidden")
 
+    page.get_by_label("Find a task").fill("acme")  # any call asks, and what the new key may do is shown
+    enter_key(page, text_of("writer"))
+    page.locator("#upload").get_by_text("Drop scale sets here").wait_for()
+    page.locator("#key-button").filter(has_text="Key in use").wait_for()
+
 
 def test_without_keys_nobody_is_asked_for_one(live: Callable[..., Any], visit: Callable[..., Visit]) -> None:
     tab = visit(live().url)
