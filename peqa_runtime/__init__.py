@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TokenOutput,
         check_task_name,
     )
-    from peqa_runtime.engine.async_engine import AsyncEngine, TokenStream
+    from peqa_runtime.engine.async_engine import AsyncEngine
     from peqa_runtime.engine.config import EngineConfig
     from peqa_runtime.engine.engine import Engine
     from peqa_runtime.engine.offline import Completion
