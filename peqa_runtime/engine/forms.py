@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from math import inf, isfinite
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from peqa_runtime.engine.guidance import Guide, NoTokenLeft
-from peqa_runtime.engine.token_rules import RuledRow, add
+from peqa_runtime.engine.token_masks import TokenMasks
+from peqa_runtime.engine.token_rules import RuledRow
 
 Keep = Callable[[Iterable[int]], None]
 """Told of rows of logits before they are changed."""
@@ -26,8 +26,9 @@ Keep = Callable[[Iterable[int]], None]
 class FormStep:
     """The rows of a step that have a form. `forms` and `refusals` by row: what became of them, where it is news."""
 
-    def __init__(self, ruled: list[RuledRow]) -> None:
+    def __init__(self, ruled: list[RuledRow], masks: TokenMasks) -> None:
         """Bring every guide to where its answer stands."""
+        self._masks = masks
         self.forms: dict[int, Literal["complete", "ended"]] = {}
         self.refusals: dict[int, str] = {}
         self._masked: set[int] = set()
@@ -59,16 +60,9 @@ class FormStep:
     def mask(self, rows: list[RuledRow], logits: Tensor, keep: Keep) -> None:
         """Take what the form does not allow out of rows of logits [rows, vocab]."""
         keep([item.row for item in rows])
-        for item in rows:
-            guide = item.rules.guide
-            assert guide is not None
-            self._masked.add(item.row)
-            try:
-                penalties = guide.penalties()
-            except NoTokenLeft as error:
-                self.refusals[item.row] = str(error)
-            else:
-                add(logits, item.row, torch.from_numpy(penalties))
+        guides = [(item.row, item.rules.guide) for item in rows if item.rules.guide is not None]
+        self._masked.update(row for row, _ in guides)
+        self.refusals |= self._masks.forbid(guides, logits) if guides else {}
 
     def take(self, best: list[float], choices: list[int]) -> None:
         """Go on with the tokens that were chosen. Where none is left but the form is complete, the answer ends."""

@@ -20,10 +20,6 @@ _T = TypeVar("_T")
 KEPT = 32
 """Compiled forms that are kept for requests to come."""
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_PENALTIES = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))
-"""For each byte of a bitmask what to add to the logits of its eight tokens: [256, 8]."""
-
 
 class NoTokenLeft(Exception):
     """A form can go on with no token that is allowed; the message says why."""
@@ -149,15 +145,25 @@ class Guide:
         """Whether the answer so far has the whole form."""
         return bool(self._do(lambda m: m.is_accepting()))
 
-    def penalties(self) -> NDArray[np.float32]:
-        """To add to the next logits [vocab_size]: 0, or -inf where a token may not come. Raises `NoTokenLeft`."""
-        allowed = np.frombuffer(self._do(lambda m: m.compute_bitmask()), np.uint8)
-        penalties = np.take(_PENALTIES, allowed, axis=0).reshape(-1)[: self._guidance.vocab_size]
+    @property
+    def matcher(self) -> Any:
+        """llguidance's `LLMatcher`, which fills masks; where it fails, `finish_mask` finds out."""
+        return self._matcher
+
+    def finish_mask(self, mask: NDArray[np.int32]) -> None:
+        """Make a mask that `matcher` has filled right: bit t of [words] says whether token t may come next.
+
+        Raises `NoTokenLeft`.
+        """
+        if self._matcher.is_error():
+            self._do(lambda m: m.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes))
+        words = mask.view(np.uint32)
         if self._ignore_eos:
-            penalties[list(self._eos)] = -np.inf
+            for token in self._eos:
+                words[token // 32] &= ~np.uint32(1 << token % 32)
         if self._stops and self.accepts():
-            penalties[list(self._stops)] = 0
-        return penalties
+            for token in self._stops:
+                words[token // 32] |= np.uint32(1 << token % 32)
 
     def take(self, token: int) -> Literal["open", "complete"]:
         """Go on with a token that is allowed; "complete": nothing can follow it. Raises `NoTokenLeft`."""

@@ -24,6 +24,7 @@ from peqa_runtime.engine.forms import FormStep
 from peqa_runtime.engine.guidance import Guidance
 from peqa_runtime.engine.logit_rows import LogitRows
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.engine.token_masks import TokenMasks
 from peqa_runtime.engine.token_report import TokenReport
 from peqa_runtime.engine.token_rules import NOTHING_LEFT, RuleBook, RuledRow
 
@@ -49,6 +50,7 @@ class Sampler:
         """`guidance`: of the base, for requests that ask for a form."""
         self._eos_token_ids = tuple(eos_token_ids)
         self._rules = RuleBook(guidance)
+        self._masks = TokenMasks()
 
     def sample(self, batch: Batch, logits: Tensor) -> list[StepResult]:
         """Choose the next token of every sequence that reached its end.
@@ -81,7 +83,7 @@ class Sampler:
             if report is not None:
                 report.keep(rows)
 
-        forms = FormStep(ruled)
+        forms = FormStep(ruled, self._masks)
         forms.mask(forms.narrowing(), logits, keep)
         best, choices = row_best(logits)
         self._draw(layout.sampled, logits, best, choices)

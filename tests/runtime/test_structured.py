@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import torch
 
 from peqa_runtime import Completion, Constraint, Engine, EngineConfig, InvalidRequest, SamplingParams
 from peqa_runtime.engine.guidance import Guidance, Guide, NoTokenLeft
+from peqa_runtime.engine.token_masks import TokenMasks, _add_on_device
 
 CONFIG = EngineConfig(num_blocks=256, max_sequences=32, task_rows=2)
 PROMPT = "the cat and the dog"
@@ -183,10 +186,46 @@ def test_a_lost_or_advanced_guide_is_made_again_from_the_tokens(engine: Engine) 
         ahead.take(token)
     ahead.follow([1, 2, *tokens[:3]], 2)  # its last tokens were never booked
     ahead.follow([1, 2, *tokens], 2)
-    assert (behind.penalties() == ahead.penalties()).all()
+    logits = torch.zeros(2, engine.model.vocab_size)
+    TokenMasks().forbid([(0, behind), (1, ahead)], logits)
+    assert torch.equal(logits[0], logits[1])
+    assert logits.isfinite().any()
     x = engine.model.tokenizer("x")["input_ids"][0]
     assert [behind.allows(x), behind.allows(tokens[0]), behind.accepts()] == [True, False, False]
     assert behind.take(x) == "complete"
+
+
+def test_masks_of_many_rows_are_those_of_each(engine: Engine) -> None:
+    """Beside llguidance's own, one at a time: other sizes of a batch, ends of answers, stop tokens, NaN, a device."""
+    vocab, eos = engine.model.vocab_size, engine.guidance.eos_token_ids
+    masks = TokenMasks()
+    encode = engine.model.tokenizer
+    stop = encode("z")["input_ids"][0]
+    for count in (1, 5, 2):
+        guides = []
+        for i in range(count):
+            form = Constraint.regex(f"[a-{'bcdef'[i]}]{{2,6}}")
+            guide = Guide(engine.guidance, form, (stop,) if i % 2 else (), ignore_eos=i == 2)
+            for token in encode("ab" * (i % 3), add_special_tokens=False)["input_ids"]:
+                guide.take(token)
+            guides.append((2 * i, guide))
+        logits = torch.randn(2 * count, vocab)
+        logits[0, 3] = float("nan")
+        expected = logits.clone()
+        for row, guide in guides:
+            bits = np.unpackbits(np.frombuffer(guide.matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed = torch.from_numpy(bits[:vocab]).bool()
+            if row == 4:
+                allowed[list(eos)] = False
+            if row // 2 % 2 and guide.accepts():
+                allowed[stop] = True
+            expected[row] += torch.where(allowed, 0.0, -torch.inf)
+        on_device = logits.clone()
+        assert masks.forbid(guides, logits) == {}
+        assert torch.equal(logits.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert logits[0, 3].isnan()
+        _add_on_device(on_device, [row for row, _ in guides], torch.from_numpy(masks._bits[:count]))
+        assert torch.equal(on_device.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_states_used_up_by_others_do_not_end_an_answer(
