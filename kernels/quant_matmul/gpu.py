@@ -167,6 +167,8 @@ def launch(
             weight.out_features,
             weight.layout.padded,
             stride,
+            min((len(scales) for scales in (out, into) if scales is not None), default=0),
+            0 if group is None else len(group),
             **compiled_for,
             **options(tile),
         )

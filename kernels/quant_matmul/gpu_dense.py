@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peqa_kernels.device import launching_on
-from peqa_kernels.quant_matmul.gpu_inputs import scaled_inputs
+from peqa_kernels.quant_matmul.gpu_inputs import rows_of, scaled_inputs
 from peqa_kernels.quant_matmul.gpu_kernel import FRACTIONAL, INTEGER
 from peqa_kernels.quant_matmul.gpu_layout import Layout
 from peqa_kernels.quant_matmul.gpu_unpack import load_words, run_of, taken_away, unpack
@@ -72,9 +72,9 @@ def unpack_kernel(
         tl.store(place, w.to(dtype), mask=(rn < count)[:, None] & (k < SIZE)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "bank_rows"])
 def finish_kernel(
-    y, out, bias, row, rows, N, first, count,
+    y, out, bias, row, rows, N, first, count, bank_rows,
     HAS_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Multiply outputs first .. first + count - 1 by their rows' task scales and add the bias, in place."""
@@ -84,7 +84,7 @@ def finish_kernel(
     place = y + rm.to(tl.int64)[:, None] * N + (first + rn)[None, :]
     value = tl.load(place, mask=live, other=0.0).to(tl.float32)
     if HAS_OUT:
-        task = tl.load(row + rm, mask=rm < rows, other=0).to(tl.int64)
+        task = rows_of(row, rm, rm < rows, bank_rows).to(tl.int64)
         value *= tl.load(out + task[:, None] * N + (first + rn)[None, :], mask=live, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + first + rn, mask=rn < count, other=0.0).to(tl.float32)[None, :]
@@ -123,7 +123,7 @@ def dense_matmul(
             with launching_on(x.device):
                 finish_kernel[grid](
                     y, y if out is None else out, y if bias is None else bias, y if row is None else row,
-                    x.shape[0], n, first, count,
+                    x.shape[0], n, first, count, 0 if out is None else len(out),
                     HAS_OUT=out is not None, HAS_BIAS=bias is not None, BM=rows, BN=outputs,
                     num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from peqa_kernels.quant_matmul.gpu_inputs import rows_of
 from peqa_kernels.quant_matmul.gpu_unpack import load_words, run_of, taken_away, unpack
 
 # How zero points are held: all the middle code; integers, as bytes; or fp32, minus the middle code.
@@ -223,10 +224,10 @@ def _finish(
     tl.store(y + (wide * N + first)[None, :] + rn[:, None], acc.to(y.dtype.element_ty), mask=store)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "bank_rows", "group_rows"])
 def quant_matmul_kernel(
     x, words, scales, zeros, panels, bias, out, into, group, row, group_row, y, parts, counters,
-    M, N, padded, stride,
+    M, N, padded, stride, bank_rows, group_rows,
     BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     SEGMENTS: tl.constexpr, PLAIN: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr,
     IN_TURN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, INPUTS: tl.constexpr,
@@ -268,7 +269,7 @@ def quant_matmul_kernel(
     op = xp
     gp = xp
     if HAS_OUT or INPUTS == BY_ROW:
-        task = tl.load(row + rm, mask=live, other=0).to(tl.int64)
+        task = rows_of(row, rm, live, bank_rows).to(tl.int64)
         op = out + task * N + first
         if INPUTS == BY_ROW:
             ip = into + (task * SEGMENTS + segment) * K
@@ -277,10 +278,10 @@ def quant_matmul_kernel(
     scales += at
     zeros += at
     if GROUPED == MIXED:
-        gp = group + tl.load(group_row + rm, mask=live, other=0).to(tl.int64) * (GROUPS * N) + first
+        gp = group + rows_of(group_row, rm, live, group_rows).to(tl.int64) * (GROUPS * N) + first
 
     if GROUPED == TASKWISE:
-        task_group = tl.load(group_row + rm, mask=live, other=0)
+        task_group = rows_of(group_row, rm, live, group_rows)
         waiting = live
         while (
             tl.max(waiting.to(tl.int32), axis=0) > 0

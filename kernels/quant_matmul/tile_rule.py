@@ -100,7 +100,8 @@ def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterat
     elif scales == "channel+input" or layout.groups_per_tile > 1 or not gpu.register_products:
         most = 32
     size = min(most, rows if layout.bits in (4, 8) else max(16, rows))
-    yield Tile(size, layout.panel, 4, 4 if size <= 16 else 3)
+    wide = size == 64 and layout.groups > 1  # sums of a group beside those of all: two threads share them
+    yield Tile(size, layout.panel, 8 if wide and layout.panel == 128 else 4, 4 if size <= 16 else 3)
     plain = layout.groups == 1 and scales in ("base", "channel") and layout.bits == 4
     if 256 in layout.widths and plain and size == rows and gpu.register_products:
         yield Tile(size, 256, 8, 4)  # inputs come from the cache half as often

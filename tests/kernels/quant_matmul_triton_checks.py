@@ -10,7 +10,9 @@ import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch
 
 from peqa_kernels.quant_matmul import (
@@ -215,6 +217,32 @@ def check_single_rows(device: str, dtype: torch.dtype) -> int:
     return count
 
 
+def check_rows_outside_the_bank() -> int:
+    """Asserted on the device under TRITON_DEBUG=1; here by the interpreter."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from peqa_kernels.quant_matmul.gpu import launch
+    from peqa_kernels.quant_matmul.tuning import Tile
+
+    problem = Problem("cpu", 4, (64,), 128, 2, "mixed", 6, torch.float16, integers=True)
+    x, _, bank, row, group_row = problem.arguments()
+    options = replace(interpreter_builder.options, debug=True)
+    for wrong in (-1, 5):
+        bad = torch.full_like(row, wrong)
+        for rows, tile in (
+            ((bad, group_row), Tile(16, 64, 4, 2)),
+            ((row, bad), Tile(16, 64, 4, 2)),
+            ((row, bad), Tile(16, 64, 4, 2, taskwise=True)),
+            ((bad, None), Tile(16, 64, 4, 2, dense=True)),
+        ):
+            with (
+                patch.object(interpreter_builder, "options", options),
+                pytest.raises(Exception, match="a row that the bank does not have"),
+            ):
+                launch(problem.prepared.impl, tile, x, None, bank, *rows)
+    return 8
+
+
 def check_codes_in_host_memory(device: str) -> int:
     """A weight that keeps its canonical codes off the device multiplies, dequantizes and trains as before."""
     problem = Problem(device, 3, (64, 40), 256, 2, "mixed", 5, torch.float32, integers=True)
@@ -277,6 +305,8 @@ if __name__ == "__main__":
         + check_warm_up(where)
     )
     done += check_codes_in_host_memory(where)
+    if where == "cpu":
+        done += check_rows_outside_the_bank()
     if where == "cuda":
         done += check_kinds(where, torch.bfloat16, integers=False) + check_kinds(
             where, torch.float32, integers=True

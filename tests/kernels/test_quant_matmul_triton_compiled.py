@@ -80,7 +80,7 @@ def compile_for(
     for i, name in enumerate(kernel.arg_names):
         other = "*fp16" if name in ("out", "into", "group") else "i32"
         signature[name] = "constexpr" if name in constants else types.get(name, other)
-        if signature[name] != "constexpr" and name not in ("M", "count"):
+        if signature[name] != "constexpr" and name not in ("M", "count", "bank_rows", "group_rows"):
             aligned[(i,)] = [["tt.divisibility", 16]]  # as a launcher would see
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
