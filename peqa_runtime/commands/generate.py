@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from peqa_runtime.commands.options import Base, Device, OptionalSet
-from peqa_runtime.commands.terminal import quiet_libraries, reported
+from peqa_runtime.commands.options import AsJson, Base, Device, OptionalSet
+from peqa_runtime.commands.terminal import quiet_libraries, reported, show
 from peqa_runtime.errors import InvalidData
 
 
@@ -18,6 +18,7 @@ def generate(
     scale_set: OptionalSet = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", envvar="PEQA_MAX_TOKENS")] = 64,
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Print the greedy answer to one prompt. A set's own prompt format is applied.
 
@@ -39,4 +40,8 @@ def generate(
         raise InvalidData(
             f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"
         )
-    typer.echo(greedy(tunable, [ids], max_new_tokens=max_tokens)[0])
+    text = greedy(tunable, [ids], max_new_tokens=max_tokens)[0]
+    if as_json:
+        show([{"text": text, "prompt_tokens": len(ids)}], as_json=True)
+    else:
+        typer.echo(text)

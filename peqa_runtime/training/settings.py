@@ -82,8 +82,8 @@ class Recipe:
 RECIPES = MappingProxyType(
     {
         "default": Recipe(),
-        # The setting of arXiv 2305.14152: one scale a row, AdamW, linear decay, 128 rows a step, 3 epochs of
-        # instructions and 15 of wikitext-2. Its learning rates are for the raw scale; ours is relative, from a sweep.
+        # The setting of arXiv 2305.14152 as it is quoted: one scale a row, AdamW, linear decay, 128 rows a step, 3
+        # epochs of instructions, 15 of wikitext-2. Its rates, one a model, are for the raw scale: none is built in.
         "peqa-paper": Recipe(3.0, 15.0, "linear", 0, 128, 16, per_channel_base=True),
     }
 )
