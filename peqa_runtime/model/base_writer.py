@@ -33,7 +33,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     destination = Path(destination).absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{destination.name}.tmp-"
-    with FileLock(destination.parent / f".{destination.name}.lock"):
+    with FileLock(destination.parent / f".{destination.name}.lock") as lock:
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise InvalidCheckpoint(f"{destination} exists already; remove it or choose another name")
         for stale in destination.parent.iterdir():
@@ -49,6 +49,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
             _fsync(destination.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it finds the destination there
 
 
 def _fsync(path: Path) -> None:

@@ -67,7 +67,9 @@ def test_train_eval_and_generate_with_the_set(tiny_base: Path, rows: Path, tmp_p
     assert found["tuned"]["rows"] == 8
     assert found["tuned"]["revision"] == saved.revision
     assert [json.loads(line)["answer"] for line in answers.read_text().splitlines()] == ["cat"] * 8
-    assert peqa("generate", tiny_base, "--scale-set", output, "--prompt", "the 3").stdout == "cat\n"
+    asked = ("generate", tiny_base, "--scale-set", output, "--prompt", "the 3")
+    assert peqa(*asked).stdout == "cat\n"
+    assert json.loads(peqa(*asked, "--json").stdout)["text"] == "cat"
 
 
 def test_plain_text_trains_and_lowers_perplexity(tiny_base: Path, tmp_path: Path) -> None:
