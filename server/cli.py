@@ -324,11 +324,11 @@ def _serve(
         announce(report, url, entrance.keys_said(), seen)
         return services
 
-    try:
-        return run(create_loading_app(settings, tracer), listener, load, drain_seconds)
-    finally:
+    def close() -> None:
         if tracer is not None:
             tracer.close()
+
+    return run(create_loading_app(settings, tracer), listener, load, drain_seconds, close)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -97,6 +98,7 @@ class DrainingServer(uvicorn.Server):
         self.gate: Gate = app.state.gate
         self.drain_seconds = drain_seconds
         self.failed = False
+        self.opened = False
         self._told_to_end = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -141,6 +143,7 @@ class DrainingServer(uvicorn.Server):
 
     def _open(self, services: Services) -> None:
         self.gate.open(services)
+        self.opened = True
         self._watching = asyncio.ensure_future(self._watch(services.engine))
         self._conditions = asyncio.ensure_future(watch_conditions(services, services.spool_folder))
 
@@ -170,23 +173,41 @@ class DrainingServer(uvicorn.Server):
         if not finished:
             log.warning("some answers did not finish in %g s and are cut short", self.drain_seconds)
         await asyncio.to_thread(self.gate.services.engine.stop, 0.0)
-        await asyncio.to_thread(self.gate.services.tasks.close)
+        with contextlib.suppress(
+            asyncio.TimeoutError
+        ):  # its lock may be held elsewhere; what is on disk is whole
+            await asyncio.wait_for(asyncio.to_thread(self.gate.services.tasks.close), LAST_ANSWERS_SECONDS)
         seconds = round(time.perf_counter() - began, 1)
         event(log, logging.INFO, "drained; the server ends", seconds=seconds, all_finished=finished)
         self.should_exit = True
 
 
-def run(app: FastAPI, listener: socket.socket, load: Load, drain_seconds: float) -> int:
-    """Serve `app` on `listener` until it is told to stop; the process's exit status."""
+def run(
+    app: FastAPI,
+    listener: socket.socket,
+    load: Load,
+    drain_seconds: float,
+    close: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve `app` on `listener` until it is told to stop, then `close`. Returns 1 when the services cannot be loaded.
+
+    A server that has served ends the process itself, with status 0, or 1 when its engine died: Python's own end would
+    wait for threads, and one that checks an upload, or waits for the store's lock, may take a minute.
+    """
     server = DrainingServer(app, drain_seconds)
 
     async def main() -> None:
         server.load_in_thread(load)
         await server.serve([listener])
+        if server.opened:
+            close()
+            _end_process(1 if server.failed else 0)
 
-    asyncio.run(main())
-    status = 1 if server.failed else 0
-    return status
+    try:
+        asyncio.run(main())
+    finally:
+        close()
+    return 1 if server.failed else 0
 
 
 def _end_process(status: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -215,7 +217,7 @@ def load():
     time.sleep({load_seconds})
     engine = StubEngine(lambda r: Script([97] * 20, delay=0.05))
     model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
-    return Services(engine, StubTasks(), model, Path({spool!r}))
+    return Services(engine, StubTasks(upload_seconds={upload_seconds}), model, Path({spool!r}))
 
 listener = listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
@@ -224,11 +226,19 @@ sys.exit(run(create_loading_app(), listener, load, {drain_seconds}))
 
 
 class Process:
-    def __init__(self, spool: Path, *, load_seconds: float = 0.0, drain_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        *,
+        load_seconds: float = 0.0,
+        drain_seconds: float = 10.0,
+        upload_seconds: float = 0.0,
+    ) -> None:
         code = SERVE_STUB.format(
             folder=str(Path(__file__).parent),
             load_seconds=load_seconds,
             drain_seconds=drain_seconds,
+            upload_seconds=upload_seconds,
             spool=str(spool),
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -271,6 +281,23 @@ def test_an_answer_that_outlasts_the_drain_says_so(tmp_path: Path) -> None:
         rest = [line for line in lines if line]
     assert '"error"' in rest[-2]
     assert server.process.wait(10) == 0
+
+
+def test_an_upload_that_hangs_does_not_outlast_the_drain(tmp_path: Path) -> None:
+    """It waits for the store's lock, say, in a thread that nothing can end."""
+    server = Process(tmp_path, drain_seconds=0.2, upload_seconds=60)
+    server.wait_ready()
+
+    def upload() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.put(f"{server.url}/v1/tasks/sql", content=b"SET", timeout=30)
+
+    thread = threading.Thread(target=upload)
+    thread.start()
+    wait_until(lambda: httpx.get(f"{server.url}/load").json() == {"server_load": 1})
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(12) == 0
+    thread.join()
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
