@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peqa_runtime.engine.config import EngineConfig
     from peqa_runtime.engine.engine import Engine
     from peqa_runtime.engine.offline import Completion
+    from peqa_runtime.engine.token_stream import TokenStream
     from peqa_runtime.errors import (
         DiskFull,
         EngineDead,
@@ -94,13 +95,11 @@ _HOMES = {
         "TokenOutput",
         "check_task_name",
     ),
-    "peqa_runtime.engine.async_engine": (
-        "AsyncEngine",
-        "TokenStream",
-    ),
+    "peqa_runtime.engine.async_engine": ("AsyncEngine",),
     "peqa_runtime.engine.config": ("EngineConfig",),
     "peqa_runtime.engine.engine": ("Engine",),
     "peqa_runtime.engine.offline": ("Completion",),
+    "peqa_runtime.engine.token_stream": ("TokenStream",),
     "peqa_runtime.errors": (
         "DiskFull",
         "EngineDead",
