@@ -9,7 +9,6 @@ sum never depends on the task, so one launch serves a batch of many tasks. Impor
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -65,6 +64,7 @@ class PreparedWeight:
     def __init__(self, weight: QuantizedWeight, segments: tuple[int, ...], backend: str) -> None:
         """Lay the weight out for `backend`; RuntimeError when that one is not to be had here."""
         self.weight = weight
+        self.device = weight.scales.device
         self.segments = segments
         self.backend = backend
         self.out_features = weight.out_features
@@ -88,16 +88,19 @@ class PreparedWeight:
         if self.backend == "gpu":
             self._gpu().set_row_invariant(on)
 
-    def move_codes_to_host(self) -> Tensor:
-        """For serving on a GPU: lay the codes out now, and keep the canonical ones in host memory only; gives those.
+    def release(self) -> bool:
+        """For serving: keep what the backend laid out, and of `weight` the shapes (on the device "meta") only.
 
-        What wants the canonical ones later (`dense`, training) has them copied over each time.
+        `quant_matmul` works as before; `dense` and gradients do not any more. False, and nothing is freed, where the
+        backend reads the weight itself.
         """
-        codes = self.weight.qweight.cpu()
-        self.weight = replace(self.weight, qweight=codes)
+        if self.backend not in ("native", "gpu"):
+            return False
+        self.weight = self.weight.shapes()
         self._copies = DenseCopies(self.weight)
-        self._gpu().release_codes(self.weight)
-        return codes
+        if self.backend == "gpu":
+            self._gpu().release_codes(self.weight)
+        return True
 
     def _gpu(self) -> TritonGpu:
         from peqa_kernels.quant_matmul.gpu import TritonGpu

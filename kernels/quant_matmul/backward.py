@@ -49,7 +49,7 @@ def scaled_linear(
     gradients stay fp32. Fused siblings with unlike input scales are to be called one by one.
     """
     assert x.shape[-1] == prepared.in_features, (x.shape, prepared.in_features)
-    weight = prepared.weight.together()
+    weight = prepared.weight.present()
     assert group_scale is None or group_scale.shape == (weight.groups, weight.out_features), group_scale.shape
     y = _ScaledLinear.apply(x.reshape(-1, weight.in_features), weight, bias, out_scale, in_scale, group_scale)
     return y.view(*x.shape[:-1], weight.out_features)

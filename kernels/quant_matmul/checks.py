@@ -32,7 +32,7 @@ def check_inputs(
         _refuse(f"x must be [rows, {prepared.in_features}], not {list(x.shape)}")
     if x.dtype not in DTYPES:
         _refuse(f"x must be float32, bfloat16 or float16, not {x.dtype}")
-    device = prepared.weight.scales.device
+    device = prepared.device
     if x.device != device:
         _refuse(f"x is on {x.device}, the weight on {device}")
     if bias is not None and (bias.shape != (prepared.out_features,) or not bias.is_contiguous()):

@@ -12,7 +12,7 @@ from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """Give the dense base weight s0 * (q - z) as fp32 [N, K]."""
     n, g = weight.scales.shape
-    codes = unpack_codes(weight.together().qweight, weight.bits, weight.in_features).to(torch.float32)
+    codes = unpack_codes(weight.present().qweight, weight.bits, weight.in_features).to(torch.float32)
     grouped = codes.view(n, g, weight.group_size).sub_(weight.zeros.float().unsqueeze(-1))
     return grouped.mul_(weight.scales.float().unsqueeze(-1)).view(n, weight.in_features)
 

@@ -42,11 +42,16 @@ class QuantizedWeight:
         """Inputs per group."""
         return self.in_features // self.groups
 
-    def together(self) -> QuantizedWeight:
-        """The same weight with its codes where its scales are: while serving, a GPU's stay in host memory."""
-        if self.qweight.device == self.scales.device:
-            return self
-        return replace(self, qweight=self.qweight.to(self.scales.device))
+    def shapes(self) -> QuantizedWeight:
+        """The same weight without its numbers: on the device "meta"."""
+        tensors = {name: getattr(self, name).to("meta") for name in ("qweight", "scales", "zeros")}
+        return replace(self, **tensors)
+
+    def present(self) -> QuantizedWeight:
+        """This weight; RuntimeError when its numbers were freed for serving."""
+        if self.qweight.is_meta:
+            raise RuntimeError("this weight serves and has no codes any more: load the base anew to use them")
+        return self
 
 
 @dataclass

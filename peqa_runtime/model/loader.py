@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     if paged:
         loaded.lean = lean_decoder(model, layers, loaded.max_model_len)
         self_check(loaded)
+    _give_memory_back()
     return loaded
 
 
@@ -154,6 +156,13 @@ def _prepare(model: PreTrainedModel, linears: list[LinearSpec], *, serving: bool
         elif isinstance(module, TiedHead):
             module.embedding.serving = serving  # its codes stay where the lookup reads them
             module.embedding.prepare()
+
+
+def _give_memory_back() -> None:
+    """Return to the system what loading used for a moment: else glibc keeps it, and that is more than a small model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def refuse_missing(folder: Path, info: dict[str, Any]) -> None:

@@ -94,14 +94,15 @@ class _Codes(nn.Module):
         return self._prepared
 
     def serve(self) -> None:
-        """`prepare`, and on a GPU keep the canonical codes in host memory only: it has no room for both.
+        """`prepare`, and keep nothing beside what the kernels read: there is no room for a model twice.
 
-        On a CPU products round activations to 16 bits from now on, as the fast kernels do; else fp32 stays fp32.
+        Codes, scales and zeros have only their shapes from now on (the device "meta"): whoever wants them loads the
+        base anew. On a CPU products round activations to 16 bits, as the fast kernels do; else fp32 stays fp32.
         """
         self.serving = True
-        prepared = self.prepare()
-        if prepared.backend == "gpu":
-            self.qweight.data = prepared.move_codes_to_host()
+        if self.prepare().release():
+            for name in ("qweight", "scales", "zeros"):
+                setattr(self, name, _frozen(getattr(self, name).data.to("meta")))
 
     def exact(self, x: Tensor) -> bool:
         """Whether a product with x is to be one of floats: outside of a server, in fp32 on a CPU."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from peqa_kernels import native
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.errors import UnsupportedModel
 from peqa_runtime.model import (
@@ -407,3 +408,25 @@ def test_attention_is_warmed_up_once_for_each_kind_of_layer(
         "softcap": None,
     }
     assert calls == [{"d": d, "dtype": torch.float16, "sinks": None, "invariant": True, **expected}]
+
+
+def test_a_model_that_serves_holds_its_codes_once(tiny_base: Path) -> None:
+    """In the kernels' layout alone; a model for training and evaluation keeps them as the files have them."""
+    serving, other = load(tiny_base, device="cpu"), load(tiny_base, device="cpu", paged=False)
+    for linear in serving.linears:
+        module = linear.module
+        assert all(getattr(module, name).is_meta for name in ("qweight", "scales", "zeros"))
+        assert module.weight_codes().out_features == linear.out_features, "shapes are known"
+        with pytest.raises(RuntimeError, match="load the base anew"):
+            module.prepare().dense()
+    for linear in other.linears:
+        assert not linear.module.qweight.is_meta
+        assert linear.module.prepare().dense().shape == (linear.out_features, linear.in_features)
+
+
+def test_without_compiled_kernels_the_codes_stay(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = packed_logits(load(tiny_base, device="cpu"), torch.arange(5))
+    monkeypatch.setattr(native, "load", lambda: None)
+    loaded = load(tiny_base, device="cpu")
+    assert not any(linear.module.qweight.is_meta for linear in loaded.linears)
+    assert torch.allclose(packed_logits(loaded, torch.arange(5)), want, atol=1e-2)
