@@ -25,6 +25,7 @@ def generate(
     Example: peqa generate bases/smollm2 --scale-set sql.safetensors --prompt 'table t(a, b)\\nHow many a?'
     """
     from peqa_runtime.training.answers import greedy
+    from peqa_runtime.training.data import prompt_ids
     from peqa_runtime.training.rows import Row
     from peqa_runtime.training.tuning import apply_scale_set, load_tunable
 
@@ -35,7 +36,7 @@ def generate(
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     form = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
-    ids = tunable.prompt_ids(Row(prompt, "", 1), form)
+    ids = prompt_ids(Row(prompt, "", 1), tunable, form)
     if len(ids) + max_tokens > tunable.max_tokens:
         raise InvalidData(
             f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.training.batches import collate
-from peqa_runtime.training.data import Example
+from peqa_runtime.training.data import Example, prompt_ids
 from peqa_runtime.training.metrics import Metric, Stats
 from peqa_runtime.training.rows import Row
 from peqa_runtime.training.tuning import TunableModel, logits_at
@@ -92,7 +92,7 @@ def answer_rows(
         part = order[start : start + batch_rows]
         if done.issuperset(part):
             continue
-        prompts = [tunable.prompt_ids(rows[i], prompt_format) for i in part]
+        prompts = [prompt_ids(rows[i], tunable, prompt_format) for i in part]
         longest = max(len(tunable.encode(text)) for i in part for text in rows[i].good_answers)
         room = round(longest * metric.room) + 8
         for i, prompt in zip(part, prompts, strict=True):
@@ -131,7 +131,7 @@ def choose_options(
             raise InvalidData(
                 f"line {row.line}: multiple-choice needs 'options', two or more, with the completion among them"
             )
-        prompt = tunable.prompt_ids(row, prompt_format)
+        prompt = prompt_ids(row, tunable, prompt_format)
         examples = [Example((*prompt, *tunable.encode(option)), len(prompt)) for option in row.options]
         check_room(tunable, row, len(prompt), max(len(e.token_ids) for e in examples) - len(prompt))
         batch = collate(examples, tunable.eos_token_id).to(tunable.model.device)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.prompt_format import CHAT_FORMAT
@@ -26,7 +26,23 @@ from peqa_runtime.training.rows import (
 
 TooLong = Literal["drop", "fail"]
 Encode = Callable[[str], list[int]]
-EncodeChat = Callable[[Sequence[dict[str, str]]], list[int]]
+
+
+class Encoder(Protocol):
+    """What makes tokens of text, as a server does."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a completion."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: what follows a prompt."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt: after the begin-of-text token, say."""
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins. `InvalidData` without a template."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +67,16 @@ class EncodedData:
         return sum(len(e.token_ids) - e.loss_from for e in self.examples)
 
 
-def no_chat(messages: Sequence[dict[str, str]]) -> list[int]:
-    """For a model that has no chat template."""
-    raise InvalidData("rows of messages need a chat template, and this model has none")
-
-
 def encode_rows(
     rows: Sequence[Row],
-    encode: Encode,
-    eos_token_id: int,
+    encoder: Encoder,
     *,
-    encode_prompt: Encode | None = None,
-    encode_chat: EncodeChat = no_chat,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
 ) -> EncodedData:
     """Tokens of every row. Prompt and completion are encoded apart, as a server sees them.
 
-    `encode_prompt`: how a server encodes a prompt (with a begin-of-text token, say); None: like the completion.
-    `encode_chat`: tokens of a conversation up to where the assistant's answer begins.
     A row of more than `max_tokens` is never cut (that would teach broken answers): it is dropped and its line
     reported, or `too_long="fail"` raises `InvalidData`. All rows too long raises too.
     """
@@ -80,10 +86,10 @@ def encode_rows(
     examples: list[Example] = []
     dropped: list[int] = []
     for row in rows:
-        prompt = prompt_ids(row, encode_prompt or encode, encode_chat, prompt_format)
+        prompt = prompt_ids(row, encoder, prompt_format)
         if not prompt:
             raise InvalidData(f"line {row.line}: the prompt has no tokens")
-        token_ids = (*prompt, *encode(row.completion), eos_token_id)
+        token_ids = (*prompt, *encoder.encode(row.completion), encoder.eos_token_id)
         if len(token_ids) <= max_tokens:
             examples.append(Example(token_ids, len(prompt)))
         elif too_long == "fail":
@@ -98,15 +104,15 @@ def encode_rows(
     return EncodedData(tuple(examples), tuple(dropped), prompt_format)
 
 
-def prompt_ids(row: Row, encode_prompt: Encode, encode_chat: EncodeChat, prompt_format: str) -> list[int]:
+def prompt_ids(row: Row, encoder: Encoder, prompt_format: str) -> list[int]:
     """Tokens before a row's completion. A conversation under a format with `{prompt}` raises `InvalidData`."""
     if prompt_format == CHAT_FORMAT:
-        return encode_chat(row.messages)
+        return encoder.encode_chat(row.messages)
     if row.chat:
         raise InvalidData(
             f"line {row.line}: messages are written by the chat template, not by a prompt format"
         )
-    return encode_prompt(fill_prompt(prompt_format, row.prompt))
+    return encoder.encode_prompt(fill_prompt(prompt_format, row.prompt))
 
 
 def encode_text(text: str, encode: Encode, *, window: int) -> EncodedData:
@@ -129,11 +135,8 @@ def read_text(path: Path) -> str:
 
 def encode_file(
     path: Path,
-    encode: Encode,
-    eos_token_id: int,
+    encoder: Encoder,
     *,
-    encode_prompt: Encode | None = None,
-    encode_chat: EncodeChat = no_chat,
     prompt_format: str = "",
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
@@ -143,18 +146,15 @@ def encode_file(
     if suffix == ".txt":
         if prompt_format:
             raise InvalidData(f"a prompt format means nothing for plain text ({path})")
-        return encode_text(read_text(path), encode, window=max_tokens)
+        return encode_text(read_text(path), encoder.encode, window=max_tokens)
     if suffix in (".jsonl", ".json"):
-        return encode_rows(
-            read_rows(path),
-            encode,
-            eos_token_id,
-            encode_prompt=encode_prompt,
-            encode_chat=encode_chat,
-            prompt_format=prompt_format,
-            max_tokens=max_tokens,
-            too_long=too_long,
-        )
+        rows = read_rows(path)
+        try:
+            return encode_rows(
+                rows, encoder, prompt_format=prompt_format, max_tokens=max_tokens, too_long=too_long
+            )
+        except InvalidData as error:
+            raise InvalidData(f"{path}: {error}") from None
     raise InvalidData(f"{path}: a .jsonl file of rows or a .txt file is expected")
 
 

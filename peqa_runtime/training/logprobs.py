@@ -39,10 +39,7 @@ def completion_logprobs(
     prompt_format = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
     data = encode_rows(
         [Row(row["prompt"], row["completion"], line) for line, row in enumerate(rows, start=1)],
-        tunable.encode,
-        tunable.eos_token_id,
-        encode_prompt=tunable.encode_prompt,
-        encode_chat=tunable.encode_chat,
+        tunable,
         prompt_format=prompt_format,
         max_tokens=tunable.max_tokens,
         too_long="fail",

@@ -18,7 +18,7 @@ from peqa_runtime.core import check_task_name
 from peqa_runtime.errors import InvalidData, StoreError
 from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
-from peqa_runtime.training.data import EncodedData, TooLong, file_digest, split_held_out
+from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
 from peqa_runtime.training.distill import load_teacher
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
@@ -88,8 +88,12 @@ def read_training_data(
         raise InvalidData(f"a row may have 2 to {tunable.max_tokens} tokens here, not {max_tokens}")
 
     def encoded(path: Path) -> EncodedData:
-        return tunable.encode_file(
-            path, prompt_format=files.prompt_format, max_tokens=max_tokens, too_long=files.too_long
+        return encode_file(
+            path,
+            tunable,
+            prompt_format=files.prompt_format,
+            max_tokens=max_tokens,
+            too_long=files.too_long,
         )
 
     data = encoded(files.data)

@@ -24,8 +24,6 @@ from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TunedParts
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.text import apply_chat_template, encode
-from peqa_runtime.training.data import EncodedData, TooLong, encode_file, prompt_ids
-from peqa_runtime.training.rows import Row
 from peqa_runtime.training.settings import Compute
 
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
@@ -69,25 +67,6 @@ class TunableModel:
         except InvalidRequest as error:
             raise InvalidData(str(error)) from None
         return encode(self.tokenizer, text, add_special_tokens=False)
-
-    def prompt_ids(self, row: Row, prompt_format: str) -> list[int]:
-        """Token ids before a row's completion, as a server has them."""
-        return prompt_ids(row, self.encode_prompt, self.encode_chat, prompt_format)
-
-    def encode_file(
-        self, path: Path, *, prompt_format: str = "", max_tokens: int = 1024, too_long: TooLong = "drop"
-    ) -> EncodedData:
-        """Examples of a file in this model's tokens."""
-        return encode_file(
-            path,
-            self.encode,
-            self.eos_token_id,
-            encode_prompt=self.encode_prompt,
-            encode_chat=self.encode_chat,
-            prompt_format=prompt_format,
-            max_tokens=max_tokens,
-            too_long=too_long,
-        )
 
 
 def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:

@@ -27,6 +27,7 @@ from peqa_runtime.bench.tuning.plan import FULL, REDUCED, TASKS, WAYS
 from peqa_runtime.bench.tuning.render import BEGIN, END, render, text_table
 from peqa_runtime.bench.tuning.store import RowFile
 from peqa_runtime.errors import InvalidData
+from peqa_runtime.training.data import encode_file
 from peqa_runtime.training.logprobs import token_logprobs
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.tuning import load_tunable
@@ -203,7 +204,7 @@ def test_lora_starts_at_the_same_integers_and_learns(tiny_base: Path, tmp_path: 
     assert {p.dtype for p in parameters} == {torch.float32}
     file = tmp_path / "r.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"{i} is", "completion": "odd"}) for i in range(24)))
-    rows = tunable.encode_file(file)
+    rows = encode_file(file, tunable)
     config = TuneConfig(
         steps=12, learning_rate=5e-3, warmup_steps=1, batch_rows=4, check_every=4, compute="float32"
     )

@@ -82,7 +82,7 @@ def test_the_loss_falls_and_only_scales_change(
     losses: list[float] = []
     files = TrainingFiles("answers", rows, output, held_out_fraction=0.2)
     (done,) = train_files(tunable, [files], lambda n: replace(CONFIG, kind=kind), progress=False)
-    data = encode_rows(read_rows(rows), tunable.encode, tunable.eos_token_id)
+    data = encode_rows(read_rows(rows), tunable)
     batch = held_out_batches(data.examples, rows=40, pad_token_id=0)[0]
     for scaled in (False, True):
         fresh = load_tunable(tiny_base, device="cpu")

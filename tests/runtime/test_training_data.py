@@ -20,6 +20,29 @@ def encode(text: str) -> list[int]:
     return [ord(c) for c in text]
 
 
+class Bytes:
+    """An encoder of a token a character, without a chat template."""
+
+    eos_token_id = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return encode(text)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        raise InvalidData("this model has none")
+
+
+class Chatty(Bytes):
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return encode("".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>")
+
+
+BYTES = Bytes()
+
+
 def write(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -64,13 +87,13 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
     with pytest.raises(InvalidData, match=r"\.jsonl"):
-        encode_file(write(tmp_path / "d.csv", "a,b"), encode, EOS)
+        encode_file(write(tmp_path / "d.csv", "a,b"), BYTES)
     with pytest.raises(InvalidData, match="plain text"):
-        encode_file(write(tmp_path / "d.txt", "words"), encode, EOS, prompt_format="{prompt}!")
+        encode_file(write(tmp_path / "d.txt", "words"), BYTES, prompt_format="{prompt}!")
 
 
 def test_tokens_are_prompt_completion_and_end() -> None:
-    data = encode_rows([Row("ab", "cd", 1)], encode, EOS, prompt_format="<{prompt}>")
+    data = encode_rows([Row("ab", "cd", 1)], BYTES, prompt_format="<{prompt}>")
     (example,) = data.examples
     assert example.token_ids == (*encode("<ab>"), *encode("cd"), EOS)
     assert example.loss_from == 4
@@ -80,7 +103,7 @@ def test_tokens_are_prompt_completion_and_end() -> None:
 @pytest.mark.parametrize("bad", ["no place", "{prompt}{prompt}", "{Prompt}"])
 def test_a_prompt_format_holds_the_prompt_once(bad: str) -> None:
     with pytest.raises(InvalidData, match="exactly once"):
-        encode_rows([Row("a", "b", 1)], encode, EOS, prompt_format=bad)
+        encode_rows([Row("a", "b", 1)], BYTES, prompt_format=bad)
 
 
 def test_a_prompt_that_looks_like_a_format_is_left_alone() -> None:
@@ -90,26 +113,26 @@ def test_a_prompt_that_looks_like_a_format_is_left_alone() -> None:
 
 def test_long_rows_are_dropped_and_reported_or_refused() -> None:
     rows = [Row("a", "b", 1), Row("a" * 9, "b", 2), Row("a", "bb", 3)]
-    data = encode_rows(rows, encode, EOS, max_tokens=4)
+    data = encode_rows(rows, BYTES, max_tokens=4)
     assert data.dropped_lines == (2,)
     assert len(data.examples) == 2
     with pytest.raises(InvalidData, match="line 2: 11 tokens, more than the 4"):
-        encode_rows(rows, encode, EOS, max_tokens=4, too_long="fail")
+        encode_rows(rows, BYTES, max_tokens=4, too_long="fail")
     with pytest.raises(InvalidData, match="every row"):
-        encode_rows(rows, encode, EOS, max_tokens=2)
+        encode_rows(rows, BYTES, max_tokens=2)
 
 
 def test_text_is_cut_into_windows_that_cover_it(tmp_path: Path) -> None:
     data = encode_text("abcdefgh", encode, window=3)
     assert [bytes(e.token_ids) for e in data.examples] == [b"abc", b"def", b"gh"]
     assert data.num_loss_tokens == 5
-    assert encode_file(write(tmp_path / "d.txt", "abcdefg"), encode, EOS, max_tokens=3).num_loss_tokens == 5
+    assert encode_file(write(tmp_path / "d.txt", "abcdefg"), BYTES, max_tokens=3).num_loss_tokens == 5
     with pytest.raises(InvalidData, match="fewer than two"):
         encode_text("a", encode, window=3)
 
 
 def test_targets_are_the_completion_whatever_the_padding() -> None:
-    data = encode_rows([Row("abc", "xy", 1), Row("d", "z", 2)], encode, EOS)
+    data = encode_rows([Row("abc", "xy", 1), Row("d", "z", 2)], BYTES)
     batch = collate(data.examples, EOS)
     assert batch.input_ids.tolist() == [encode("abcxy"), [*encode("dz"), EOS, EOS, EOS]]
     assert batch.targets.tolist() == [*encode("xy"), EOS, *encode("z"), EOS]
@@ -133,7 +156,7 @@ def test_the_plan_covers_every_example_once_an_epoch_and_is_seeded() -> None:
 
 
 def test_the_held_out_split_is_disjoint_and_seeded() -> None:
-    data = encode_rows([Row(chr(65 + i), "b", i) for i in range(20)], encode, EOS)
+    data = encode_rows([Row(chr(65 + i), "b", i) for i in range(20)], BYTES)
     kept, held = split_held_out(data, 0.1, seed=1)
     assert len(held.examples) == 2
     assert sorted(kept.examples + held.examples, key=lambda e: e.token_ids) == list(data.examples)
@@ -197,20 +220,17 @@ def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
 
 
 def test_conversations_are_written_by_the_chat_template() -> None:
-    def encode_chat(messages: Sequence[dict[str, str]]) -> list[int]:
-        return encode("".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>")
-
     chat = Row("so", "no", 1, (("user", "hi"), ("assistant", "yes")), chat=True)
-    data = encode_rows([chat], encode, EOS, encode_chat=encode_chat)
+    data = encode_rows([chat], Chatty())
     (example,) = data.examples
     assert bytes(example.token_ids) == b"<u>hi<a>yes<u>so<a>no\0"
     assert example.loss_from == len("<u>hi<a>yes<u>so<a>")
     assert data.prompt_format == "{messages}", "so that a server writes its chats the same way"
-    plain = encode_rows([Row("so", "no", 1)], encode, EOS, encode_chat=encode_chat, prompt_format="chat")
+    plain = encode_rows([Row("so", "no", 1)], Chatty(), prompt_format="chat")
     assert bytes(plain.examples[0].token_ids) == b"<u>so<a>no\0"
     with pytest.raises(InvalidData, match="line 1: messages are written by the chat template"):
-        encode_rows([chat], encode, EOS, encode_chat=encode_chat, prompt_format="{prompt}:")
+        encode_rows([chat], Chatty(), prompt_format="{prompt}:")
     with pytest.raises(InvalidData, match="this model has none"):
-        encode_rows([chat], encode, EOS)
-    alpaca = encode_rows([Row("add", "3", 1)], encode, EOS, prompt_format="alpaca")
+        encode_rows([chat], BYTES)
+    alpaca = encode_rows([Row("add", "3", 1)], BYTES, prompt_format="alpaca")
     assert alpaca.prompt_format.format(prompt="add") == "### Instruction:\nadd\n\n### Response:\n"

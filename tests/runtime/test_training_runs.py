@@ -23,6 +23,7 @@ from peqa_runtime.training import scale_trainer as trainer_module
 from peqa_runtime.training.auto import Trial, best_of, sweep
 from peqa_runtime.training.batches import collate
 from peqa_runtime.training.checkpoints import last_checkpoint
+from peqa_runtime.training.data import encode_file
 from peqa_runtime.training.distill import divergence, load_teacher
 from peqa_runtime.training.guards import count_clamped, count_zero_codes
 from peqa_runtime.training.logprobs import token_logprobs
@@ -159,7 +160,7 @@ def test_a_teacher_draws_the_model_to_itself(
         factors = 0.7 + 0.6 * torch.rand(tensors[name].shape[0], 1, generator=generator)
         tensors[name] = tensors[name] * factors
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    data = tunable.encode_file(rows("t", 20))
+    data = encode_file(rows("t", 20), tunable)
     batch = collate(data.examples, 0)
     inputs = {"input_ids": batch.input_ids, "positions": batch.positions}
     teacher = load_teacher(other, tunable)

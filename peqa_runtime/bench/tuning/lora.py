@@ -26,7 +26,7 @@ from peqa_runtime.errors import InvalidData, PeqaError, TrainingDiverged
 from peqa_runtime.training.answers import Scored, answer_rows, sample_rows
 from peqa_runtime.training.batches import StepBatches, held_out_batches, plan_batches
 from peqa_runtime.training.compare import interval
-from peqa_runtime.training.data import EncodedData
+from peqa_runtime.training.data import EncodedData, encode_file
 from peqa_runtime.training.metrics import metric_named
 from peqa_runtime.training.rows import read_rows
 from peqa_runtime.training.settings import TuneConfig
@@ -207,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         tunable = load_tunable(given.base, device=given.device)
-        data = tunable.encode_file(given.data, max_tokens=given.max_tokens)
-        held_out = tunable.encode_file(given.eval, max_tokens=given.max_tokens) if given.eval else None
+        data = encode_file(given.data, tunable, max_tokens=given.max_tokens)
+        held_out = encode_file(given.eval, tunable, max_tokens=given.max_tokens) if given.eval else None
         config = TuneConfig(
             steps=given.steps,
             learning_rate=given.lr,
