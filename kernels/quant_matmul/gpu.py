@@ -20,7 +20,7 @@ from peqa_kernels.quant_matmul import gpu_kernel
 from peqa_kernels.quant_matmul.gpu_check import is_exact
 from peqa_kernels.quant_matmul.gpu_dense import dense_matmul
 from peqa_kernels.quant_matmul.gpu_device import gpu_device, key_of
-from peqa_kernels.quant_matmul.gpu_inputs import needs_copies, scaled_inputs
+from peqa_kernels.quant_matmul.gpu_inputs import group_totals, needs_copies, scaled_inputs
 from peqa_kernels.quant_matmul.gpu_layout import Layout, lay_out, layout_of, padded_outputs, panels
 from peqa_kernels.quant_matmul.tile_rule import MOST_SPLIT_ROW_TILES
 from peqa_kernels.quant_matmul.tuning import Scales, Tile, bucket
@@ -121,7 +121,9 @@ def launch(
     if tile.dense:
         assert group is None, tile
         return dense_matmul(weight, x, bias, out, into, row)
-    inputs = "none" if into is None else "copies" if needs_copies(rows) else "by row"
+    fractional = weight.zeros_mode == gpu_kernel.FRACTIONAL.value
+    copied = needs_copies(rows, totals=fractional)
+    inputs = "none" if into is None else "copies" if copied else "by row"
     table = weight.panels[tile.outputs]
     number = len(table) * triton.cdiv(rows, tile.rows)
     assert (tile.splits - 1) * -(-weight.layout.tiles // tile.splits) < weight.layout.tiles, (
@@ -141,6 +143,7 @@ def launch(
         assert into is not None
         assert row is not None
         x, stride = scaled_inputs(x, into, row), x.shape[1]
+    totals = group_totals(x.view(-1, x.shape[-1]), weight.layout.groups) if fractional else y
     compiled_for = constants(
         weight.layout,
         tile,
@@ -154,6 +157,7 @@ def launch(
     with launching_on(x.device):
         gpu_kernel.quant_matmul_kernel[(number, programs)](
             x,
+            totals,
             weight.words,
             weight.scales,
             weight.zeros,

@@ -1,10 +1,11 @@
-"""Activations under their tasks' input scales, once per fused sibling: for batches too large to scale in the loop."""
+"""What is made of activations before they are multiplied: copies under their tasks' input scales, totals of groups."""
 
 # A Triton kernel's arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +28,7 @@ def _scale_kernel(
     x, into, row, copies, rows, stride, bank_rows,
     K: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A copy of BLOCK inputs of one activation for each segment. Grid: (rows, blocks)."""
     m = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     task = rows_of(row, m, m < rows, bank_rows).to(tl.int64)
@@ -35,6 +37,40 @@ def _scale_kernel(
         scale = tl.load(into + (task * SEGMENTS + segment) * K + k, mask=k < K, other=0.0).to(tl.float32)
         at = copies + (segment * rows + m).to(tl.int64) * K + k
         tl.store(at, (values * scale).to(copies.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def total_kernel(
+    x, totals, stride,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the inputs of MANY groups of one activation, fp32. Grid: (rows, groups / MANY)."""
+    m = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * MANY + tl.arange(0, MANY)
+    total = tl.zeros((MANY,), tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        live = (g < GROUPS)[:, None] & (k < SIZE)[None, :]
+        values = tl.load(x + m * stride + g[:, None] * SIZE + k[None, :], mask=live, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=1)
+    tl.store(totals + m * GROUPS + g, total, mask=g < GROUPS)
+
+
+def group_totals(x: Tensor, groups: int) -> Tensor:
+    """Sums over each group of inputs of x [M, K], fp32 [M, groups]: what a zero point is multiplied by.
+
+    Asked for once per call: in the loop over K every tile would sum them again, at twice its own instructions.
+    """
+    rows, inputs = x.shape
+    size = inputs // groups
+    totals = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    block = min(_BLOCK, triton.next_power_of_2(size))
+    many = _BLOCK // block
+    with launching_on(x.device):
+        total_kernel[(rows, triton.cdiv(groups, many))](
+            x, totals, x.stride(0), GROUPS=groups, SIZE=size, MANY=many, BLOCK=block, enable_fp_fusion=True
+        )
+    return totals
 
 
 def scaled_inputs(x: Tensor, in_scale: Tensor, row: Tensor) -> Tensor:
@@ -52,6 +88,6 @@ def scaled_inputs(x: Tensor, in_scale: Tensor, row: Tensor) -> Tensor:
     return copies
 
 
-def needs_copies(rows: int) -> bool:
-    """Whether a batch is large enough that one more launch costs less than scaling in every tile."""
-    return rows > 64
+def needs_copies(rows: int, *, totals: bool = False) -> bool:
+    """Whether one more launch costs less than scaling in every tile, or `totals` of scaled inputs are wanted anyway."""
+    return totals or rows > 64

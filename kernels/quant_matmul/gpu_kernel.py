@@ -104,14 +104,15 @@ def _group_zeros(
 
 @triton.jit
 def _sums(
-    xp, ip, gp, words, scales, zeros, live, store, start, steps, padded, N,
+    xp, ip, tp, gp, words, scales, zeros, live, store, start, steps, padded, N,
     BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     INPUTS: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum over `steps` tiles of the inputs from tile `start` on: [BN, BM], under the groups' scales if G > 1.
 
-    `words`, `scales` and `zeros` point at the tile's first output, `gp` [BM] (or a scalar) at the group scales'.
+    `words`, `scales` and `zeros` point at the tile's first output, `gp` [BM] (or a scalar) at the group scales', `tp`
+    [BM] at the totals of each activation's groups, where zero points are no integers.
     """
     CODES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     WORDS: tl.constexpr = BK // CODES
@@ -127,7 +128,6 @@ def _sums(
     if ZEROS == INTEGER and GROUPS == 1:
         away = (taken_away(tl.load(zeros + rn).to(tl.int32), dtype, ASM),)
     acc = tl.zeros((BN, BM), tl.float32)
-    sums = tl.zeros((BM,), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         tile = start + step
         loaded = load_words(words, rn, padded, BITS, BN, WORDS)
@@ -136,8 +136,6 @@ def _sums(
             w = run_of(unpack(loaded, away, dtype, BITS, 1, BN, WORDS, ASM), 0, PAIRS, BN, WORDS)
             xt = _inputs(xp, ip, tile * BK, SIZE - tile * BK, live, BK, EVEN, INPUTS)
             acc = _dot(w, xt, acc)
-            if ZEROS == FRACTIONAL:
-                sums += tl.sum(xt.to(tl.float32), axis=0)
         else:
             if ZEROS == INTEGER:
                 of_groups = _group_zeros(zeros + rn, tile, padded, dtype, SUBS, PER_GROUP, ASM)
@@ -151,7 +149,11 @@ def _sums(
                 xt = _inputs(xp, ip, g * SIZE + done, SIZE - done, live, BK // SUBS, EVEN, INPUTS)
                 part = _dot(w, xt, tl.zeros((BN, BM), tl.float32))
                 if ZEROS == FRACTIONAL:
-                    total = tl.sum(xt.to(tl.float32), axis=0)
+                    total = tl.load(tp + g, mask=live, other=0.0)
+                    if PER_GROUP > 1:
+                        total = tl.where(
+                            done == 0, total, 0.0
+                        )  # the group's first tile takes it away for all
                     part -= tl.load(zeros + g * padded + rn)[:, None] * total[None, :]
                 scale = tl.load(scales + g * padded + rn).to(tl.float32)
                 if GROUPED == MIXED:
@@ -162,14 +164,12 @@ def _sums(
                         tl.float32
                     )
                 acc += part * scale[:, None]
-    if GROUPS == 1 and ZEROS == FRACTIONAL:
-        acc -= tl.load(zeros + rn)[:, None] * sums[None, :]
     return acc
 
 
 @triton.jit
 def _split_sums(
-    split, xp, ip, gp, words, scales, zeros, live, store, padded, N,
+    split, xp, ip, tp, gp, words, scales, zeros, live, store, padded, N,
     BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     SPLITS: tl.constexpr, INPUTS: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -182,7 +182,7 @@ def _split_sums(
         steps = tl.minimum(PER, TILES - start)
         tl.assume(steps >= 1)  # a loop that may be empty makes ptxas serialise its wgmma
     return _sums(
-        xp, ip, gp, words, scales, zeros, live, store, start, steps, padded, N,
+        xp, ip, tp, gp, words, scales, zeros, live, store, start, steps, padded, N,
         BITS, GROUPS, SIZE, BK, TILES, INPUTS, GROUPED, ZEROS, ASM, BM, BN, STAGES,
     )  # fmt: skip
 
@@ -205,13 +205,15 @@ def _added_up(acc, parts, counters, number, split, SPLITS: tl.constexpr, BM: tl.
 
 @triton.jit
 def _finish(
-    acc, y, scales, bias, op, gp, wide, store, first, outputs, N,
-    GROUPS: tl.constexpr, GROUPED: tl.constexpr, HAS_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BN: tl.constexpr,
+    acc, y, scales, zeros, bias, tp, op, gp, wide, live, store, first, outputs, N,
+    GROUPS: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, HAS_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Scale what no group has scaled, add the bias, write."""
     rn = tl.arange(0, BN)
     if GROUPS == 1:
+        if ZEROS == FRACTIONAL:
+            acc -= tl.load(zeros + rn)[:, None] * tl.load(tp, mask=live, other=0.0)[None, :]
         acc *= tl.load(scales + rn).to(tl.float32)[:, None]
         if GROUPED == MIXED:
             acc *= tl.load(gp[None, :] + rn[:, None], mask=store, other=0.0).to(tl.float32)
@@ -226,7 +228,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["M", "bank_rows", "group_rows"])
 def quant_matmul_kernel(
-    x, words, scales, zeros, panels, bias, out, into, group, row, group_row, y, parts, counters,
+    x, totals, words, scales, zeros, panels, bias, out, into, group, row, group_row, y, parts, counters,
     M, N, padded, stride, bank_rows, group_rows,
     BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     SEGMENTS: tl.constexpr, PLAIN: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr,
@@ -266,6 +268,7 @@ def quant_matmul_kernel(
     store = live[None, :] & (rn < outputs)[:, None]
     xp = x + wide * stride
     ip = xp
+    tp = totals + wide * GROUPS
     op = xp
     gp = xp
     if HAS_OUT or INPUTS == BY_ROW:
@@ -275,6 +278,7 @@ def quant_matmul_kernel(
             ip = into + (task * SEGMENTS + segment) * K
     if INPUTS == COPIES:
         xp += (segment * M).to(tl.int64) * K
+        tp += (segment * M).to(tl.int64) * GROUPS
     scales += at
     zeros += at
     if GROUPED == MIXED:
@@ -290,18 +294,18 @@ def quant_matmul_kernel(
             mine = waiting & (task_group == now)
             gq = group + now.to(tl.int64) * (GROUPS * N) + first
             acc = _sums(
-                xp, ip, gq, words, scales, zeros, live, store, 0, TILES, padded, N,
+                xp, ip, tp, gq, words, scales, zeros, live, store, 0, TILES, padded, N,
                 BITS, GROUPS, SIZE, BK, TILES, INPUTS, GROUPED, ZEROS, ASM, BM, BN, STAGES,
             )  # fmt: skip
             _finish(
-                acc, y, scales, bias, op, gq, wide, store & mine[None, :], first, outputs, N,
-                GROUPS, GROUPED, HAS_OUT, HAS_BIAS, BN,
+                acc, y, scales, zeros, bias, tp, op, gq, wide, live, store & mine[None, :], first, outputs, N,
+                GROUPS, GROUPED, ZEROS, HAS_OUT, HAS_BIAS, BN,
             )  # fmt: skip
             waiting = waiting & (task_group != now)
     else:
         split = tl.program_id(1)
         acc = _split_sums(
-            split, xp, ip, gp, words, scales, zeros, live, store, padded, N,
+            split, xp, ip, tp, gp, words, scales, zeros, live, store, padded, N,
             BITS, GROUPS, SIZE, BK, TILES, SPLITS, INPUTS, GROUPED, ZEROS, ASM, BM, BN, STAGES,
         )  # fmt: skip
         last = split == split
@@ -309,13 +313,13 @@ def quant_matmul_kernel(
             if IN_TURN:
                 for other in tl.range(1, SPLITS, num_stages=1):
                     acc += _split_sums(
-                        other, xp, ip, gp, words, scales, zeros, live, store, padded, N,
+                        other, xp, ip, tp, gp, words, scales, zeros, live, store, padded, N,
                         BITS, GROUPS, SIZE, BK, TILES, SPLITS, INPUTS, GROUPED, ZEROS, ASM, BM, BN, STAGES,
                     )  # fmt: skip
             else:
                 acc, last = _added_up(acc, parts, counters, number, split, SPLITS, BM, BN)
         if last:
             _finish(
-                acc, y, scales, bias, op, gp, wide, store, first, outputs, N,
-                GROUPS, GROUPED, HAS_OUT, HAS_BIAS, BN,
+                acc, y, scales, zeros, bias, tp, op, gp, wide, live, store, first, outputs, N,
+                GROUPS, GROUPED, ZEROS, HAS_OUT, HAS_BIAS, BN,
             )  # fmt: skip

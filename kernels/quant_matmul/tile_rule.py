@@ -94,6 +94,9 @@ def programs_per_processor(tile: Tile) -> int:
 
 def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterator[Tile]:
     """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales."""
+    if scales == "group" and layout.groups_per_tile > 2 and (rows > 8 or layout.bits in (2, 3)):
+        yield Tile(16, 64, 4, 4)  # sums of a group, of all, and scales of both kinds at once
+        return
     most = 64
     if scales == "group" or layout.groups_per_tile > 2:
         most = 16
@@ -113,6 +116,8 @@ def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu) -> Tile:
     taskwise = scales == "group"
     if warps == 4 or not gpu.register_products or layout.groups_per_tile > 1 or taskwise:
         size = 64 if gpu.register_products or layout.bits != 8 else 32
+        if taskwise and layout.groups_per_tile > 2:
+            size = 32
         return Tile(size, layout.panel, warps, 3, taskwise=taskwise)
     return Tile(128, layout.panel, warps, 3)
 

@@ -49,6 +49,7 @@ def layout_of_case(case: Case) -> Any:
 def compile_case(case: Case, tile: Any = None) -> tuple[Any, Any]:
     """The compiled kernel, and its tile: the rule's, unless another one is given."""
     from peqa_kernels.quant_matmul import gpu, gpu_kernel, tile_rule
+    from peqa_kernels.quant_matmul.gpu_inputs import needs_copies
 
     layout = layout_of_case(case)
     hopper = case.arch == 90
@@ -57,13 +58,14 @@ def compile_case(case: Case, tile: Any = None) -> tuple[Any, Any]:
     if tile is None:
         tile = tile_rule.tile_for(layout, case.rows, dtype, case.scales, device, invariant=case.invariant)
     assert not tile.dense, case
-    inputs = "none" if case.scales != "channel+input" else "copies" if case.rows > 64 else "by row"
+    copied = needs_copies(case.rows, totals=case.zeros == 2)
+    inputs = "none" if case.scales != "channel+input" else "copies" if copied else "by row"
     constants = gpu.constants(
         layout, tile, case.zeros, dtype != torch.float32,
         inputs=inputs, has_out=True, has_group=case.scales == "group", has_bias=True,
     )  # fmt: skip
     types = dict.fromkeys(("words", "panels", "row", "group_row", "counters"), "*i32")
-    types |= dict.fromkeys(("x", "y", "bias"), f"*{case.dtype}") | {"parts": "*fp32"}
+    types |= dict.fromkeys(("x", "y", "bias"), f"*{case.dtype}") | dict.fromkeys(("parts", "totals"), "*fp32")
     types |= {"scales": "*fp16", "zeros": "*fp32" if case.zeros == 2 else "*u8"}
     kernel = gpu_kernel.quant_matmul_kernel
     return compile_for(case.arch, kernel, constants, types, gpu.options(tile)), tile
@@ -142,7 +144,8 @@ SHIPPED = [
     *(Case(90, bits, 128, rows) for bits in (2, 3) for rows in (64, 512)),
     *(Case(arch, 8, 32, rows) for arch in (80, 90) for rows in (16, 512)),
     *(Case(90, bits, -1, rows, dtype="fp16") for bits in (2, 3, 4) for rows in (64, 512)),
-    *(Case(90, 4, group, rows, zeros=2) for group in (-1, 32) for rows in (16, 64, 512)),
+    *(Case(90, 4, group, rows, zeros=2) for group in (-1, 128, 32) for rows in (16, 64, 512)),
+    *(Case(arch, 4, 32, rows, "group", zeros=2) for arch in (80, 90) for rows in (8, 16, 512)),
     *(Case(90, 4, 32, rows, zeros=0) for rows in (16, 512)),
     Case(90, 4, -1, 16, "channel+input", segments=(576, 192, 192)),
     *(Case(arch, 4, group, 512, "group", invariant=True) for arch in (80, 90) for group in (-1, 128, 32)),
