@@ -102,6 +102,13 @@ RowInvariant = Annotated[
         envvar="PEQA_ROW_INVARIANT",
     ),
 ]
+ActivationBits = Annotated[
+    int,
+    typer.Option(
+        help="On a CPU: 16, finer than bfloat16, or 8, which is quicker and costs some quality.",
+        envvar="PEQA_ACTIVATION_BITS",
+    ),
+]
 EnforceEager = Annotated[
     bool,
     typer.Option(
@@ -220,6 +227,7 @@ def serve(
     prefix_cache: UsePrefixCache = True,
     row_invariant: RowInvariant = False,
     enforce_eager: EnforceEager = False,
+    activation_bits: ActivationBits = 16,
     kv_blocks: KVBlocks = None,
     task_rows: TaskRows = None,
     group_rows: GroupRows = None,
@@ -258,6 +266,7 @@ def serve(
         "prefix_cache": prefix_cache,
         "row_invariant": row_invariant,
         "enforce_eager": enforce_eager,
+        "activation_bits": activation_bits,
         "num_blocks": kv_blocks,
         "task_rows": task_rows,
         "group_rows": group_rows,

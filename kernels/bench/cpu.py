@@ -73,13 +73,13 @@ class CpuPlan:
 SMOLLM2 = Model(  # as its GGUF file has it: Q4_1 linears, a Q8_0 head
     "smollm2-135m",
     (
-        Shape((576, 192, 192), 576, group_size=32, fractional=True),
-        Shape((576,), 576, group_size=32, fractional=True),
-        Shape((1536, 1536), 576, group_size=32, fractional=True),
-        Shape((576,), 1536, group_size=32, fractional=True),
+        Shape((576, 192, 192), 576, group_size=32, fractional=True, halves=True),
+        Shape((576,), 576, group_size=32, fractional=True, halves=True),
+        Shape((1536, 1536), 576, group_size=32, fractional=True, halves=True),
+        Shape((576,), 1536, group_size=32, fractional=True, halves=True),
     ),
     layers=30,
-    head=Shape((49152,), 576, bits=8, group_size=32),
+    head=Shape((49152,), 576, bits=8, group_size=32, halves=True),
 )
 PLAN = CpuPlan(
     linears=(Shape((4096,), 4096), Shape((11008,), 4096)),
@@ -122,6 +122,7 @@ def _linear(
         times = timer.compare(f"{count} rows", *ways)
         rows += _decode(what, sizes, count, rate, times, machine)
     rows += _mixed(what, sizes, run, machine, timer)
+    rows += _coarse(what, sizes, plan.rows, weights, run, linear, machine, timer)
     return rows if barred else [Row(r.name, r.value, r.unit, r.op, None, r.facts) for r in rows]
 
 
@@ -151,7 +152,8 @@ def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]
             Way("int4pack", step.int4pack(count, timer)),
         ]
         rows += _decode(what, sizes, count, rate, timer.compare(f"{count} rows", *ways), machine)
-    return rows + _mixed(what, sizes, step.ours, machine, timer)
+    rows += _mixed(what, sizes, step.ours, machine, timer)
+    return rows + _coarse(what, sizes, plan.rows, step.weights, step.ours, step.dense, machine, timer)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,34 @@ def _mixed(
     return [Row(f"cpu/tasks/{what}/{count}-tasks/vs-1-task", ratio, "x", "<=", MIXED_COST, facts)]
 
 
+def _coarse(
+    what: str,
+    sizes: _Sizes,
+    counts: tuple[int, ...],
+    weights: list[PreparedWeight],
+    run: Callable[[int, int], list[Call]],
+    linear: Callable[[int], list[Call]],
+    machine: Machine,
+    timer: Timer,
+) -> list[Row]:
+    """The same against F.linear with activations of 8 bits, which a server is told to use; they have no bar."""
+    if any(weight.backend != "native" for weight in weights):
+        return []
+    rows = []
+    for weight in weights:
+        weight.set_activation_bits(8)
+    for count in (*counts, PREFILL_ROWS):
+        ways = (Way("ours", run(count, 1)), Way("linear", linear(count)))
+        times = timer.compare(f"{count} rows, 8-bit activations", *ways)
+        facts = _facts(sizes, count, 1, times["ours"], machine)
+        facts["peer_us"] = times["linear"].median * 1e6
+        name = f"cpu/int8-activations/{what}/{count}-rows/vs-linear-bf16"
+        rows.append(Row(name, times["linear"].median / times["ours"].median, "x", ">=", None, facts))
+    for weight in weights:
+        weight.set_activation_bits(16)
+    return rows
+
+
 def _facts(sizes: _Sizes, rows: int, tasks: int, timing: Timing, machine: Machine) -> dict[str, Any]:
     facts = machine.facts(timing.median, sizes.moved(rows, tasks), sizes.flops(rows))
     return {"rows": rows, "tasks": tasks, **facts, "samples": timing.samples}
@@ -238,6 +268,11 @@ class _ModelStep:
         head = model.head
         self._int8_head = torch.randint(-128, 128, (head.out_features, head.in_features), dtype=torch.int8)
         self._int8_scale = torch.rand(head.out_features).bfloat16()
+
+    @property
+    def weights(self) -> list[PreparedWeight]:
+        """All of them."""
+        return [weight for turn in self._weights for weight in turn]
 
     def ours(self, rows: int, tasks: int, *, head: bool = True) -> list[Call]:
         """A step per turn; the head belongs to no task."""

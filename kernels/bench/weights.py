@@ -80,6 +80,8 @@ def random_weight(shape: Shape, device: torch.device) -> QuantizedWeight:
     zeros = torch.full_like(scales, float(1 << (shape.bits - 1)))
     if shape.fractional:
         zeros += torch.rand_like(zeros) - 0.5
+        if shape.halves:
+            zeros = (scales * zeros).half().float() / scales
     return QuantizedWeight(qweight, scales, zeros, shape.bits, k)
 
 

@@ -6,17 +6,24 @@
 
 #define SHORT_PANELS ((size_t)1 << 16) /* bytes of codes up to which several panels are fetched ahead */
 
-INLINE void multiply_codes(const int R, const int V, const int32_t *xp, const vi *q, vi (*part)[MAX_V])
+INLINE void multiply_codes(const int R, const int V, const int bytes, const int32_t *xp, const vi *q,
+                           vi (*part)[MAX_V])
 {
+    const size_t words = bytes ? QUADS : PAIRS;
     UNROLL for (int r = 0; r < R; r++)
     {
-#if VL == 16 && defined(__AVX512VNNI__)
+#if BYTE_DOTS
         /* Spelled out, or gcc reorders and spills; every vector reads the activation anew. */
-        UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpwssd %1%{1to16%}, %2, %0"
-                                                            : "+v"(part[r][v])
-                                                            : "m"(xp[r * PAIRS]), "v"(q[v]));
+        if (bytes)
+            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpbusd %1%{1to16%}, %2, %0"
+                                                                : "+v"(part[r][v])
+                                                                : "m"(xp[r * words]), "v"(q[v]));
+        else
+            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpwssd %1%{1to16%}, %2, %0"
+                                                                : "+v"(part[r][v])
+                                                                : "m"(xp[r * words]), "v"(q[v]));
 #else
-        const vi x = iset(xp[r * PAIRS]);
+        const vi x = iset(xp[r * words]);
         UNROLL for (int v = 0; v < V; v++) part[r][v] = idot(part[r][v], q[v], x);
 #endif
     }
@@ -36,20 +43,43 @@ INLINE void word_sums(const int R, const int V, const int bits, const int32_t *x
             q[v] = low_pair(bits, word[v]);
             word[v] = next_pair(bits, word[v]);
         }
-        multiply_codes(R, V, xp + p, q, p % 2 ? odd : even);
+        multiply_codes(R, V, 0, xp + p, q, p % 2 ? odd : even);
+    }
+}
+
+/* The same of quads: of 3 bits the first two of the word, whose last pair stays in `word`; `shift` is of its own
+ * since 8 bits are not shifted at all. */
+INLINE void word_bytes(const int R, const int V, const int bits, const int32_t *xp, vi *word, vi (*even)[MAX_V],
+                       vi (*odd)[MAX_V])
+{
+    UNROLL for (int i = 0; i < (bits == 3 ? 2 : QUADS / bits); i++)
+    {
+        vi q[MAX_V];
+        UNROLL for (int v = 0; v < V; v++)
+        {
+            if (bits == 3) {
+                q[v] = quad_of(low_pair(3, word[v]), low_pair(3, next_pair(3, word[v])));
+                word[v] = ishift(word[v], 6);
+            } else {
+                q[v] = bits == 8 ? word[v] : word[v] & iset(((1 << bits) - 1) * 0x1010101);
+                word[v] = bits == 8 ? word[v] : next_pair(bits, word[v]);
+            }
+        }
+        multiply_codes(R, V, 1, xp + i, q, i % 2 ? odd : even);
     }
 }
 
 /* The integer sums of one chain: `from` are its first codes, `xp` its first activations. */
-INLINE void chain_of_codes(const int R, const int V, const int bits, const int32_t **from, const int32_t *xp,
-                           size_t units, vi (*part)[MAX_V])
+INLINE void chain_of_codes(const int R, const int V, const int bits, const int bytes, const int32_t **from,
+                           const int32_t *xp, size_t units, vi (*part)[MAX_V])
 {
+    const size_t words = bytes ? QUADS : PAIRS;
     vi other[ROWS_MAX][MAX_V];
     vi(*odd)[MAX_V] = R * V <= 8 && R > 1 ? other : part;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] = other[r][v] = iset(0);
-    for (; units > 0; units--, xp += R * PAIRS) {
-        vi spare[MAX_V];
-        UNROLL for (int v = 0; v < V; v++) spare[v] = iset(0);
+    for (; units > 0; units--, xp += (size_t)R * words) {
+        vi spare[MAX_V], last[MAX_V]; /* of 3 bits: pair 15, and the last pair of the word before */
+        UNROLL for (int v = 0; v < V; v++) spare[v] = last[v] = iset(0);
         for (int w = 0; w < bits; w++) {
             vi word[MAX_V];
             UNROLL for (int v = 0; v < V; v++)
@@ -57,24 +87,41 @@ INLINE void chain_of_codes(const int R, const int V, const int bits, const int32
                 word[v] = iload(from[v]);
                 from[v] += PANEL;
             }
-            word_sums(R, V, bits, xp + w * PAIRS_OF(bits), word, part, odd);
+            if (!bytes)
+                word_sums(R, V, bits, xp + w * PAIRS_OF(bits), word, part, odd);
+            else
+                word_bytes(R, V, bits, xp + (bits == 3 ? (size_t)w * 5 / 2 : (size_t)w * QUADS / bits), word, part, odd);
             if (bits == 3)
-                UNROLL for (int v = 0; v < V; v++) spare[v] |= spare_bit(word[v], w);
+                UNROLL for (int v = 0; v < V; v++)
+                {
+                    if (bytes) {
+                        const vi pair = low_pair(3, word[v]);
+                        last[v] = w == 1 ? quad_of(last[v], pair) : pair;
+                        word[v] = next_pair(3, word[v]);
+                    }
+                    spare[v] |= spare_bit(word[v], w);
+                }
+            if (bits == 3 && bytes && w == 1)
+                multiply_codes(R, V, 1, xp + 4, last, odd);
         }
-        if (bits == 3)
-            multiply_codes(R, V, xp + PAIRS - 1, spare, odd);
+        if (bits == 3) {
+            if (bytes)
+                UNROLL for (int v = 0; v < V; v++) spare[v] = quad_of(last[v], spare[v]);
+            multiply_codes(R, V, bytes, xp + words - 1, spare, odd);
+        }
     }
     if (odd != part)
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] += other[r][v];
 }
 
 /* R rows of one stripe times V vectors of lanes, from `lane` of `panel` on. */
-INLINE void few_tile(const int R, const int V, const int bits, const job *j, size_t panel, size_t lane, size_t stripe)
+INLINE void few_tile(const int R, const int V, const int bits, const int bytes, const job *j, size_t panel,
+                     size_t lane, size_t stripe)
 {
     const size_t row = stripe_start(stripe, j->rows), panels = V * VL > PANEL ? V * VL / PANEL : 1;
     const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0;
     const size_t first = segment * j->rows + row;
-    const int32_t *x = j->in.x + first * (j->c.kp / 2), *counts = j->in.counts + first * j->c.chains;
+    const int32_t *x = j->in.x + first * input_words(j->w, &j->c), *counts = j->in.counts + first * j->c.chains;
     const float *steps = j->in.steps + first * j->c.blocks;
     /* Short panels end before the hardware's own prefetch has settled (8 rows of a cold 4096 x 4096: 1.45 ms without,
      * 1.24 with); several long ones would leave the cache again before they are read (1 row: 0.39 ms without, 0.57
@@ -97,8 +144,8 @@ INLINE void few_tile(const int R, const int V, const int bits, const job *j, siz
             if (ahead)
                 for (size_t next = panel + panels; next < panel + 2 * panels; next++)
                     fetch_panel(j, next, group, group * j->c.kg + at, length);
-            chain_of_codes(R, V, bits, from, x, length / UNIT, part);
-            x += length / 2 * (size_t)R;
+            chain_of_codes(R, V, bits, bytes, from, x, length / UNIT, part);
+            x += length / (bytes ? 4 : 2) * (size_t)R;
             end_chain(R, V, j, row, panel, group, lane, counts, part, sum);
             if (++in_block < j->c.block_chains)
                 continue;

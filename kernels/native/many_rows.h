@@ -4,7 +4,7 @@
 
 #include "tile.h"
 
-/* One block of one panel as pairs, [pairs][PANEL]. */
+/* One block of one panel as pairs, [pairs][PANEL], or as quads. */
 typedef struct {
     int32_t pair[CHAIN / 2][PANEL] __attribute__((aligned(64)));
 } unpacked;
@@ -32,11 +32,51 @@ INLINE void unpack(const int bits, const int32_t *from, size_t units, unpacked *
         }
 }
 
+INLINE void unpack_bytes(const int bits, const int32_t *from, size_t units, unpacked *to)
+{
+    for (size_t unit = 0; unit < units; unit++, from += bits * PANEL)
+        for (int lane = 0; lane < PANEL; lane += VL) {
+            int32_t(*quad)[PANEL] = to->pair + unit * QUADS;
+            vi spare = iset(0), last = iset(0);
+            UNROLL for (int w = 0; w < bits; w++)
+            {
+                vi word = iload(from + w * PANEL + lane);
+                if (bits != 3) {
+                    UNROLL for (int i = 0; i < QUADS / bits; i++)
+                    {
+                        istore(quad[w * (QUADS / bits) + i] + lane,
+                               bits == 8 ? word : word & iset(((1 << bits) - 1) * 0x1010101));
+                        word = bits == 8 ? word : next_pair(bits, word);
+                    }
+                    continue;
+                }
+                UNROLL for (int i = 0; i < 2; i++)
+                {
+                    istore(quad[w * 5 / 2 + i] + lane, quad_of(low_pair(3, word), low_pair(3, next_pair(3, word))));
+                    word = ishift(word, 6);
+                }
+                if (w == 1)
+                    istore(quad[4] + lane, quad_of(last, low_pair(3, word)));
+                last = low_pair(3, word);
+                spare |= spare_bit(next_pair(3, word), w);
+            }
+            if (bits == 3)
+                istore(quad[QUADS - 1] + lane, quad_of(last, spare));
+        }
+}
+
 INLINE void unpack_block(const job *j, size_t panel, size_t k0, size_t length, unpacked *to)
 {
     const size_t units = length / UNIT;
     const int32_t *from =
         j->w->codes + (panel * j->c.kp + k0) / UNIT * (size_t)j->w->bits * PANEL;
+    if (in_bytes(j->w))
+        switch (j->w->bits) {
+        case 2: unpack_bytes(2, from, units, to); return;
+        case 3: unpack_bytes(3, from, units, to); return;
+        case 4: unpack_bytes(4, from, units, to); return;
+        default: unpack_bytes(8, from, units, to); return;
+        }
     switch (j->w->bits) {
     case 2: unpack(2, from, units, to); break;
     case 3: unpack(3, from, units, to); break;
@@ -55,20 +95,22 @@ INLINE vi held(vi x)
 }
 
 /* The integer sums of one chain of unpacked codes. */
-INLINE void chain_of_pairs(const int R, const int V, const int32_t *pair, const int32_t *xp, size_t units,
-                           vi (*part)[MAX_V])
+INLINE void chain_of_words(const int R, const int V, const int bytes, const int32_t *word, const int32_t *xp,
+                           size_t units, vi (*part)[MAX_V])
 {
+    const int words = bytes ? QUADS : PAIRS;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] = iset(0);
-    for (; units > 0; units--, xp += (R - 1) * PAIRS)
-        for (int p = 0; p < PAIRS; p += 4)
-            UNROLL for (int i = 0; i < 4; i++, pair += PANEL, xp++)
+    for (; units > 0; units--, xp += (R - 1) * words)
+        for (int p = 0; p < words; p += 4)
+            UNROLL for (int i = 0; i < 4; i++, word += PANEL, xp++)
             {
                 vi q[MAX_V];
-                UNROLL for (int v = 0; v < V; v++) q[v] = held(iload(pair + v * VL));
+                UNROLL for (int v = 0; v < V; v++) q[v] = held(iload(word + v * VL));
                 UNROLL for (int r = 0; r < R; r++)
                 {
-                    const vi x = held(iset(xp[r * PAIRS]));
-                    UNROLL for (int v = 0; v < V; v++) part[r][v] = idot(part[r][v], q[v], x);
+                    const vi x = held(iset(xp[r * words]));
+                    UNROLL for (int v = 0; v < V; v++) part[r][v] =
+                        bytes ? idot_bytes(part[r][v], q[v], x) : idot(part[r][v], q[v], x);
                 }
             }
 }
@@ -106,25 +148,26 @@ INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
     return (stripe_place){
         .row = row,
         .rows = stripe_start(stripe + 1, j->rows) - row,
-        .x = j->in.x + first * (j->c.kp / 2),
+        .x = j->in.x + first * input_words(j->w, &j->c),
         .counts = j->in.counts + first * j->c.chains,
         .steps = j->in.steps + first * j->c.blocks,
     };
 }
 
 /* Adds one block of a panel to the totals of one stripe's R rows, V vectors of lanes from `lane` on. */
-INLINE void many_tile(const int R, const int V, const job *j, const unpacked *codes, size_t panel, size_t lane,
-                      const stripe_place *s, const block_place *b, totals *total)
+INLINE void many_tile(const int R, const int V, const int bytes, const job *j, const unpacked *codes, size_t panel,
+                      size_t lane, const stripe_place *s, const block_place *b, totals *total)
 {
-    const int32_t *x = s->x + b->k0 / 2 * (size_t)R, *counts = s->counts + b->chain * (size_t)R;
-    const int32_t *pair = codes->pair[0] + lane;
+    const size_t words = bytes ? QUADS : PAIRS;
+    const int32_t *x = s->x + b->k0 / UNIT * words * (size_t)R, *counts = s->counts + b->chain * (size_t)R;
+    const int32_t *word = codes->pair[0] + lane;
     vf sum[ROWS_MAX][MAX_V];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
     for (size_t i = 0; i < b->chains; i++, counts += R) {
         vi part[ROWS_MAX][MAX_V];
-        chain_of_pairs(R, V, pair, x, b->units, part);
-        x += b->units * (size_t)(R * PAIRS);
-        pair += b->units * PAIRS * PANEL;
+        chain_of_words(R, V, bytes, word, x, b->units, part);
+        x += b->units * (size_t)R * words;
+        word += b->units * words * PANEL;
         end_chain(R, V, j, s->row, panel, b->group + i, lane, counts, part, sum);
     }
     end_block(R, V, s->steps + b->block * (size_t)R, sum, total);

@@ -1,7 +1,8 @@
-/* Activations as 16-bit integers in the order in which the tiles read them, input scales applied.
+/* Activations as integers in the order in which the tiles read them, input scales applied.
  *
- * The inputs of a block share a power of two, the least that keeps them below 2^15: rounding errs by at most 2^-16 of
- * the block's largest magnitude (bf16 errs by 2^-9 of it there), and small integers come through exactly.
+ * Of 16 bits: the inputs of a block share a power of two, the least that keeps them below 2^15: rounding errs by at most
+ * 2^-16 of the block's largest magnitude (bf16 errs by 2^-9 of it there), and small integers come through exactly.
+ * Of 8 bits: the block's largest magnitude becomes 127; rounding errs by at most 2^-8 of it.
  */
 #include "quant_matmul.h"
 
@@ -29,6 +30,7 @@ typedef struct {
     float *steps;
     size_t rows; /* of the stripe */
     size_t padded_rows; /* of a stripe of matrix tiles, where these are what it is for; else 0 */
+    int32_t most;       /* the largest integer */
 } row_target;
 
 /* One row's chain of `real` values, copied with zeros up to `length` and scaled; returns its largest magnitude's bits. */
@@ -50,9 +52,9 @@ INLINE int32_t load_chain(const row_target *t, size_t first, size_t real, size_t
 }
 
 /* Rounds one unit to pairs; returns `total` with the integers added. */
-INLINE vi round_unit(const float *from, float by, int32_t *to, vi total)
+INLINE vi round_unit(const float *from, float by, vi most, int32_t *to, vi total)
 {
-    const vi most = iset(32767), ones = iset(0x10001);
+    const vi ones = iset(0x10001);
     for (size_t i = 0; i < PAIRS; i += VL) {
         const vi low = imin(vround(vload(from + i) * vset(by)), most);
         const vi high = imin(vround(vload(from + PAIRS + i) * vset(by)), most);
@@ -64,24 +66,45 @@ INLINE vi round_unit(const float *from, float by, int32_t *to, vi total)
 }
 
 /* Rounds a chain to units `stride` words apart; returns the sum of the integers. */
-INLINE int32_t round_chain(const float *from, float by, size_t length, int32_t *to, size_t stride)
+INLINE int32_t round_chain(const float *from, float by, vi most, size_t length, int32_t *to, size_t stride)
 {
     vi total = iset(0);
     for (size_t k = 0; k < length; k += UNIT, to += stride)
-        total = round_unit(from + k, by, to, total);
+        total = round_unit(from + k, by, most, to, total);
     return ihsum(total);
 }
+
+#if BYTE_DOTS
+/* The same to quads, in the order of codes of so many bits. */
+INLINE int32_t round_bytes(const float *from, float by, size_t length, size_t bits, int32_t *to, size_t stride)
+{
+    int32_t pair[PAIRS] __attribute__((aligned(64)));
+    vi total = iset(0), first, second;
+    for (int i = 0; i < VL; i++) {
+        first[i] = (int32_t)quad_first(bits, (size_t)i % QUADS);
+        second[i] = (int32_t)quad_second(bits, (size_t)i % QUADS);
+    }
+    for (size_t k = 0; k < length; k += UNIT, to += stride) {
+        total = round_unit(from + k, by, iset(127), pair, total);
+        const vi bytes = iload(pair) & iset(0xff00ff);
+        const __m512i a = _mm512_permutexvar_epi32((__m512i)first, (__m512i)bytes);
+        const __m512i b = _mm512_permutexvar_epi32((__m512i)second, (__m512i)bytes);
+        _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256((__m512i)quad_of((vi)a, (vi)b)));
+    }
+    return ihsum(total);
+}
+#endif
 
 #if TILES
 /* The same to the bytes of slabs, see packed_rows: `to` is the row's in the stripe's first slab; the chain begins with
  * input k0. */
-INLINE int32_t split_chain(const float *from, float by, size_t length, uint8_t *to, size_t k0, size_t slab,
+INLINE int32_t split_chain(const float *from, float by, vi most, size_t length, uint8_t *to, size_t k0, size_t slab,
                            size_t padded_rows)
 {
     int32_t pair[PAIRS] __attribute__((aligned(64)));
     vi total = iset(0);
     for (size_t k = 0; k < length; k += UNIT) {
-        total = round_unit(from + k, by, pair, total);
+        total = round_unit(from + k, by, most, pair, total);
         uint8_t *low = to + (k0 + k) / slab * slab * 2 * padded_rows + (k0 + k) % slab;
         uint8_t *high = low + slab * padded_rows;
         for (size_t i = 0; i < PAIRS / 2; i++) {
@@ -112,8 +135,14 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
     const int finite = (top & INFINITE) != INFINITE;
     int32_t exponent = top & INFINITE;
     exponent = exponent < 15 << 23 ? 15 << 23 : exponent;
-    const float step = float_of(finite ? exponent - (14 << 23) : INFINITE | 1 << 22);
-    const float by = finite ? float_of((268 << 23) - exponent) : 0.0f;
+    float step = float_of(finite ? exponent - (14 << 23) : INFINITE | 1 << 22);
+    float by = finite ? float_of((268 << 23) - exponent) : 0.0f;
+    if (t->most == 127 && finite) {
+        const float largest = float_of(top > 1 << 29 ? top : 1 << 29); /* 2^-63: zeros have a step, too */
+        step = largest / 127.0f;
+        by = 127.0f / largest;
+    }
+    const vi most = iset(t->most);
     t->steps[block * t->rows] = step;
     for (size_t chain = first; chain < last; chain++) {
         const size_t at = chain_start(c, chain);
@@ -121,10 +150,15 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
         int32_t count;
 #if TILES
         if (t->padded_rows)
-            count = split_chain(value + (at - start), by, length, (uint8_t *)t->x, at, slab_of(c), t->padded_rows);
+            count = split_chain(value + (at - start), by, most, length, (uint8_t *)t->x, at, slab_of(c), t->padded_rows);
+        else
+#elif BYTE_DOTS
+        if (in_bytes(w))
+            count = round_bytes(value + (at - start), by, length, (size_t)w->bits, t->x + at / 4 * t->rows,
+                                t->rows * QUADS);
         else
 #endif
-            count = round_chain(value + (at - start), by, length, t->x + at / 2 * t->rows, t->rows * PAIRS);
+            count = round_chain(value + (at - start), by, most, length, t->x + at / 2 * t->rows, t->rows * PAIRS);
         /* Codes are stored unsigned; with offsets the zero points are all in those. */
         t->counts[chain * t->rows] = w->offsets ? bits_of(-(float)count) : -count * (1 << (w->bits - 1));
     }
@@ -135,7 +169,7 @@ void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_
 {
     const cuts c = cut(w);
     const size_t first = stripe_start(stripe, rows), n = stripe_start(stripe + 1, rows) - first;
-    const size_t padded = on_tiles(rows) ? tile_stripe_rows(rows) : 0;
+    const size_t padded = on_tiles(rows) ? tile_stripe_rows(rows) : 0, words = input_words(w, &c);
 
     for (size_t segment = 0; segment < out.segments; segment++)
         for (size_t r = 0; r < n; r++) {
@@ -148,11 +182,12 @@ void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_
                 .from = x + (first + r) * ldx,
                 .scale = scale,
                 .half = half,
-                .x = out.x + at * (c.kp / 2) + (padded ? r * slab_of(&c) / 4 : r * PAIRS),
+                .x = out.x + at * words + (padded ? r * slab_of(&c) / 4 : in_bytes(w) ? r * QUADS : r * PAIRS),
                 .counts = out.counts + at * c.chains + r,
                 .steps = out.steps + at * c.blocks + r,
                 .rows = n,
                 .padded_rows = padded,
+                .most = w->activation_bits == 8 ? 127 : 32767,
             };
             for (size_t block = 0; block < c.blocks; block++)
                 pack_block(w, &c, &target, block);

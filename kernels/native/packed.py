@@ -30,6 +30,7 @@ class WeightStruct(ctypes.Structure):
         ("in_features", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("segments", ctypes.c_int64),
+        ("activation_bits", ctypes.c_int64),
     )
 
 
@@ -37,7 +38,11 @@ class PackedWeight:
     """One weight in the run-time layout, with the C struct that points into it. Frozen once made."""
 
     def __init__(
-        self, weight: QuantizedWeight, segments: tuple[int, ...] | None = None, *, halves: bool = False
+        self,
+        weight: QuantizedWeight,
+        segments: tuple[int, ...] | None = None,
+        *,
+        halves: bool = False,
     ) -> None:
         """Lay `weight` out; `segments` are the output sizes of fused siblings (default: one).
 
@@ -71,8 +76,14 @@ class PackedWeight:
             weight.in_features,
             weight.out_features,
             len(segments),
+            16,
         )
         self.pointer = ctypes.addressof(self.struct)
+
+    def set_activation_bits(self, bits: int) -> None:
+        """16, or 8 for products that are quicker and coarser (pack_rows.c); from the next product on."""
+        assert bits in (8, 16), bits
+        self.struct.activation_bits = bits
 
     @property
     def nbytes(self) -> int:

@@ -14,20 +14,21 @@
 /* One stripe of R rows times the panels first..last. Few rows take several panels at once: that many sums hide the
  * latency of a multiplication. */
 #define FEW_V(R) (VL == 16 ? ((R) == 1 ? 8 : (R) <= 3 ? 4 : TILE_V) : (R) <= 2 ? 4 : TILE_V)
-#define FEW(R, BITS)                                                                                                   \
-    static void few_##R##_##BITS(const job *j, size_t first, size_t last, size_t stripe)                               \
+#define FEW_OF(NAME, R, BITS, BYTES)                                                                                   \
+    static void NAME(const job *j, size_t first, size_t last, size_t stripe)                                           \
     {                                                                                                                  \
         const size_t wide = FEW_V(R) * VL / PANEL;                                                                     \
         size_t panel = first;                                                                                          \
         for (; wide > 1 && panel + wide <= last; panel += wide) {                                                      \
             if (j->in.segments > 1 && panel_of(j, panel)[2] != panel_of(j, panel + wide - 1)[2])                       \
                 break; /* the panels' activations differ */                                                            \
-            few_tile(R, FEW_V(R), BITS, j, panel, 0, stripe);                                                          \
+            few_tile(R, FEW_V(R), BITS, BYTES, j, panel, 0, stripe);                                                   \
         }                                                                                                              \
         for (; panel < last; panel++)                                                                                  \
             for (size_t lane = 0; lane < PANEL; lane += TILE_V * VL)                                                   \
-                few_tile(R, TILE_V, BITS, j, panel, lane, stripe);                                                     \
+                few_tile(R, TILE_V, BITS, BYTES, j, panel, lane, stripe);                                              \
     }
+#define FEW(R, BITS) FEW_OF(few_##R##_##BITS, R, BITS, 0)
 #if ROWS_MAX == 6
 #define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__) F(5, ##__VA_ARGS__) F(6, ##__VA_ARGS__)
 #else
@@ -43,6 +44,21 @@ typedef void (*run_few)(const job *, size_t, size_t, size_t);
 static const run_few few_rows[4][ROWS_MAX] = {
     {FOR_ROWS(FEW_NAME, 2)}, {FOR_ROWS(FEW_NAME, 3)}, {FOR_ROWS(FEW_NAME, 4)}, {FOR_ROWS(FEW_NAME, 8)}};
 
+#if BYTE_DOTS && !TILES
+#define FEW_BYTES(R, BITS) FEW_OF(few_bytes_##R##_##BITS, R, BITS, 1)
+#define FEW_BYTES_NAME(R, BITS) few_bytes_##R##_##BITS,
+FOR_ROWS(FEW_BYTES, 2)
+FOR_ROWS(FEW_BYTES, 3)
+FOR_ROWS(FEW_BYTES, 4)
+FOR_ROWS(FEW_BYTES, 8)
+static const run_few few_rows_of_bytes[4][ROWS_MAX] = {{FOR_ROWS(FEW_BYTES_NAME, 2)},
+                                                       {FOR_ROWS(FEW_BYTES_NAME, 3)},
+                                                       {FOR_ROWS(FEW_BYTES_NAME, 4)},
+                                                       {FOR_ROWS(FEW_BYTES_NAME, 8)}};
+#else
+#define few_rows_of_bytes few_rows
+#endif
+
 INLINE size_t stripe_rows(size_t stripe, size_t rows)
 {
     return stripe_start(stripe + 1, rows) - stripe_start(stripe, rows);
@@ -50,7 +66,7 @@ INLINE size_t stripe_rows(size_t stripe, size_t rows)
 
 static void multiply_few(const job *j, size_t first, size_t last)
 {
-    const run_few *table = few_rows[j->w->bits == 8 ? 3 : j->w->bits - 2];
+    const run_few *table = (in_bytes(j->w) ? few_rows_of_bytes : few_rows)[j->w->bits == 8 ? 3 : j->w->bits - 2];
     const size_t bytes = j->c.kp * PANEL * (size_t)j->w->bits / 8;
     const size_t stretch = bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 1;
     for (size_t panel = first; panel < last; panel += stretch)
@@ -63,7 +79,10 @@ static void multiply_few(const job *j, size_t first, size_t last)
     static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,        \
                          const block_place *b, totals *total)                                                          \
     {                                                                                                                  \
-        many_tile(R, TILE_V, j, codes, panel, lane, s, b, total);                                                      \
+        if (in_bytes(j->w))                                                                                            \
+            many_tile(R, TILE_V, 1, j, codes, panel, lane, s, b, total);                                               \
+        else                                                                                                           \
+            many_tile(R, TILE_V, 0, j, codes, panel, lane, s, b, total);                                               \
     }                                                                                                                  \
     static void end_##R(const job *j, size_t panel, size_t lane, size_t row, const totals *total)                      \
     {                                                                                                                  \
@@ -85,7 +104,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
     totals total[PASS_STRIPES];
     stripe_place place[PASS_STRIPES];
     unpacked codes;
-    const size_t stripes = stripe_count(j->rows);
+    const size_t stripes = stripe_count(j->rows), words = in_bytes(j->w) ? QUADS : PAIRS;
     for (size_t stripe = 0; stripe < stripes; stripe++) {
         clear(ROWS_MAX, TILE_V, &total[stripe]);
         place[stripe] = place_stripe(j, panel, stripe);
@@ -102,8 +121,8 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
             const stripe_place *s = &place[stripe];
             /* The next stripe's activations lie far from this one's. */
             if (stripe + 1 < stripes)
-                for (size_t i = 0; i < length / 2 * s[1].rows; i += 16)
-                    __builtin_prefetch(s[1].x + b.k0 / 2 * s[1].rows + i, 0, 3);
+                for (size_t i = 0; i < length / UNIT * words * s[1].rows; i += 16)
+                    __builtin_prefetch(s[1].x + b.k0 / UNIT * words * s[1].rows + i, 0, 3);
             many_rows[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);
         }
     }
@@ -162,7 +181,7 @@ EXPORT int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows)
 {
     const cuts c = cut(w);
     const size_t pass = smin((size_t)rows, ROWS_PER_PASS);
-    return (int64_t)((size_t)w->segments * pass_room(pass) * row_words(&c) + 16);
+    return (int64_t)((size_t)w->segments * pass_room(pass) * row_words(w, &c) + 16);
 }
 
 /* x [rows, ldx >= in_features], y [rows, out_features]; out_scale [*, N], in_scale [*, segments, K] go with `row`,
@@ -181,7 +200,7 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
     j.in_scale = row ? in_scale : 0;
     j.in.segments = j.in_scale ? (size_t)w->segments : 1;
     j.in.x = (int32_t *)(((uintptr_t)scratch + 63) / 64 * 64);
-    j.in.steps = (float *)(j.in.x + j.in.segments * pass_room(pass) * (c.kp / 2));
+    j.in.steps = (float *)(j.in.x + j.in.segments * pass_room(pass) * input_words(w, &c));
     j.in.counts = (int32_t *)(j.in.steps + j.in.segments * pass_room(pass) * c.blocks);
     for (size_t done = 0; done < (size_t)rows; done += pass) {
         j.rows = smin(pass, (size_t)rows - done);

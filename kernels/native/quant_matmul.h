@@ -33,7 +33,11 @@ typedef struct {
     const int32_t *panel; /* [panels][3]: first output, outputs (<= 32), segment */
     int64_t panels, groups, group_size, bits /* 2, 3, 4 or 8 */, half /* fp16 */;
     int64_t in_features, out_features, segments;
+    int64_t activation_bits; /* 16, or 8: a quicker and coarser product */
 } peqa_weight;
+
+/* Whether activations are packed as bytes. Elsewhere the same small numbers take 16 bits, and give the same sums. */
+INLINE int in_bytes(const peqa_weight *w) { return BYTE_DOTS && !TILES && w->activation_bits == 8; }
 
 /* How K is cut. Groups are padded to whole units; a chain is a group or at most CHAIN inputs of it. Chains that fit
  * into CHAIN inputs together share one exponent and are a block. */
@@ -101,19 +105,23 @@ INLINE size_t stripe_room(size_t stripe, size_t rows)
     return on_tiles(rows) ? stripe * tile_stripe_rows(rows) : stripe_start(stripe, rows);
 }
 
-/* Activations as 16-bit integers times a power of two per block. Every value of a row depends on that row alone. A
- * stripe of R rows is [units][R][PAIRS] words, a word the inputs p (low half) and p + 16 of its unit; for matrix tiles
+/* Activations as integers times a step per block. Every value of a row depends on that row alone. A stripe of R rows is
+ * [units][R][PAIRS] words, a word the inputs p (low half) and p + 16 of its unit, or with bytes [units][R][QUADS], a
+ * word the inputs of a quad's codes in the same order; for matrix tiles
  * [slabs][low, high][tile_stripe_rows][slab] bytes of the same numbers, in the order of tile_rows.h's codes. */
 typedef struct {
-    int32_t *x;      /* per segment and row: kp / 2 words */
-    float *steps;    /* the same: [blocks][R] in a stripe, the powers of two */
+    int32_t *x;      /* per segment and row: input_words() */
+    float *steps;    /* the same: [blocks][R] in a stripe */
     int32_t *counts; /* the same: [chains][R] in a stripe: what zero points take off the chains, the sum of the row's
                         integers; as a negative float where the weight has offsets, else times minus the centre */
     size_t segments; /* 1 when no row has input scales, else those of the weight */
 } packed_rows;
 
+/* Words of a row's integers. */
+INLINE size_t input_words(const peqa_weight *w, const cuts *c) { return in_bytes(w) ? c->kp / 4 : c->kp / 2; }
+
 /* Words of scratch that a row of one segment takes. */
-INLINE size_t row_words(const cuts *c) { return c->kp / 2 + c->blocks + c->chains; }
+INLINE size_t row_words(const peqa_weight *w, const cuts *c) { return input_words(w, c) + c->blocks + c->chains; }
 
 /* in_scale: [*, segments, K] of fp16 (`half`) or fp32, or NULL. */
 void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const void *in_scale, int half,

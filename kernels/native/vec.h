@@ -164,6 +164,22 @@ INLINE vi idot(vi sum, vi a, vi b)
 #endif
 }
 
+#if VL == 16 && defined(__AVX512VNNI__)
+#define BYTE_DOTS 1 /* products of bytes are summed in one instruction */
+/* sum + the four products of the bytes of a (unsigned) and b (signed), in each lane. */
+INLINE vi idot_bytes(vi sum, vi a, vi b)
+{
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#else
+#define BYTE_DOTS 0
+INLINE vi idot_bytes(vi sum, vi a, vi b)
+{
+    (void)a, (void)b;
+    return sum;
+}
+#endif
+
 INLINE vf vmax(vf a, vf b)
 {
 #if VL == 16

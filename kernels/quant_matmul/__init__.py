@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peqa_kernels.quant_matmul.gpu import TritonGpu
 
 __all__ = [
+    "ACTIVATION_BITS",
     "BACKENDS",
     "LinearBank",
     "PreparedWeight",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "torch", "native", "gpu")
+ACTIVATION_BITS = (16, 8)
 
 
 class Backend(Protocol):
@@ -87,6 +89,20 @@ class PreparedWeight:
         """Make a row's bits the same in every batch; on the CPU they always are. On a GPU it costs time."""
         if self.backend == "gpu":
             self._gpu().set_row_invariant(on)
+
+    def set_activation_bits(self, bits: int) -> None:
+        """Round activations to integers of 16 bits, or of 8: quicker and coarser, see native/pack_rows.c.
+
+        Raises RuntimeError for 8 where the compiled CPU kernels do not compute, ValueError for other numbers.
+        """
+        if bits not in ACTIVATION_BITS:
+            raise ValueError(f"activation bits must be one of {ACTIVATION_BITS}, not {bits}")
+        if isinstance(self.impl, NativeCpu):
+            self.impl.packed.set_activation_bits(bits)
+        elif bits != 16:
+            raise RuntimeError(
+                f"activations of {bits} bits need the compiled CPU kernels; this is {self.backend!r}"
+            )
 
     def release(self) -> bool:
         """For serving: keep what the backend laid out, and of `weight` the shapes (on the device "meta") only.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ACTIVATION_BITS = (16, 8)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -18,6 +20,8 @@ class EngineConfig:
     computed of equal beginnings. `row_invariant`: on a GPU, too, a request's bits do not depend on what else runs; on
     the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer. `enforce_eager`:
     on a GPU, capture no CUDA graphs; decode steps then wait for Python, the start takes seconds less.
+    `activation_bits`: on a CPU, products round their inputs to so many bits per block of 128: 16, finer than bfloat16,
+    or 8, which is quicker and costs some quality. Banks and tasks are the same.
     """
 
     block_size: int = 16
@@ -37,9 +41,12 @@ class EngineConfig:
     prefix_cache: bool = True
     row_invariant: bool = False
     enforce_eager: bool = False
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         """Every number is a count of at least one; rows include row 0, the base."""
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise ValueError(f"activation_bits must be 16 or 8, got {self.activation_bits}")

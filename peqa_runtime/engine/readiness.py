@@ -21,11 +21,13 @@ def make_ready(model: LoadedModel, config: EngineConfig) -> None:
     """Set the model to `config.row_invariant`; on a GPU also compile what batches up to the configured sizes run.
 
     Compiling takes minutes the first time and seconds afterwards, from Triton's cache on disk. Kinds of scale sets
-    other than `channel` compile when the first of their sets is used. RuntimeError where a GPU computes wrongly.
+    other than `channel` compile when the first of their sets is used. RuntimeError where a GPU computes wrongly,
+    ValueError for activation bits that the device's kernels do not have.
     """
     weights = list(_weights(model))
     for prepared, _ in weights:
         prepared.set_row_invariant(config.row_invariant)
+        _set_activation_bits(prepared, config.activation_bits)
     if model.device.type != "cuda":
         return
     if config.row_invariant and (uncovered := set_equal_bits(model.model)):
@@ -41,6 +43,13 @@ def make_ready(model: LoadedModel, config: EngineConfig) -> None:
     largest = bucket(config.max_batch_tokens)
     warm_up(weights, [size for size in BUCKETS if size <= largest], model.dtype)
     warm_up_attention(model.layers, model.dtype, row_invariant=config.row_invariant)
+
+
+def _set_activation_bits(prepared: PreparedWeight, bits: int) -> None:
+    try:
+        prepared.set_activation_bits(bits)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _weights(model: LoadedModel) -> Iterator[tuple[PreparedWeight, Tensor | None]]:

@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 from native_cases import make_bank, make_weight, rows_of, run
+from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps
 from peqa_kernels.native.isa import usable
-from peqa_kernels.quant_matmul import LinearBank, quant_matmul_reference
+from peqa_kernels.quant_matmul import LinearBank, dequantize, quant_matmul_reference
 
 BUILDS = [build.name for build in usable()]
 MAKE = "the C library is not built: python -m peqa_kernels.native.compile"
@@ -120,6 +121,46 @@ def test_many_rows_and_a_row_stride(ops: NativeOps) -> None:
     want = quant_matmul_reference(x, weight)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert run(ops, x[:0], ops.pack(weight), None, None, None, None).shape == (0, 96)
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """x [M, K] as 8-bit activations hold it: each block's largest magnitude is 127 steps; in float64."""
+    width = -(-group // 32) * 32
+    block = width * (128 // width) if width < 128 else 128
+    padded = torch.nn.functional.pad(x.view(len(x), -1, group), (0, width - group))
+    pieces = padded.flatten(1).split(block, 1) if width < 128 else [
+        piece for part in padded.unbind(1) for piece in part.split(block, 1)
+    ]  # fmt: skip
+    tops = [piece.abs().amax(1, keepdim=True).clamp(min=1e-18) for piece in pieces]
+    whole = torch.cat(
+        [(p * (127 / t)).round().double() * t / 127 for p, t in zip(pieces, tops, strict=True)], 1
+    )
+    return whole.view(padded.shape)[:, :, :group].flatten(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_of_8_bits(ops: NativeOps, bits: int, shape: tuple[tuple[int, ...], int, int]) -> None:
+    torch.manual_seed(bits)
+    segments, k, group = shape
+    weight = make_weight(sum(segments), k, bits, group)
+    packed, bank = ops.pack(weight, segments), make_bank(weight, segments)
+    x, row, group_row = torch.randn(40, k), rows_of(40), rows_of(40)
+    x[:, 0] *= 30  # the block that it is in has coarse steps, the others not
+    x[3] = 0
+    exact = run(ops, x, packed, None, None, None, None)
+    packed.set_activation_bits(8)
+    dense = dequantize(weight).double()
+    want = rounded(x, group) @ dense.T
+    got = run(ops, x, packed, None, None, None, None)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
+    alone = torch.cat([run(ops, x[i : i + 1], packed, None, bank, row[i : i + 1], group_row[i : i + 1])
+                       for i in range(40)])  # fmt: skip
+    for m in (2, 5, 12, 13, 40):
+        assert torch.equal(run(ops, x[:m], packed, None, bank, row[:m], group_row[:m]), alone[:m]), m
+    packed.set_activation_bits(16)
+    assert not torch.equal(got, exact)
+    assert torch.equal(run(ops, x, packed, None, None, None, None), exact)
 
 
 def test_a_bank_of_halves_gives_the_bits_of_the_same_values_in_floats(ops: NativeOps) -> None:

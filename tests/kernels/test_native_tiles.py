@@ -73,8 +73,11 @@ def test_the_bits_of_the_other_builds(
             x, bias, row, group_row = torch.randn(m, k), torch.randn(n), rows_of(m), rows_of(m)
             bare = LinearBank(segments, bank.out_scale)
             for use in ((None, None, None, None), (bias, bare, row, None), (bias, bank, row, group_row)):
-                got, want = (run(ops, x, p, *use) for ops, p in zip((tiles, plain), packed, strict=True))
-                assert torch.equal(got, want), (m, centred)
+                for activation_bits in (8, 16):
+                    for p in packed:
+                        p.set_activation_bits(activation_bits)
+                    got, want = (run(ops, x, p, *use) for ops, p in zip((tiles, plain), packed, strict=True))
+                    assert torch.equal(got, want), (m, centred, activation_bits)
 
 
 def test_a_row_alone_and_in_any_batch(tiles: NativeOps) -> None:

@@ -307,12 +307,18 @@ def test_compiles_into_one_graph(backend: str) -> None:
         ({"bank": LinearBank((32, 32), torch.ones(5, 64))}, r"segments \(32, 32\)"),
         ({"bank": LinearBank((64,), torch.ones(5, 64).double())}, "out_scale must be float32"),
         ({"bank": LinearBank((64,), torch.ones(5, 63))}, r"out_scale must be \[rows, 64\] .* not \[5, 63\]"),
-        ({"bank": LinearBank((64,), torch.ones(5, 64), torch.ones(5, 64))}, r"in_scale must be \[rows, 1, 64\]"),
+        (
+            {"bank": LinearBank((64,), torch.ones(5, 64), torch.ones(5, 64))},
+            r"in_scale must be \[rows, 1, 64\]",
+        ),
         (
             {"bank": LinearBank((64,), torch.ones(5, 64), None, torch.ones(5, 64, 2))},
             r"group_scale must be \[rows, 2, 64\] .* not \[5, 64, 2\]",
         ),
-        ({"bank": LinearBank((64,), torch.ones(5, 64, device="meta"))}, "out_scale is on meta, the weight on"),
+        (
+            {"bank": LinearBank((64,), torch.ones(5, 64, device="meta"))},
+            "out_scale is on meta, the weight on",
+        ),
         ({"x": torch.zeros(3, 64, device="meta")}, "x is on meta, the weight on cpu"),
         ({"bias": torch.zeros(64, device="meta")}, "bias is on meta, x on cpu"),
         (

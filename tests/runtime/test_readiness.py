@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from peqa_kernels import quant_matmul
 from peqa_kernels.quant_matmul import PreparedWeight
+from peqa_runtime.core import SamplingParams
 from peqa_runtime.engine import readiness
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
@@ -49,3 +51,29 @@ def test_on_a_gpu_the_mode_reaches_floats_too_and_says_what_it_does_not_reach(
     readiness.make_ready(on_gpu, EngineConfig(row_invariant=on))  # type: ignore[arg-type]
     assert model.model.lm_head.part == (64 if on else None)
     assert ("does not reach" in caplog.text) is on
+
+
+def test_activations_of_8_bits_change_answers_but_not_from_batch_to_batch(tiny_base: Path) -> None:
+    prompts = [[5, 6, 7, 8], [9, 10], [11] * 20]
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=1, ignore_eos=True)
+    fine, coarse = (
+        Engine(tiny_base, device="cpu", config=EngineConfig(num_blocks=32, activation_bits=bits))
+        for bits in (16, 8)
+    )
+    want = [coarse.generate([prompt], params)[0] for prompt in prompts]
+    assert coarse.generate(prompts, params) == want
+    assert fine.generate(prompts, params) != want
+
+
+@pytest.mark.parametrize("bits", [4, 0, 32])
+def test_activation_bits_are_16_or_8(bits: int) -> None:
+    with pytest.raises(ValueError, match="activation_bits must be"):
+        EngineConfig(activation_bits=bits)
+
+
+def test_activations_of_8_bits_where_there_are_no_kernels_for_them(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quant_matmul, "_native_ops", lambda: None)
+    with pytest.raises(ValueError, match="activations of 8 bits need the compiled CPU kernels"):
+        Engine(tiny_base, device="cpu", config=EngineConfig(num_blocks=8, activation_bits=8))

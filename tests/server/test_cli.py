@@ -136,9 +136,12 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "environment"),
     [
-        (["--no-prefix-cache", "--max-waiting-tokens", "99"], {}),
-        ([], {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99"}),
-        (["--no-prefix-cache", "--max-waiting-tokens", "99", "--enforce-eager", "--row-invariant"], {}),
+        (["--no-prefix-cache", "--max-waiting-tokens", "99", "--activation-bits", "8"], {}),
+        ([], {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99", "PEQA_ACTIVATION_BITS": "8"}),
+        (
+            *(["--no-prefix-cache", "--max-waiting-tokens", "99", "--enforce-eager", "--row-invariant"],),
+            {"PEQA_ACTIVATION_BITS": "8"},
+        ),
     ],
 )
 def test_serve_hands_settings_to_the_engine(
@@ -158,6 +161,7 @@ def test_serve_hands_settings_to_the_engine(
     assert not seen[0].enforce_eager
     assert not seen[0].row_invariant
     assert seen[1].enforce_eager == seen[1].row_invariant == ("--enforce-eager" in given)
+    assert [config.activation_bits for config in seen] == [16, 8]
 
 
 def test_serve_names_a_port_in_use(tmp_path: Path) -> None:
