@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def run_app() -> Iterator[Callable[..., tuple[str, asyncio.AbstractEventLoop]]]:
 
     yield run
     for server, _ in servers:
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # connections that tests left open are not waited for
+    deadline = time.monotonic() + 5  # for all: the last test of a session has dozens of servers to end
     for _, thread in servers:
-        thread.join(5)
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @pytest.fixture(scope="session")
