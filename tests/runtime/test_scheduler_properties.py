@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peqa_runtime.core import (
     BASE_TASK,
+    Blend,
     Placement,
     Request,
     SamplingParams,
@@ -139,12 +140,15 @@ def worlds(draw: st.DrawFn) -> World:
             max_tokens=draw(st.integers(0, min(10, room - len(prompt)))),
             prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
         )
-        revision = draw(st.sampled_from(["", "x", "x", "yy", "zzz"]))
+        revision = draw(st.sampled_from(["", "x", "x", "yy", "zzz", "0.75", "0.5"]))
+        task = draw(st.sampled_from(["a", "b"])) + revision if revision else BASE_TASK
+        if revision.startswith("0"):  # a blend, which has a row of its own and counts for one of two tasks
+            task = Blend.of({"ax": float(revision), "byy": 1 - float(revision)}).name
         request = Request(
             name,
             tuple(prompt),
             params,
-            draw(st.sampled_from(["a", "b"])) + revision if revision else BASE_TASK,
+            task,
             revision,
             priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
             cache_salt=draw(st.sampled_from(["", "", "", "s"])),
