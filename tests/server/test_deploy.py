@@ -24,7 +24,7 @@ from peqa_server.settings import ServerSettings
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = ["Dockerfile", "Dockerfile.cuda"]
-LAST_ANSWERS = 3  # seconds after a drain
+LAST_ANSWERS = 6  # seconds after a drain
 
 
 def documents(path: str) -> list[Any]:
