@@ -116,7 +116,7 @@ def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu) -> Tile:
     taskwise = scales == "group"
     if warps == 4 or not gpu.register_products or layout.groups_per_tile > 1 or taskwise:
         size = 64 if gpu.register_products or layout.bits != 8 else 32
-        if taskwise and layout.groups_per_tile > 2:
+        if taskwise and layout.groups_per_tile > 1:
             size = 32
         return Tile(size, layout.panel, warps, 3, taskwise=taskwise)
     return Tile(128, layout.panel, warps, 3)

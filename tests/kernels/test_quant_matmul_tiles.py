@@ -13,7 +13,7 @@ from peqa_kernels.quant_matmul import QuantizedWeight
 pytest.importorskip("triton")
 from peqa_kernels.packing import packed_width
 from peqa_kernels.quant_matmul.gpu_device import GpuDevice
-from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of
+from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of, padded_outputs
 from peqa_kernels.quant_matmul.tile_rule import Gpu, tile_for
 from peqa_kernels.quant_matmul.tuning import BUCKETS, Scales, Tile, TileTable, line_of, table_path
 
@@ -52,6 +52,54 @@ def test_few_panels_split_k_to_fill_the_processors() -> None:
     assert tile_for(layout(4096, 4096), 8, torch.bfloat16, "channel", H200).splits >= 4
     assert tile_for(layout(44032, 8192), 8, torch.bfloat16, "channel", H200).splits <= 4
     assert tile_for(layout(44032, 8192), 4096, torch.bfloat16, "channel", H200).splits == 1
+
+
+def test_launches_begin_early_where_the_gpu_can() -> None:
+    cut = layout(12288, 4096)
+    older = Gpu("NVIDIA A100", 108, register_products=False, early_launch=False)
+    for kind in KINDS:
+        assert tile_for(cut, 8, torch.bfloat16, kind, H200).ahead > 0
+        assert tile_for(cut, 8, torch.bfloat16, kind, older).ahead == 0
+    assert tile_for(cut, 512, torch.bfloat16, "channel", H200).ahead == 0
+    assert tile_for(cut, 8, torch.float32, "channel", H200).ahead == 0
+
+
+def test_wide_tiles_read_the_inputs_of_many_activations_half_as_often() -> None:
+    assert tile_for(layout(44032, 8192), 64, torch.bfloat16, "channel", H200).outputs == 256
+    assert tile_for(layout(44032 + 128, 8192), 64, torch.bfloat16, "channel", H200).outputs == 128
+    assert tile_for(layout(44032, 8192, 4, 128), 64, torch.bfloat16, "channel", H200).outputs == 128
+    assert tile_for(layout(44032, 8192), 1, torch.bfloat16, "channel", H200).outputs == 128
+
+
+def test_long_batches_make_floats_once() -> None:
+    cut = layout(4096, 4096)
+    for kind in KINDS:
+        assert tile_for(cut, 4096, torch.bfloat16, kind, H200).dense == (kind != "group")
+        assert not tile_for(cut, 512, torch.bfloat16, kind, H200).dense
+        assert not tile_for(cut, 4096, torch.bfloat16, kind, H200, invariant=True).dense
+    assert not tile_for(cut, 4096, torch.float32, "channel", H200).dense, "fp32 keeps its 22 bits"
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("segments", [(4096, 1024, 1024), (22016, 22016), (70, 10, 33), (128,)])
+def test_panels_of_floats_cover_all_outputs(segments: tuple[int, ...], by_segment: bool) -> None:
+    from peqa_kernels.quant_matmul.gpu_dense import PANEL, dense_panels
+
+    n, k = sum(segments), 8192
+    scales = torch.empty((n, 1), device="meta")
+    qweight = torch.empty((n, packed_width(k, 4)), dtype=torch.uint8, device="meta")
+    cut = layout_of(QuantizedWeight(qweight, scales, scales, 4, k), segments)
+    source = padded_outputs(cut).tolist()
+    seen = []
+    for at, first, count, segment in dense_panels(cut, by_segment=by_segment):
+        assert count * k <= PANEL
+        assert at % 64 == 0
+        assert source[at : at + count] == list(range(first, first + count))
+        if by_segment:
+            assert sum(segments[:segment]) <= first
+            assert first + count <= sum(segments[: segment + 1])
+        seen += range(first, first + count)
+    assert seen == list(range(n))
 
 
 @pytest.mark.parametrize("group", [-1, 32, 128])
