@@ -20,6 +20,8 @@ class ServerSettings:
     `client_chat_templates`: clients may send a chat template of their own, a program that then runs here, sandboxed.
     `max_uploads`: so many at once; more are told to come again. `body_bytes_per_second`: a body that comes slower is
     refused once `body_idle_seconds` are over. `stalled_stream_seconds`: a stream whose client reads nothing is cut.
+    `discard_bytes`: of a refused body are read on, so that the client sees the answer, not a reset; for as long as one
+    comes every `discard_seconds`, and a minute at most.
     `metrics_compat`: whose metric names `/metrics` has beside its own.
     """
 
@@ -32,9 +34,7 @@ class ServerSettings:
     body_idle_seconds: float = 30.0
     body_bytes_per_second: int = 4096
     stalled_stream_seconds: float = 60.0
-    discard_bytes: int = (
-        256 * MIB
-    )  # of a refused body: read on, so that the client sees the answer, not a reset
+    discard_bytes: int = 256 * MIB
     discard_seconds: float = 5.0
     max_choices: int = 1024  # prompts × n of one HTTP request
     metric_tasks: int = 64

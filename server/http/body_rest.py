@@ -19,6 +19,10 @@ from peqa_server.settings import ServerSettings
 SMALL_BYTES = 64 * 1024
 """A body of so many is read away as a matter of course, and its connection lives on."""
 
+MOST_WAITS = 12
+"""A rest that keeps coming has so many times as long as one that does not come: by default a minute, in which a client
+on a slow line, that reads only after it has sent, gets through what the settings allow."""
+
 _CLOSE = (b"connection", b"close")
 
 
@@ -66,11 +70,11 @@ class BodyRest:
 
     async def _read_away(self, receive: Receive) -> bool:
         """Whether the body, or the connection, has come to its end."""
-        left = self._settings.discard_bytes
-        deadline = time.monotonic() + self._settings.discard_seconds
+        left, idle = self._settings.discard_bytes, self._settings.discard_seconds
+        deadline = time.monotonic() + MOST_WAITS * idle
         while left > 0 and (seconds := deadline - time.monotonic()) > 0:
             try:
-                message = await asyncio.wait_for(receive(), seconds)
+                message = await asyncio.wait_for(receive(), min(idle, seconds))
             except asyncio.TimeoutError:
                 return False
             if message["type"] != "http.request" or not message.get("more_body", False):

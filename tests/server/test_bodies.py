@@ -79,8 +79,18 @@ def test_a_client_that_sends_all_before_it_reads_sees_the_answer(strict: Live) -
         assert one_answer(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_after_a_small_body_the_connection_lives_on(strict: Live) -> None:
+def test_a_slow_line_is_given_its_time(strict: Live) -> None:
+    """It takes longer than one that sends nothing may; what it could not send would end in a reset."""
     with connect(strict) as connection:
+        connection.sendall(head("POST /v1/completions", "Content-Length: 500000"))
+        for _ in range(5):
+            time.sleep(0.1)
+            connection.sendall(bytes(100_000))
+        assert one_answer(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_after_a_small_body_the_connection_lives_on(patient: Live) -> None:
+    with connect(patient) as connection:
         for size in (10, SMALL_BYTES):
             connection.sendall(head("POST /no/such/route", f"Content-Length: {size}"))
             assert one_answer(connection).startswith(b"HTTP/1.1 404 ")

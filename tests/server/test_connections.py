@@ -106,6 +106,18 @@ def test_a_small_body_that_never_comes_keeps_no_connection(server: Bounded, sent
     assert not server.app.state.gate.running
 
 
+def test_a_rest_that_trickles_in_keeps_no_connection(run_app: Callable[..., Any], tmp_path: Path) -> None:
+    server = Bounded(run_app, tmp_path, discard_seconds=0.05)
+    with server.connect() as connection:
+        connection.sendall(b"POST /no/such HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n")
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < begin + 5:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+        assert time.monotonic() - begin < 5
+
+
 @pytest.mark.parametrize("count", [1, 30_000], ids=["one long", "many"])
 def test_headers_that_are_too_large(server: Bounded, count: int) -> None:
     header = (
