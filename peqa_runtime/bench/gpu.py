@@ -122,7 +122,8 @@ def _bytes(engine: Engine, sequences: int, tasks: int, context: int) -> float:
     outputs = sum(linear.out_features for linear in engine.model.linears)
     itemsize = engine.model.dtype.itemsize
     kv = sum(spec.kv_heads * (spec.d_k + spec.d_v) for spec in engine.model.kv_spec) * itemsize
-    return _linear_bytes(engine) + 4 * outputs * tasks + kv * context * sequences
+    scales = engine.bank.dtype.itemsize * outputs * tasks
+    return _linear_bytes(engine) + scales + kv * context * sequences
 
 
 def _flops(engine: Engine, sequences: int) -> float:
