@@ -10,6 +10,7 @@ import torch
 
 from peqa_kernels.bench.machine import Machine
 from peqa_kernels.bench.timing import Timing, Way
+from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.bench import cli
 from peqa_runtime.bench.equality import (
     answers_alone,
@@ -134,7 +135,8 @@ def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
     weights = sum(n * k for n, k in shape.linears.values()) * 2
     outputs = sum(n for n, _ in shape.linears.values()) * 2
     moved = weights // 2 + 4 * outputs + 300 * 32 * 4  # codes, scales, the head in fp32
-    moved += 4 * outputs + 2 * 2 * 8 * 2 * 4 * (6 + 5 // 2)  # one task, keys and values of 8 tokens
+    scale = bank_dtype(torch.device("cpu")).itemsize
+    moved += scale * outputs + 2 * 2 * 8 * 2 * 4 * (6 + 5 // 2)  # one task, keys and values of 8 tokens
     assert rows[0].facts["bytes_floor_us"] == pytest.approx(moved / 1e9 * 1e6)
     assert rows[0].facts["flops_floor_us"] == pytest.approx(2 * (weights + 300 * 32) / 1e12 * 1e6)
 
