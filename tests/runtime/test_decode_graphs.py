@@ -11,11 +11,12 @@ import pytest
 import torch
 from graph_recorder import StandIn
 
-from peqa_runtime.core import SCALE_KINDS, SamplingParams
+from peqa_runtime.core import SCALE_KINDS
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.decode_graphs import DecodeGraphs
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.graph_plan import GraphPlan
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
 
@@ -179,6 +180,17 @@ def test_prompts_and_long_contexts_run_eagerly(tiny_base: Path) -> None:
     assert 20 < count < 30, count
     engine.generate([SENTENCE], replace(GREEDY, max_tokens=20))
     assert graphs.replays == 5 + (32 - count), "one for each token up to the 32nd"
+
+
+def test_a_prompt_that_comes_a_token_at_a_time_has_no_logits_before_its_last(tiny_base: Path) -> None:
+    engine = eager_engine(
+        tiny_base, EngineConfig(num_blocks=32, max_batch_tokens=1, max_sequences=1), kinds=()
+    )
+    want = answers(engine, ["base"])
+    graphs = with_graphs(engine, StandIn())
+    engine.scheduler = engine._new_scheduler()  # with nothing in its prefix cache
+    assert answers(engine, ["base"]) == want
+    assert graphs.replays == len(want[0])
 
 
 class Failing(StandIn):
