@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from peqa_kernels.bench.row import Row
 from peqa_runtime.bench.workload import Load, Prompts
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 
 FAMILIES = 4  # beginnings that prompts share
 SHARED_TOKENS = 48  # three blocks

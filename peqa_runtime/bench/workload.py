@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from peqa_runtime.core import BASE_TASK, BaseManifest, SamplingParams
+from peqa_runtime.core import BASE_TASK, BaseManifest
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 
 SPREAD = 0.06  # standard deviation of random scales: enough to change most greedy answers

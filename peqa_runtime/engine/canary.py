@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.sequence import Sequence as Running
 from peqa_runtime.errors import EngineDead, InvalidScaleSet, NoSuchRevision
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_bank import ScaleBank
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.task_registry import BorrowedRow, TaskRegistry

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Request, TokenOutput
 from peqa_runtime.engine.allocation import attached_bank, bound_kv_cache
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.canary import Canary
@@ -28,6 +28,7 @@ from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.sources import open_model, open_tasks
 from peqa_runtime.engine.tally import Tally
 from peqa_runtime.errors import EngineDead, InvalidRequest
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.task_library import TaskLibrary
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from peqa_runtime.core import Blend, FinishReason, Lease, Request, SamplingParams, TokenLogprobs, TokenOutput
+from peqa_runtime.core import Blend, FinishReason, Lease, Request, TokenLogprobs, TokenOutput
 from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.text import IncrementalDecoder, encode
 
 if TYPE_CHECKING:

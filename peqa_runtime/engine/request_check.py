@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.errors import InvalidRequest, PromptTooLong
+from peqa_runtime.sampling_params import SamplingParams
 
 
 class Vocabulary(Protocol):

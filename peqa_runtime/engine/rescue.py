@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.batch import BankWrite, Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import EngineDead
+from peqa_runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from statistics import median
 import torch
 
 from peqa_kernels.native.decoder import KINDS
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams
+from peqa_runtime.core import BASE_TASK, Request
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 
 OVERHEAD = ("scheduling", "inputs", "sampling", "rest")
 """Parts of a step that are neither matmul nor attention nor what lies between them in the model."""

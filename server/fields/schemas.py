@@ -12,8 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 from pydantic_core import from_json
 
-from peqa_runtime.core import SamplingParams
-from peqa_runtime.sampling_params import MAX_LOGPROBS
+from peqa_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 from peqa_server.fields.foreign import is_neutral
 from peqa_server.fields.forms import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
 from peqa_server.fields.types import (

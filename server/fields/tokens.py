@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from peqa_runtime.core import SamplingParams
 from peqa_runtime.errors import InvalidRequest
-from peqa_runtime.sampling_params import MAX_BAD_WORDS
+from peqa_runtime.sampling_params import MAX_BAD_WORDS, SamplingParams
 from peqa_runtime.text import encode
 from peqa_server.fields.schemas import GenerationFields
 from peqa_server.openai.structured import AnswerForm

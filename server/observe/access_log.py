@@ -14,7 +14,7 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from peqa_runtime.core import SamplingParams
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_server.access.caller import Caller
 from peqa_server.http.errors import ApiError, to_api_error
 from peqa_server.observe.log_format import event, shown

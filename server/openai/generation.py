@@ -7,8 +7,9 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 
-from peqa_runtime.core import Lease, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.errors import EngineDead, PromptTooLong
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_server.access.caller import Work
 from peqa_server.http.errors import ApiError
 from peqa_server.observe.access_log import RequestNote

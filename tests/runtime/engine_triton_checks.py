@@ -20,12 +20,13 @@ import torch
 import peqa_kernels.paged_attention as attention
 import peqa_runtime.model.quantized_linear as modules
 from peqa_kernels.paged_attention.gpu import paged_attention_gpu, write_kv_gpu
-from peqa_runtime.core import SCALE_KINDS, SamplingParams
+from peqa_runtime.core import SCALE_KINDS
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.decode_graphs import DecodeGraphs
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.graph_plan import GraphPlan
 from peqa_runtime.engine.offline import Completion
+from peqa_runtime.sampling_params import SamplingParams
 
 _spec = importlib.util.spec_from_file_location(
     "cases", Path(__file__).with_name("test_batch_independence.py")

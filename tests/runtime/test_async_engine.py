@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.async_engine import AsyncEngine, TokenStream
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import EngineDead, InvalidRequest, Overloaded, PromptTooLong
+from peqa_runtime.sampling_params import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 Start = Callable[..., AsyncEngine]

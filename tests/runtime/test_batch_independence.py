@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peqa_runtime.core import SCALE_KINDS, SamplingParams
+from peqa_runtime.core import SCALE_KINDS
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.offline import Completion
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from peqa_runtime.core import BASE_REVISION, BaseManifest, Blend, Lease, LinearShape, Request, SamplingParams
+from peqa_runtime.core import BASE_REVISION, BaseManifest, Blend, Lease, LinearShape, Request
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import InvalidRequest, UnknownTask
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.set_layout import expected_shapes

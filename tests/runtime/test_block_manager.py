@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 
 def sequence(num_tokens: int) -> Sequence:

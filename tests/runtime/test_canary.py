@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.async_engine import AsyncEngine
 from peqa_runtime.engine.canary import PROMPT_TOKENS, Trial
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import EngineDead, InvalidScaleSet
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.scales.task_registry import TaskRegistry

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from peqa_runtime.core import SCALE_KINDS, Request, SamplingParams
+from peqa_runtime.core import SCALE_KINDS, Request
 from peqa_runtime.engine.async_engine import AsyncEngine
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import NoSuchRevision, UnknownTask
+from peqa_runtime.sampling_params import SamplingParams
 
 _spec = importlib.util.spec_from_file_location(
     "cases", Path(__file__).with_name("test_batch_independence.py")

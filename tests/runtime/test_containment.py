@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.engine import ENGINE_RESTARTED, REQUEST_FAILED, Engine
 from peqa_runtime.errors import EngineDead, TaskQuarantined
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import STRIKES, TaskRegistry

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from peqa_runtime.core import SamplingParams
 from peqa_runtime.engine import cuda_recorder
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.cuda_recorder import CudaRecorder
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 
 
 class FakeCuda:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.errors import InvalidRequest, PromptTooLong
+from peqa_runtime.sampling_params import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Blend, Request, SamplingParams, payer_of
+from peqa_runtime.core import Blend, Request, payer_of
 from peqa_runtime.engine import fair_queue
 from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
@@ -17,6 +17,7 @@ from peqa_runtime.engine.fair_queue import FairQueue
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 PLACES = 4
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peqa_kernels.paged_attention.tiles import most_splits
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine import allocation, graph_setup
 from peqa_runtime.engine.allocation import bound_kv_cache
 from peqa_runtime.engine.batch import ScheduledSequence
@@ -19,6 +19,7 @@ from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.engine.static_inputs import StaticInputs
 from peqa_runtime.engine.step_inputs import StepInputs
 from peqa_runtime.model.loader import load
+from peqa_runtime.sampling_params import SamplingParams
 
 SCRATCH = 9
 VOCAB = 1000

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams, TokenLogprobs
+from peqa_runtime.core import Request, TokenLogprobs
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 SIZE = 4
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import BASE_TASK, Request, SamplingParams, TokenOutput
+from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 
 MakeEngine = Callable[..., Engine]
 PROMPT = [5, 6, 7, 8, 9] * 5

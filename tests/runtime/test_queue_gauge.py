@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from peqa_runtime.core import Blend, Request, SamplingParams
+from peqa_runtime.core import Blend, Request
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.queue_gauge import QueueGauge
 from peqa_runtime.errors import Overloaded
+from peqa_runtime.sampling_params import SamplingParams
 
 
 def request(name: str, task: str = "a", prompt: int = 60, max_tokens: int = 40) -> Request:

@@ -11,11 +11,11 @@ import torch
 
 from peqa_kernels import quant_matmul
 from peqa_kernels.quant_matmul import PreparedWeight
-from peqa_runtime.core import SamplingParams
 from peqa_runtime.engine import readiness
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model.loader import load
+from peqa_runtime.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize("on", [False, True])

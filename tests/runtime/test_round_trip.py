@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peqa_runtime.core import SCALE_KINDS, SamplingParams
+from peqa_runtime.core import SCALE_KINDS
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model import quantize_folder
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.training.logprobs import RowLogprobs, completion_logprobs
 from peqa_runtime.training.run import TrainingFiles, train_files
 from peqa_runtime.training.settings import TuneConfig

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from peqa_runtime.core import Request, SamplingParams, TokenLogprobs, TokenOutput
+from peqa_runtime.core import Request, TokenLogprobs, TokenOutput
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
+from peqa_runtime.sampling_params import SamplingParams
 
 _spec = importlib.util.spec_from_file_location(
     "cases", Path(__file__).with_name("test_batch_independence.py")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler, uniform
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.sampling_params import SamplingParams
 
 VOCAB = 2000
 EOS = 1

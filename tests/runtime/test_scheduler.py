@@ -13,7 +13,6 @@ from peqa_runtime.core import (
     BASE_TASK,
     Placement,
     Request,
-    SamplingParams,
     ScaleKind,
     TokenLogprobs,
     TokenOutput,
@@ -23,6 +22,7 @@ from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 EOS = 0
 

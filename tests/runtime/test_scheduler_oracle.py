@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import Blend, Request, SamplingParams
+from peqa_runtime.core import Blend, Request
 from peqa_runtime.engine.batch import StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 
 @dataclass(eq=False)

@@ -14,21 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peqa_runtime.core import (
-    BASE_TASK,
-    Blend,
-    Placement,
-    Request,
-    SamplingParams,
-    ScaleKind,
-    TokenLogprobs,
-    TokenOutput,
-)
+from peqa_runtime.core import BASE_TASK, Blend, Placement, Request, ScaleKind, TokenLogprobs, TokenOutput
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
+from peqa_runtime.sampling_params import SamplingParams
 
 
 @dataclass

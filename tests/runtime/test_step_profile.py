@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from peqa_runtime.core import SamplingParams
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.step_profile import OVERHEAD, main, profile_step
 from peqa_runtime.errors import PromptTooLong
+from peqa_runtime.sampling_params import SamplingParams
 
 LEAN = {"matmul", "attention", "elementwise", "head", "call"}
 

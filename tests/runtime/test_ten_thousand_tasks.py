@@ -15,11 +15,12 @@ from statistics import median
 
 import pytest
 
-from peqa_runtime.core import Lease, Request, SamplingParams
+from peqa_runtime.core import Lease, Request
 from peqa_runtime.engine.async_engine import AsyncEngine
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.model import read_manifest
+from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_store import ScaleStore
 from peqa_runtime.scales.synthetic import fill_store, synthetic_sets
 from peqa_runtime.scales.task_folder import TaskFolders

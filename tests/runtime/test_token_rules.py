@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from peqa_runtime.constraint import Constraint
-from peqa_runtime.core import Request, SamplingParams
+from peqa_runtime.core import Request
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.grammar_probe import CPU_SECONDS, check
 from peqa_runtime.engine.guidance import Guidance
@@ -21,6 +21,7 @@ from peqa_runtime.engine.request_check import check_request
 from peqa_runtime.engine.sampler import Sampler, uniform
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.sampling_params import SamplingParams
 
 VOCAB = 300
 EOS = 0
