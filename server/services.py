@@ -22,6 +22,7 @@ from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo,
 from peqa_server.access.caller import Anybody, Caller
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.access.upload_ledger import UploadLedger
+from peqa_server.http.body_room import BodyRoom
 from peqa_server.http.errors import ApiError
 from peqa_server.observe.access_log import note_of
 from peqa_server.observe.metrics import Metrics
@@ -163,6 +164,7 @@ class Gate:
         self.settings = settings
         self.metrics = metrics
         self.uploads = UploadLane(settings)
+        self.bodies = BodyRoom(settings.max_bodies_bytes)
         self._caller: Caller = Anybody()
         self._life = _Life()
         self._life.idle.set()

@@ -15,6 +15,7 @@ class ServerSettings:
 
     `key_file` None: no key is asked for. `open_metrics`: none for /metrics. `own_host`: where a server without keys
     listens that only this machine reaches; it then answers to no other name.
+    `max_bodies_bytes`: of all JSON bodies that are on their way, in memory.
     `max_upload_bytes` None: the largest set that the base can have.
     `metric_tasks`: how many task names become labels of their own; later ones count as "other".
     `client_chat_templates`: clients may send a chat template of their own, a program that then runs here, sandboxed.
@@ -29,6 +30,7 @@ class ServerSettings:
     open_metrics: bool = False
     own_host: str | None = None
     max_request_bytes: int = 8 * MIB
+    max_bodies_bytes: int = 256 * MIB
     max_upload_bytes: int | None = None
     max_uploads: int = 16
     body_idle_seconds: float = 30.0

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from peqa_server.http.body_room import BodyRoom
 from peqa_server.http.connection import ABORT
 from peqa_server.http.errors import ApiError, to_api_error
 from peqa_server.observe.access_log import log, note_of, refused
@@ -186,8 +187,14 @@ async def body_parts(request: Request, settings: ServerSettings, limit: int) -> 
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The whole body of a JSON request, at most `settings.max_request_bytes`."""
-    return b"".join([part async for part in body_parts(request, settings, settings.max_request_bytes)])
+    """The whole body of a JSON request, at most `settings.max_request_bytes`. Raises what `BodyRoom` does, too."""
+    room: BodyRoom = request.app.state.gate.bodies
+    parts = []
+    with room.one(note_of(request.scope).caller.tenant) as take:
+        async for part in body_parts(request, settings, settings.max_request_bytes):
+            take(len(part))
+            parts.append(part)
+    return b"".join(parts)
 
 
 def _too_slow(settings: ServerSettings) -> ApiError:

@@ -155,7 +155,7 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     with _counted(request, gate, "upload", task), gate.entered():
         async with (
             admitted_upload(request, services.tasks, task, if_match),
-            gate.uploads.place(),
+            gate.uploads.place(note_of(request.scope).caller.tenant),
             spooled_body(request, gate.settings, limit, services.spool_folder) as file,
         ):
             received = time.perf_counter()

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,23 +34,26 @@ class UploadLane:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._count = 0
+        self._by_tenant: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(CHECKERS, thread_name_prefix="peqa-upload")
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """One upload's place. 503 when all are taken."""
-        if self._count >= self._settings.max_uploads:
-            raise ApiError(
-                503,
-                f"{self._count} uploads are under way; send this one again shortly",
-                code="too_many_uploads",
-                headers={"Retry-After": "1"},
-            )
+    async def place(self, tenant: str) -> AsyncIterator[None]:
+        """One upload's place. 503 when all are taken; 429 when half of them are, by the tenant ("": nobody's) alone."""
+        most = self._settings.max_uploads
+        if self._count >= most:
+            raise _too_many(503, f"{self._count} uploads are under way")
+        if tenant and self._by_tenant[tenant] >= max(1, most // 2):
+            raise _too_many(429, f"{self._by_tenant[tenant]} uploads of this key's tenant are under way")
         self._count += 1
+        self._by_tenant[tenant] += 1
         try:
             yield
         finally:
             self._count -= 1
+            self._by_tenant[tenant] -= 1
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
 
     async def run(
         self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -57,6 +61,11 @@ class UploadLane:
         """Await the call in one of the lane's threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+
+
+def _too_many(status: int, what: str) -> ApiError:
+    message = f"{what}; send this one again shortly"
+    return ApiError(status, message, code="too_many_uploads", headers={"Retry-After": "1"})
 
 
 @contextlib.asynccontextmanager
