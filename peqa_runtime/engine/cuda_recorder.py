@@ -20,18 +20,22 @@ class CudaRecorder:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder.capture`. RuntimeError when `run` waits for the device, which no graph can."""
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            self._stream.wait_stream(before)
             with torch.cuda.stream(self._stream):
                 run()  # compiles and loads kernels, and proves their tiles, which waits
                 with _no_waiting():
                     run()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use CUDA meanwhile; by default that would spoil the capture.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                run()
+            try:
+                # Other threads may use CUDA meanwhile; by default that would spoil the capture.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            finally:
+                torch.cuda.set_stream(before)  # a capture that fails leaves its own
         return partial(self._replay, graph)
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:

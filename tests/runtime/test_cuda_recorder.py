@@ -29,7 +29,8 @@ class FakeCuda:
         self.CUDAGraph = lambda: SimpleNamespace(replay=self._replay)
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
         self.graph_pool_handle = lambda: "pool"
-        self.current_stream = lambda: None
+        self.current_stream = lambda: self.streams[-1]
+        self.fails = False
         self.get_sync_debug_mode = lambda: self.mode
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
@@ -48,8 +49,15 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: object, **how: Any) -> Iterator[None]:
         self.capturing = how
+        self.streams.append("capturing")
         yield
+        if self.fails:  # as torch's own: the stream is not put back
+            raise RuntimeError("operation not permitted when stream is capturing")
         self.capturing = None
+        self.streams.pop()
+
+    def set_stream(self, stream: str) -> None:
+        self.streams = [stream]
 
     def _replay(self) -> None:
         self.replayed += 1
@@ -69,7 +77,7 @@ def recorded(cuda: FakeCuda, seen: list[tuple[Any, ...]]) -> Callable[[], None]:
 def test_work_is_compiled_and_proven_not_to_wait_before_it_is_captured(cuda: FakeCuda) -> None:
     seen: list[tuple[Any, ...]] = []
     replay = CudaRecorder(torch.device("cuda", 1)).capture(recorded(cuda, seen))
-    assert seen == [("own", 0, False), ("own", "error", False), ("default", 0, True)]
+    assert seen == [("own", 0, False), ("own", "error", False), ("capturing", 0, True)]
     assert cuda.replayed == 0
     replay()
     replay()
@@ -86,6 +94,13 @@ def test_work_that_waits_is_never_captured(cuda: FakeCuda) -> None:
         CudaRecorder(torch.device("cuda")).capture(waits)
     assert cuda.mode == 1, "as it was"
     assert cuda.capturing is None
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda: FakeCuda) -> None:
+    cuda.fails = True
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaRecorder(torch.device("cuda")).capture(lambda: None)
+    assert cuda.current_stream() == "default"
 
 
 @pytest.mark.gpu
