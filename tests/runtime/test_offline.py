@@ -12,6 +12,7 @@ import torch
 
 from peqa_runtime import BASE_TASK, Engine, EngineConfig, SamplingParams, ScaleSet, ScaleStore, read_manifest
 from peqa_runtime.errors import InvalidRequest, InvalidScaleSet, TaskQuarantined, UnknownTask
+from peqa_runtime.scales.task_registry import STRIKES
 
 CONFIG = EngineConfig(num_blocks=96, task_rows=4)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -160,3 +161,19 @@ def test_what_is_no_prompt_or_task_is_refused_by_name(
 def test_token_ids_may_be_numpys(engine: Engine) -> None:
     ids = [5, 6, 7]
     assert engine.generate([np.array(ids)], GREEDY) == engine.generate([ids], GREEDY)  # type: ignore[list-item]
+
+
+def test_closing_the_engine_closes_the_store_that_it_opened(
+    tiny_base: Path, files: list[Path], tmp_path: Path
+) -> None:
+    with Engine(tiny_base, tmp_path / "store", CONFIG, device="cpu") as engine:
+        engine.tasks.upload("one", files[0])
+        lease = engine.tasks.acquire("one")
+        for _ in range(STRIKES):
+            engine.tasks.strike(lease.revision)
+        assert not (tmp_path / "store" / "index.json").exists()
+    assert (tmp_path / "store" / "index.json").exists()
+    store = ScaleStore(tmp_path / "store", read_manifest(tiny_base))
+    record = store.record("one")
+    assert record is not None
+    assert record.quarantined
