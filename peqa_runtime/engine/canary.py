@@ -1,6 +1,6 @@
 """Before an uploaded set becomes a task's: does the model compute finite numbers with it?
 
-A short prompt goes through the model in the engine's thread: as a few rows more of the next step, where that has places
+A short prompt goes through the model in the engine's thread: as a few rows more of the next step, where that has room
 left, else by itself between two steps; one set per step. So what runs is held up by the rows' own cost, also where a
 forward of four rows takes as long as one of thirty-two, because both read all weights.
 
@@ -64,8 +64,8 @@ class Trial:
 class Canary:
     """Tries sets out. `blocks`: ids of `blocks_needed` blocks that nobody else uses.
 
-    Belongs to the engine's thread, but for `knows`. `max_sequences` and `max_batch_tokens`: what a step may hold, its
-    own rows included.
+    Belongs to the engine's thread, but for `knows`. `max_batch_tokens`: what a step may hold, its own rows included;
+    `max_sequences`: what there are graphs for, on a device that has any.
     """
 
     def __init__(
@@ -180,10 +180,9 @@ class Canary:
             del self._passed[next(iter(self._passed))]
 
     def _has_room(self, batch: Batch) -> bool:
-        return (
-            len(batch.scheduled) + PROMPT_TOKENS <= self._max_sequences
-            and batch.num_tokens + PROMPT_TOKENS <= self._max_batch_tokens
-        )
+        if self._runner.graphs is not None and len(batch.scheduled) + PROMPT_TOKENS > self._max_sequences:
+            return False  # no graph is for so many rows, and without one a step waits for Python
+        return batch.num_tokens + PROMPT_TOKENS <= self._max_batch_tokens
 
     def _rows(self, at: BorrowedRow) -> tuple[ScheduledSequence, ...]:
         """One token each, all on one block table: token i sees those before it, as in a prompt."""

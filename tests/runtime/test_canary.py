@@ -13,6 +13,7 @@ import torch
 
 from peqa_runtime.core import Request
 from peqa_runtime.engine.async_engine import AsyncEngine
+from peqa_runtime.engine.batch import Batch
 from peqa_runtime.engine.canary import PROMPT_TOKENS, Trial
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
@@ -147,9 +148,23 @@ def test_a_step_that_raises_with_a_set_is_computed_without_it(fake_engine: Any, 
         trial.verdict.result(0)
 
 
+def test_places_that_are_all_taken_keep_no_set_out(fake_engine: Any, make_fake_set: Any) -> None:
+    engine = fake_engine(tasks={"a": 1.5}, max_sequences=1)
+    trial = Trial(engine.tasks._parsed(make_fake_set(2.0)))
+    engine.canary.add(trial)
+    answers(engine, lambda: None)
+    assert trial.verdict.result(0) is None
+
+
+class NoGraphs:
+    def prepare(self, batch: Batch) -> None:
+        return None
+
+
 @pytest.mark.parametrize("limit", [{"max_sequences": 4}, {"max_batch_tokens": 4}])
 def test_a_full_step_has_no_room_for_a_set(fake_engine: Any, make_fake_set: Any, limit: Any) -> None:
     engine = fake_engine(tasks={"a": 1.5}, **limit)
+    engine.runner.graphs = NoGraphs()  # whose buckets end at max_sequences
     trial = Trial(engine.tasks._parsed(make_fake_set(2.0)))
     engine.canary.add(trial)
     answers(engine, lambda: None)
