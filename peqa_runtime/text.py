@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from peqa_runtime.errors import InvalidRequest
+from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 """What a decoder shows for bytes that are no UTF-8 (yet)."""
@@ -22,6 +26,20 @@ _CONTEXT = 6
 
 _MAX_HELD = 8
 """A character has at most 4 bytes, so at most 4 tokens: more held-back tokens than this hold no character."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises `InvalidCheckpoint` where none can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" :")
+        raise InvalidCheckpoint(
+            f"{folder} has no tokenizer that can be read ({reason}); copy the model's tokenizer files into it"
+        ) from error
+    return found
 
 
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -16,6 +16,9 @@ OptionalSet = Annotated[
     typer.Option("--scale-set", help="A scale set file; without it the base.", envvar="PEQA_SCALE_SET"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", envvar="PEQA_JSON")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.", envvar="PEQA_SEED")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of every random choice.", envvar="PEQA_SEED", min=0, max=2**32 - 1),
+]
 NewBase = Annotated[Path, typer.Option("--output", "-o", help="Base folder to write.", envvar="PEQA_OUTPUT")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", envvar="PEQA_QUIET")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from peqa_runtime.core import BaseManifest
 from peqa_runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -25,6 +25,7 @@ from peqa_runtime.model.lean_decoder import LeanDecoder, lean_decoder
 from peqa_runtime.model.quantized_linear import QuantizedLinear, StepRows, TiedHead
 from peqa_runtime.model.self_check import self_check
 from peqa_runtime.model.threads import one_thread
+from peqa_runtime.text import load_tokenizer
 
 assert hf_quantizer.METHOD  # imported for what it registers
 
@@ -109,7 +110,7 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
         verify_digest(folder)
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision, local_files_only=True, output_loading_info=True
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peqa_runtime.errors import InvalidCheckpoint, InvalidData
+from peqa_runtime.text import load_tokenizer
 from peqa_runtime.training.tuning import TunableModel, as_base, fast_compute_dtype, logits_at
 
 
@@ -39,13 +40,14 @@ def load_teacher(folder: Path | None, tunable: TunableModel) -> Teacher:
     device = tunable.model.device
     if not (folder / "config.json").is_file():
         raise InvalidCheckpoint(f"the teacher {folder} is no model folder: it has no config.json")
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=fast_compute_dtype(device), local_files_only=True
         )
     except (OSError, ValueError) as error:
-        raise InvalidCheckpoint(f"the teacher {folder} cannot be loaded: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise InvalidCheckpoint(f"the teacher {folder} cannot be loaded: {reason}") from error
     if tokenizer.get_vocab() != tunable.tokenizer.get_vocab():
         raise InvalidData(f"the teacher {folder} has other tokens than the base: it cannot be learned from")
     model.requires_grad_(False)

@@ -55,6 +55,7 @@ class TuneConfig:
             ("batch_rows", self.batch_rows >= 1, "at least 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch_rows, "between 1 and the rows of a step"),
             ("clip", self.clip > 0, "above 0"),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
             ("check_every", self.check_every >= 1, "at least 1"),
             ("patience", self.patience >= 0, "at least 0"),
             ("distill", 0 <= self.distill <= 1, "between 0 and 1"),

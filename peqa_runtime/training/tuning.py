@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from peqa_runtime.core import BaseManifest, ScaleKind
 from peqa_runtime.errors import InvalidCheckpoint, InvalidData, InvalidRequest
@@ -23,7 +23,7 @@ from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TunedParts
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.text import apply_chat_template, encode
+from peqa_runtime.text import apply_chat_template, encode, load_tokenizer
 from peqa_runtime.training.settings import Compute
 
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
@@ -77,6 +77,7 @@ def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:
     """
     manifest = read_manifest(base)
     place = pick_device(device)
+    tokenizer = load_tokenizer(base)
     model, info = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
@@ -85,7 +86,7 @@ def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:
         parameter.requires_grad_(False)
     model.to(place)
     model.eval()
-    return TunableModel(model, AutoTokenizer.from_pretrained(base, local_files_only=True), manifest)
+    return TunableModel(model, tokenizer, manifest)
 
 
 def quantized_linears(model: nn.Module, manifest: BaseManifest) -> dict[str, QuantizedLinear]:

@@ -138,6 +138,7 @@ def test_errors_of_eval_and_generate(tiny_base: Path, rows: Path, tmp_path: Path
     assert "only exact-match can ignore case" in peqa(*evaluate, "bleu", "--ignore-case", status=1).stderr
     assert "limit must be at least 1" in peqa(*evaluate, "exact-match", "--limit", 0, status=1).stderr
     assert "perplexity" in peqa(*evaluate, "nonsense", status=2).stderr
+    assert "greater than or equal to 0" in peqa(*evaluate, "exact-match", "--seed", -1, status=2).stderr
     assert "no model folder" in peqa("eval", tmp_path, rows, "--metric", "exact-match", status=1).stderr
     assert "is empty" in peqa("generate", tiny_base, "--prompt", "", status=1).stderr
     assert "exceed the context of 512" in peqa("generate", tiny_base, "--prompt", "a" * 600, status=1).stderr

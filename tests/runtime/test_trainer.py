@@ -196,6 +196,7 @@ def test_bf16_training_multiplies_in_bf16_both_ways(tiny_base: Path, monkeypatch
         ({"learning_rate": 0.0}, r"learning_rate \(--lr\) must be above 0"),
         ({"learning_rate": float("nan")}, r"learning_rate \(--lr\) must be above 0"),
         ({"kind": "rows"}, "kind must be one of channel"),
+        ({"seed": -1}, "seed must be between 0 and"),
         ({"batch_rows": 0}, r"batch_rows \(--batch\) must be"),
     ],
 )
@@ -222,6 +223,13 @@ def test_epochs_become_steps() -> None:
 def test_compute_dtype_can_be_forced() -> None:
     assert fast_compute_dtype(torch.device("cpu"), "float32") == torch.float32
     assert fast_compute_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
+
+
+def test_a_base_without_a_tokenizer_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    with pytest.raises(InvalidCheckpoint, match=r"base has no tokenizer that can be read .*copy") as caught:
+        load_tunable(tmp_path / "base", device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_loaded_is_named(tiny_base: Path, tmp_path: Path) -> None:

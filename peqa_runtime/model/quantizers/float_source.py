@@ -15,11 +15,12 @@ from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidCheckpoint
 from peqa_runtime.model.base_checkpoint import (
     QuantizationSpec,
-    open_tensors,
+    open_files,
     read_config,
     read_spec,
     tensor_files,
 )
+from peqa_runtime.model.importers.recognition import checkpoint_files
 
 _COPIED = (
     "generation_config.json",
@@ -111,5 +112,5 @@ def open_source(folder: Path) -> Iterator[FloatSource]:
                 f"{folder} is quantized already ({method!r}); quantize the 16-bit original, or `peqa import` it"
             )
         spec = read_spec(folder)
-    with open_tensors(folder) as handles:
+    with open_files(checkpoint_files(folder)) as handles:
         yield FloatSource(folder, config, spec, handles)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from peqa_runtime.disk_space import require_space
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
@@ -20,7 +19,7 @@ from peqa_runtime.model.quantizers.float_source import FloatSource
 from peqa_runtime.model.quantizers.plan import LinearPlan
 from peqa_runtime.model.quantizers.skeleton import Skeleton, moved
 from peqa_runtime.model.quantizers.workbench import HiddenStates, Workbench
-from peqa_runtime.text import encode
+from peqa_runtime.text import encode, load_tokenizer
 
 Say = Callable[[str], None]
 
@@ -37,12 +36,7 @@ def calibrate(source: FloatSource, text: CalibrationText, model: Any) -> Calibra
             f"a calibration window of {text.tokens} tokens is longer than the model's context of {context}",
             param="calibration_tokens",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidCheckpoint(
-            f"{source.folder} has no tokenizer that can be read, and calibration text needs one: {error}"
-        ) from error
+    tokenizer = load_tokenizer(source.folder)
     found = read_calibration(
         text, lambda piece: encode(tokenizer, piece, add_special_tokens=False), tokenizer.eos_token_id
     )
