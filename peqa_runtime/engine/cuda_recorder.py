@@ -38,6 +38,10 @@ class CudaRecorder:
                 torch.cuda.set_stream(before)  # a capture that fails leaves its own
         return partial(self._replay, graph)
 
+    def forget(self) -> None:
+        """See `Recorder.forget`."""
+        self._pool = torch.cuda.graph_pool_handle()  # torch takes no pool twice whose graphs are gone
+
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
         with torch.cuda.device(self._device):
             graph.replay()

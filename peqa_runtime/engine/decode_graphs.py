@@ -45,6 +45,9 @@ class Recorder(Protocol):
         `run` reads and writes tensors that outlive it. Raises RuntimeError for work that cannot be recorded.
         """
 
+    def forget(self) -> None:
+        """Nothing of what was captured so far is kept any more."""
+
 
 class Kinds(Protocol):
     """What is to be known of the bank (the ScaleBank)."""
@@ -118,6 +121,7 @@ class DecodeGraphs:
             return None
         if self._with_input_scales != self._has_input_scales:
             self._graphs.clear()
+            self._recorder.forget()
             self._with_input_scales = self._has_input_scales
         if bucket not in self._graphs:
             self._captured(bucket)

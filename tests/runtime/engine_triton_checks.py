@@ -47,6 +47,9 @@ class Again:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
+    def forget(self) -> None:
+        """There is nothing to forget."""
+
 
 def with_graphs(engine: Engine) -> None:
     """Give the engine what it has by itself on a GPU."""

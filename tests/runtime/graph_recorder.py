@@ -94,17 +94,23 @@ class StandIn:
 
     def __init__(self) -> None:
         self.captures = 0
+        self._forgotten = 0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         first = _traced(run)
         self.captures += 1
+        age = self._forgotten
 
         def replay() -> None:
+            assert age == self._forgotten, "a replay of what was to be forgotten"
             again = _traced(run)
             for now, then in zip(again, first, strict=True):
                 assert now == then, f"captured as {then}, now {now}"
 
         return replay
+
+    def forget(self) -> None:
+        self._forgotten += 1
 
 
 def _traced(run: Callable[[], None]) -> list[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ class FakeCuda:
         self.replayed = 0
         self.CUDAGraph = lambda: SimpleNamespace(replay=self._replay)
         self.Stream = lambda device: SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
-        self.graph_pool_handle = lambda: "pool"
+        pools = itertools.count()
+        self.graph_pool_handle = lambda: next(pools)
+        self.pools: list[int] = []
         self.current_stream = lambda: self.streams[-1]
         self.fails = False
         self.get_sync_debug_mode = lambda: self.mode
@@ -49,6 +52,7 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: object, **how: Any) -> Iterator[None]:
         self.capturing = how
+        self.pools.append(how["pool"])
         self.streams.append("capturing")
         yield
         if self.fails:  # as torch's own: the stream is not put back
@@ -94,6 +98,15 @@ def test_work_that_waits_is_never_captured(cuda: FakeCuda) -> None:
         CudaRecorder(torch.device("cuda")).capture(waits)
     assert cuda.mode == 1, "as it was"
     assert cuda.capturing is None
+
+
+def test_graphs_share_a_pool_until_they_are_forgotten(cuda: FakeCuda) -> None:
+    recorder = CudaRecorder(torch.device("cuda"))
+    for forgets in (False, False, True):
+        if forgets:
+            recorder.forget()
+        recorder.capture(lambda: None)
+    assert cuda.pools == [0, 0, 1]
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda: FakeCuda) -> None:
