@@ -102,6 +102,8 @@ class BlockManager:
     def grow(self, sequence: Sequence) -> bool:
         """Give the sequence blocks for all its known tokens; False (and nothing given) when too few are free."""
         missing = self.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
         if missing > self.num_free:
             return False
         for _ in range(missing):

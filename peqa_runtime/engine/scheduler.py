@@ -312,15 +312,15 @@ class Scheduler:
 
     def _end_of(self, sequence: Sequence, result: StepResult) -> tuple[FinishReason | None, int | None]:
         """Why the sequence ends with this token, and the stop token id that the client named, if it was one."""
-        params, token_id = sequence.request.params, result.token_id
-        if token_id is not None and sequence.num_generated_tokens > params.min_tokens:
+        params, token_id, generated = sequence.request.params, result.token_id, sequence.num_generated_tokens
+        if token_id is not None and generated > params.min_tokens:
             if token_id in params.stop_token_ids:
                 return "stop", token_id
             if token_id in self._eos_token_ids and not params.ignore_eos:
                 return "stop", None
         if result.form != "open":
             return "stop", None
-        return ("length", None) if sequence.num_generated_tokens >= params.max_tokens else (None, None)
+        return ("length", None) if generated >= params.max_tokens else (None, None)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
