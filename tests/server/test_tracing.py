@@ -214,7 +214,9 @@ def test_spans_reach_a_collector(collector: Any, run_app: Any, tmp_path: Any) ->
     app = create_loading_app(tracer=tracer)
     url, _ = run_app(app)
     with httpx.Client(base_url=url) as client:
-        for _ in range(2):  # a span is made when its answer is out: by the second answer the first one's is there
+        for _ in range(
+            2
+        ):  # a span is made when its answer is out: by the second answer the first one's is there
             assert client.get("/v1/models").status_code == 503
     tracer.close()
     (path, body), *_ = got
