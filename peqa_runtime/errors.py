@@ -14,7 +14,7 @@ PeqaError
 ├── Overloaded                too much waits already (429); `retry_after` in seconds
 ├── EngineDead                the engine stopped; nothing can be generated (503)
 ├── StoreError                the scale store cannot be read or written (507)
-├── DiskFull                  no room for what is written while a base is made
+├── DiskFull                  no room for what a long run writes: bases, exports, tuning, answers
 ├── InvalidCheckpoint         a model file or base folder that cannot be used
 ├── UnsupportedModel          a model that this runtime would compute wrongly
 ├── InvalidData               a training or evaluation file that cannot be used

@@ -121,7 +121,7 @@ def train_files(
     `teacher`: a model folder to learn from, or `base` for the base itself (`config.distill` is its share of the loss).
     `resume`: None goes on with an unfinished run of the same settings, if there is one; True demands one; False starts
     anew. Checkpoints are removed when the sets are saved. Raises `InvalidData`, `TrainingInterrupted`,
-    `TrainingDiverged`, `StoreError`.
+    `TrainingDiverged`, `StoreError`, `DiskFull`.
     """
     config = config_of(0)  # settings are checked before time is spent
     _check_together(files, config, teacher)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,7 @@ from peqa_runtime.bench.tuning.plan import (
     Plan,
     TaskPlan,
 )
+from peqa_runtime.bench.tuning.splits import split_rows, split_text
 from peqa_runtime.bench.tuning.store import RowFile
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.training.compare import paired
@@ -37,8 +37,6 @@ from peqa_runtime.training.metrics import metric_named
 PEQA = "peqa_runtime"
 LORA = "peqa_runtime.bench.tuning.lora"
 TEXT_WINDOW = 512
-HELD_OUT = 200
-CHARACTERS_A_TOKEN = 4.2  # of wikitext under SmolLM2's tokenizer; the rows say how many tokens there were
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class Bench:
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])]
 
     def _after(self, base: str, name: str, seed: int) -> list[Row]:
-        train, held_out = self._text_files()
+        train, held_out = split_text(self.data, self.work, self.plan.text_tokens)
         output = self.work / "sets" / f"{base}-text-{seed}.safetensors"
         trained = self._peqa(
             *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
@@ -183,18 +181,6 @@ class Bench:
             "tokens": ran.report["tokens"],
         }
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
-
-    def _text_files(self) -> tuple[Path, Path]:
-        """(to tune on, held out): the raw validation text, whose test text is measured."""
-        text = (self.data / TEXT / "valid.raw.txt").read_text(encoding="utf-8")
-        held_from = int(0.95 * len(text))
-        end = min(held_from, int(self.plan.text_tokens * CHARACTERS_A_TOKEN))
-        folder = self.work / f"text-{end}"
-        folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = folder / "train.txt", folder / "held_out.txt"
-        train.write_text(text[:end], encoding="utf-8")
-        held_out.write_text(text[held_from:], encoding="utf-8")
-        return train, held_out
 
     def _against_float(self, name: str, bits: int, limit: float) -> list[Row]:
         """The best base of these bits, tuned, over the float model tuned the same way."""
@@ -244,25 +230,10 @@ class Bench:
             names = (f"{name}/channel-gain-of-lora", f"{name}/best-gain-of-lora")
             yield Cell(names, partial(self._gains, task))
 
-    def _split(self, task: TaskPlan) -> tuple[Path, Path]:
-        """(to train on, held out) of a task: its own held-out file, or some rows of the training file."""
-        folder = self.data / task.folder
-        if task.held_out:
-            return folder / "train.jsonl", folder / task.held_out
-        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        held = set(random.Random("held-out").sample(range(len(lines)), HELD_OUT))
-        made = self.work / "data" / task.name
-        made.mkdir(parents=True, exist_ok=True)
-        parts = (made / "train.jsonl", made / "held_out.jsonl")
-        for part, wanted in zip(parts, (False, True), strict=True):
-            chosen = [line for i, line in enumerate(lines) if (i in held) == wanted]
-            part.write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        return parts
-
     def _train(
         self, task: TaskPlan, way: str, seed: int, rate: float, steps: int, output: Path, *more: object
     ) -> Ran:
-        train, held_out = self._split(task)
+        train, held_out = split_rows(self.data, self.work, task)
         output.parent.mkdir(parents=True, exist_ok=True)
         same: tuple[object, ...] = (
             "--eval",
