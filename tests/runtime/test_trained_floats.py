@@ -16,22 +16,8 @@ from peqa_runtime.model.quantizers.calibration import CalibrationText
 from peqa_runtime.training import Question, TrainingFiles, evaluate, load_tunable, metric_named, train_files
 from peqa_runtime.training.settings import TuneConfig
 
-WORDS = (
-    "the",
-    "cat",
-    "and",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "then",
-    "they",
-    "ran",
-    "into",
-    "another",
-    "house",
-    "over",
-)
+SENTENCE = "the cat and dog sat on mat then they ran into another house over"
+WORDS = SENTENCE.split()
 WINDOW = 64
 TUNING = TuneConfig(steps=30, learning_rate=2e-2, batch_rows=8, warmup_steps=4, compute="float32")
 
@@ -75,8 +61,8 @@ def perplexity(base: Path, test: Path, scale_set: Path | None = None) -> float:
 
 
 def test_better_integers_then_tuned_scales_bring_a_trained_model_back(learned: Path, tmp_path: Path) -> None:
-    text = CalibrationText(learned / "train.txt", windows=32, tokens=WINDOW)
-    options = QuantizeOptions(calibration=text, training=TrainingOptions(epochs=3), device="cpu")
+    text = CalibrationText(learned / "train.txt", windows=48, tokens=WINDOW)
+    options = QuantizeOptions(calibration=text, training=TrainingOptions(epochs=8), device="cpu")
     found: dict[str, float] = {}
     for name, bits, method in (
         ("8", 8, "rtn"),
