@@ -123,6 +123,8 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
             if (stripe + 1 < stripes)
                 for (size_t i = 0; i < length / UNIT * words * s[1].rows; i += 16)
                     __builtin_prefetch(s[1].x + b.k0 / UNIT * words * s[1].rows + i, 0, 3);
+            if (block + 1 == j->c.blocks)
+                fetch_result(j, s->row, s->rows, panel, lane);
             many_rows[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);
         }
     }

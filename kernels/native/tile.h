@@ -69,28 +69,35 @@ INLINE vf group_factor(const job *j, size_t row, size_t group, size_t panel, siz
     return table_load(j, j->group_scale, j->half_bank, at, panel, lane);
 }
 
+/* sum + scale * (a chain's integers, less what zero points take off them) */
+INLINE vf add_term(const job *j, vf scale, vf offset, vi part, vi count, vf sum)
+{
+    if (j->w->offsets)
+        return vfma(offset, (vf)count, vfma(scale, ifloat(part), sum));
+    return vfma(scale, ifloat(part + count), sum);
+}
+
 /* Adds a chain's integers to the block's sums under their group's scales; counts[r] is the row's own number of the
  * chain, see packed_rows. A factor of one gives the bits that no factor gives. */
 INLINE void end_chain(const int R, const int V, const job *j, size_t row, size_t panel, size_t group, size_t lane,
                       const int32_t *counts, vi (*part)[MAX_V], vf (*sum)[MAX_V])
 {
+    vi count[ROWS_MAX];
+    UNROLL for (int r = 0; r < R; r++) count[r] = iset(counts[r]);
     UNROLL for (int v = 0; v < V; v++)
     {
         const size_t at = lane + (size_t)(v * VL);
         const vf scale = base_load(j, j->w->scales, panel, group, at);
-        vf term[ROWS_MAX];
-        if (j->w->offsets) {
-            const vf offset = base_load(j, j->w->offsets, panel, group, at);
-            UNROLL for (int r = 0; r < R; r++) term[r] =
-                vfma(scale, ifloat(part[r][v]), offset * (vf)iset(counts[r]));
+        const vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, group, at) : vset(0.0f);
+        if (j->group_row) {
+            UNROLL for (int r = 0; r < R; r++)
+            {
+                const vf factor = group_factor(j, row + (size_t)r, group, panel, at);
+                sum[r][v] = add_term(j, scale * factor, offset * factor, part[r][v], count[r], sum[r][v]);
+            }
         } else {
-            UNROLL for (int r = 0; r < R; r++) term[r] = scale * ifloat(part[r][v] + iset(counts[r]));
+            UNROLL for (int r = 0; r < R; r++) sum[r][v] = add_term(j, scale, offset, part[r][v], count[r], sum[r][v]);
         }
-        if (j->group_row)
-            UNROLL for (int r = 0; r < R; r++) sum[r][v] =
-                vfma(group_factor(j, row + (size_t)r, group, panel, at), term[r], sum[r][v]);
-        else
-            UNROLL for (int r = 0; r < R; r++) sum[r][v] += term[r];
     }
 }
 
@@ -165,6 +172,15 @@ INLINE void fetch_out_scale(const int R, const int V, const job *j, size_t row, 
             __builtin_prefetch((const char *)j->out_scale + place * (j->half_bank ? 2 : 4), 0, 3);
         }
     }
+}
+
+/* Asks for where end_rows() will write: all stripes end one after the other, and would wait for line after line. */
+INLINE void fetch_result(const job *j, size_t row, size_t rows, size_t panel, size_t lane)
+{
+    float *to = j->y + row * (size_t)j->w->out_features + (size_t)panel_of(j, panel)[0] + lane;
+    for (size_t r = 0; r < rows; r++, to += j->w->out_features)
+        for (size_t i = 0; i < TILE_V * VL; i += 16)
+            __builtin_prefetch(to + i, 1, 3);
 }
 
 /* Asks for `length` inputs from k0 on of one panel: its codes, scales and offsets. */

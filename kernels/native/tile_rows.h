@@ -91,16 +91,12 @@ INLINE void end_tile_chain(const int alone, const job *j, const stripe_place *s,
     const vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, group, lane) : vset(0.0f);
     for (size_t r = 0; r < s->rows; r++) {
         const vi part = iload(low[r] + lane) + ileft(iload(high[r] + lane), 8);
-        vf term;
-        if (j->w->offsets)
-            term = vfma(scale, ifloat(part), offset * (vf)iset(counts[r]));
-        else
-            term = scale * ifloat(part + iset(counts[r]));
         vf before = alone ? vset(0.0f) : vload(sum[r] + lane);
-        if (j->group_row)
-            before = vfma(group_factor(j, s->row + r, group, panel, lane), term, before);
-        else
-            before += term;
+        if (j->group_row) {
+            const vf factor = group_factor(j, s->row + r, group, panel, lane);
+            before = add_term(j, scale * factor, offset * factor, part, iset(counts[r]), before);
+        } else
+            before = add_term(j, scale, offset, part, iset(counts[r]), before);
         if (alone)
             vstore(total->lanes[r] + lane, vfma(before, vset(steps[r]), vload(total->lanes[r] + lane)));
         else
