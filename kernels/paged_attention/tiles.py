@@ -23,7 +23,11 @@ MOST_DECODE_ROWS = 64  # query heads of one tile; more heads of one key/value he
 
 
 class Tile(NamedTuple):
-    """One step of a kernel's loop: `rows` (queries × heads) against `keys`, by `warps`, loads `stages` deep."""
+    """One step of a kernel's loop: `rows` (queries × heads) against `keys`, by `warps`, loads `stages` deep.
+
+    Keys wait for the block table, which is loaded in the same loop, so of the stages most go to that chain: five give
+    two tiles of keys and values (three where wgmma reads them from shared memory), fewer give one.
+    """
 
     rows: int
     keys: int
@@ -41,17 +45,17 @@ def decode_tile(repeat: int, d: int, dtype: torch.dtype, *, invariant: bool, wgm
     if dtype == torch.float32:
         return Tile(LEAST_ROWS, 32 if d <= 128 else 16, 8, 2)
     rows = min(MOST_DECODE_ROWS, max(LEAST_ROWS, 1 << (repeat - 1).bit_length()))
-    return Tile(rows, 64, 8 if rows * d > 64 * 64 else 4, 3 if d <= 128 else 2)
+    return Tile(rows, 64, 8 if rows * d > 64 * 64 else 4, 5 if d <= 128 else 2)
 
 
 def prefill_tile(d: int, dtype: torch.dtype, *, invariant: bool, wgmma: bool) -> Tile:
     """The tile of sequences that bring two or more new tokens each; arguments as `decode_tile`."""
     if dtype == torch.float32:
         return Tile(LEAST_ROWS, 32 if d <= 128 else 16, 8, 2)
-    keys = 64 if d <= 64 or (wgmma and d <= 128) else 32
+    keys = 64 if d <= 64 and not invariant or (wgmma and d <= 128) else 32
     if invariant:  # the accumulator stands twice in the registers: this split's, and all splits' so far
-        return Tile(64 if d <= 128 else 32, keys, 8, 2)
-    return Tile(128 if d <= 64 or (wgmma and d <= 128) else 64, keys, 8, 2)
+        return Tile(64 if d <= 128 else 32, keys, 8, 3 if wgmma and d <= 128 else 5)
+    return Tile(128 if d <= 64 or (wgmma and d <= 128) else 64, keys, 8, 3 if wgmma else 5)
 
 
 def split_of(position: int) -> int:

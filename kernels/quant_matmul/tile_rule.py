@@ -94,15 +94,17 @@ def programs_per_processor(tile: Tile) -> int:
 
 def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterator[Tile]:
     """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales."""
-    if scales == "group" and layout.groups_per_tile > 2 and (rows > 8 or layout.bits in (2, 3)):
-        yield Tile(16, 64, 4, 4)  # sums of a group, of all, and scales of both kinds at once
+    odd = layout.bits in (2, 3)
+    many = layout.groups_per_tile > 2 and (odd or rows > 8)
+    if scales == "group" and (many or (odd and layout.groups > 1 and not gpu.register_products)):
+        yield Tile(16, 64, 4, 3)  # sums of a group, of all, and scales of both kinds at once
         return
     most = 64
     if scales == "group" or layout.groups_per_tile > 2:
         most = 16
     elif scales == "channel+input" or layout.groups_per_tile > 1 or not gpu.register_products:
         most = 32
-    size = min(most, rows if layout.bits in (4, 8) else max(16, rows))
+    size = min(most, max(16, rows) if odd else rows)
     wide = size == 64 and layout.groups > 1  # sums of a group beside those of all: two threads share them
     yield Tile(size, layout.panel, 8 if wide and layout.panel == 128 else 4, 4 if size <= 16 else 3)
     plain = layout.groups == 1 and scales in ("base", "channel") and layout.bits == 4
@@ -126,7 +128,9 @@ def _invariant_tile(layout: Layout, gpu: Gpu) -> Tile:
     """Any number of activations, of any kind of scales."""
     if layout.groups_per_tile > 1:
         return Tile(16, 64, 4, 3) if gpu.register_products else Tile(8, 64, 4, 2)
-    return Tile(32 if layout.groups == 1 else 16, layout.panel, 4, 3)
+    if layout.groups == 1:
+        return Tile(32, layout.panel, 4, 3)
+    return Tile(16, layout.panel if gpu.register_products else 64, 4, 3)
 
 
 def _best(tiles: list[Tile], layout: Layout, rows: int, gpu: Gpu) -> Tile:
