@@ -52,7 +52,7 @@ def prefill_tile(d: int, dtype: torch.dtype, *, invariant: bool, wgmma: bool) ->
     """The tile of sequences that bring two or more new tokens each; arguments as `decode_tile`."""
     if dtype == torch.float32:
         return Tile(LEAST_ROWS, 32 if d <= 128 else 16, 8, 2)
-    keys = 64 if d <= 64 and not invariant or (wgmma and d <= 128) else 32
+    keys = 64 if (d <= 64 and not invariant) or (wgmma and d <= 128) else 32
     if invariant:  # the accumulator stands twice in the registers: this split's, and all splits' so far
         return Tile(64 if d <= 128 else 32, keys, 8, 3 if wgmma and d <= 128 else 5)
     return Tile(128 if d <= 64 or (wgmma and d <= 128) else 64, keys, 8, 3 if wgmma else 5)

@@ -96,7 +96,7 @@ def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterat
     """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales."""
     odd = layout.bits in (2, 3)
     many = layout.groups_per_tile > 2 and (odd or rows > 8)
-    if scales == "group" and (many or (odd and layout.groups > 1 and not gpu.register_products)):
+    if scales == "group" and (many or (layout.bits != 4 and layout.groups > 1 and not gpu.register_products)):
         yield Tile(16, 64, 4, 3)  # sums of a group, of all, and scales of both kinds at once
         return
     most = 64
