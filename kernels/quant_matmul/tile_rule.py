@@ -100,9 +100,11 @@ def _decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterat
         yield Tile(16, 64, 4, 3)  # sums of a group, of all, and scales of both kinds at once
         return
     most = 64
-    if scales == "group" or layout.groups_per_tile > 2:
+    scaled = scales == "channel+input"  # inputs and their scales are in registers at once
+    crowded = scaled and layout.groups > 1 and not gpu.register_products
+    if scales == "group" or layout.groups_per_tile > 2 or crowded:
         most = 16
-    elif scales == "channel+input" or layout.groups_per_tile > 1 or not gpu.register_products:
+    elif scaled or layout.groups_per_tile > 1 or not gpu.register_products:
         most = 32
     size = min(most, max(16, rows) if odd else rows)
     wide = size == 64 and layout.groups > 1  # sums of a group beside those of all: two threads share them

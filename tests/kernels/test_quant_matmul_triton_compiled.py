@@ -146,6 +146,7 @@ SHIPPED = [
         for bits, group, rows in ((3, 64, 64), (3, 32, 8), (2, 64, 512))
     ),
     *(Case(80, bits, 128, 512, "group", invariant=True) for bits in (2, 3)),
+    Case(80, 4, 128, 64, "channel+input"),
     *(Case(90, bits, 128, rows) for bits in (2, 3) for rows in (64, 512)),
     *(Case(arch, 8, 32, rows) for arch in (80, 90) for rows in (16, 512)),
     *(Case(90, bits, -1, rows, dtype="fp16") for bits in (2, 3, 4) for rows in (64, 512)),
