@@ -106,7 +106,7 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
-        [(4, 1), (4, 8), *([(3, 2)] if 3 in WIDTHS else [])],
+        [(bits, groups) for bits, groups in ((4, 1), (4, 8), (3, 2)) if bits in WIDTHS],
         zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input"], strict=True),
     ):
         if tile.outputs == 256 and groups > 1:
@@ -300,9 +300,9 @@ if __name__ == "__main__":
         + check_dense(where, half)
         + check_half_banks(where, half)
         + check_empty_and_strided(where)
-        + check_single_rows(where, half)
-        + check_warm_up(where)
     )
+    if 4 in WIDTHS:  # these are of 4 bits
+        done += check_single_rows(where, half) + check_warm_up(where)
     done += check_released_weight(where)
     if where == "cpu":
         done += check_rows_outside_the_bank()
