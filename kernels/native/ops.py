@@ -159,11 +159,20 @@ class NativeOps:
         assert x.stride(1) == 1, x.stride()
         assert row is None or row.dtype == torch.int32, row.dtype
         assert group_row is None or group_row.dtype == torch.int32, group_row.dtype
-        half = self._is_half(*(bank for bank in (out_scale, in_scale, group_scale) if bank is not None))
+        dtype = None
+        for bank in (out_scale, in_scale, group_scale):
+            if bank is not None:
+                assert bank.is_contiguous(), bank.stride()
+                assert dtype is None or bank.dtype == dtype, bank.dtype
+                dtype = bank.dtype
+        assert dtype in (None, torch.float32, torch.float16), dtype
+        half = dtype == torch.float16
+        assert self.halves or not half, f"{self.isa.name} reads no fp16"
         if row is not None:
-            for bank in (out_scale, in_scale):
-                if bank is not None:
-                    self._check_rows("row", row, bank)
+            if out_scale is not None:
+                self._check_rows("row", row, out_scale)
+            if in_scale is not None:
+                self._check_rows("row", row, in_scale)
         if group_row is not None and group_scale is not None:
             self._check_rows("group_row", group_row, group_scale)
         threads = torch.get_num_threads()
@@ -186,14 +195,6 @@ class NativeOps:
             None if group_row is None else group_row.data_ptr(),
         )
         return y
-
-    def _is_half(self, *banks: Tensor) -> bool:
-        half = bool(banks) and banks[0].dtype == torch.float16
-        assert self.halves or not half, f"{self.isa.name} reads no fp16"
-        for bank in banks:
-            assert bank.dtype == (torch.float16 if half else torch.float32), bank.dtype
-            assert bank.is_contiguous(), bank.stride()
-        return half
 
     def _check_rows(self, name: str, row: Tensor, bank: Tensor) -> None:
         limit = bank.shape[0]

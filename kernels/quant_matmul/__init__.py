@@ -74,6 +74,8 @@ class PreparedWeight:
         self._copies = DenseCopies(weight)
         self.bank_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         """Dtypes that a bank may have."""
+        self.seen_bank: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        """Of the last call, whose shapes were found to fit."""
         self.impl = self._make(backend)
         self.handle = Handle(self.impl.matmul)
 

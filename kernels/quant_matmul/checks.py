@@ -39,24 +39,33 @@ def check_inputs(
         _refuse(f"bias must be [{prepared.out_features}], contiguous, not {list(bias.shape)}")
     if bias is not None and bias.device != device:
         _refuse(f"bias is on {bias.device}, x on {x.device}")
-    for name, rows in (("row", row), ("group_row", group_row)):
-        if rows is not None:
-            _check_rows(name, rows, x)
+    if row is not None:
+        _check_rows("row", row, x)
+    if group_row is not None:
+        _check_rows("group_row", group_row, x)
     if bank is not None:
         if bank.segments != prepared.segments:
             _refuse(f"the bank has segments {bank.segments}, the weight {prepared.segments}")
-        dtype = bank.out_scale.dtype
-        if dtype not in prepared.bank_dtypes:
-            names = " or ".join(str(allowed).removeprefix("torch.") for allowed in prepared.bank_dtypes)
-            _refuse(f"out_scale must be {names}, not {dtype}")
-        n, k = prepared.out_features, prepared.in_features
-        for name, scales, shape in (
-            ("out_scale", bank.out_scale, (n,)),
-            ("in_scale", bank.in_scale, (len(prepared.segments), k)),
-            ("group_scale", bank.group_scale, (prepared.weight.groups, n)),
-        ):
-            if scales is not None:
-                _check_scales(name, scales, shape, dtype, device)
+        seen = prepared.seen_bank  # a step brings the same tensors again and again
+        out, into, group = bank.out_scale, bank.in_scale, bank.group_scale
+        if seen is None or seen[0] is not out or seen[1] is not into or seen[2] is not group:
+            _check_bank(bank, prepared)
+            prepared.seen_bank = out, into, group
+
+
+def _check_bank(bank: LinearBank, prepared: PreparedWeight) -> None:
+    dtype = bank.out_scale.dtype
+    if dtype not in prepared.bank_dtypes:
+        names = " or ".join(str(allowed).removeprefix("torch.") for allowed in prepared.bank_dtypes)
+        _refuse(f"out_scale must be {names}, not {dtype}")
+    n, k = prepared.out_features, prepared.in_features
+    for name, scales, shape in (
+        ("out_scale", bank.out_scale, (n,)),
+        ("in_scale", bank.in_scale, (len(prepared.segments), k)),
+        ("group_scale", bank.group_scale, (prepared.weight.groups, n)),
+    ):
+        if scales is not None:
+            _check_scales(name, scales, shape, dtype, prepared.device)
 
 
 def check_rows_exist(bank: LinearBank, row: Tensor | None, group_row: Tensor | None) -> None:
@@ -95,7 +104,7 @@ def _check_scales(
             f"{name} must be contiguous and of out_scale's {dtype}, not {scales.dtype} of strides "
             f"{scales.stride()}"
         )
-    if scales.shape[1:] != shape or not len(scales):
+    if scales.shape[1:] != shape or not scales.shape[0]:
         wanted = ", ".join(map(str, shape))
         _refuse(f"{name} must be [rows, {wanted}] with one row at least, not {list(scales.shape)}")
     if scales.device != device:
