@@ -175,7 +175,10 @@ def test_too_little_cache_for_the_load_changes_no_answer(server: Leaving) -> Non
 @pytest.mark.slow
 @pytest.mark.alone
 def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path: Path) -> None:
-    """60 s of answers, clients that leave and uploads to a process of its own; the first 20 s are warm-up."""
+    """100 s of answers, clients that leave and uploads to a process of its own; the first 60 s are warm-up.
+
+    Loading gives its memory back to the system, so what the load needs at once is asked for anew in that time.
+    """
     sets = [scale_set(tiny_base, 100 + i) for i in range(10)]
     small = ["--kv-blocks", "200", "--max-sequences", "8", "--max-batch-tokens", "64", "--task-rows", "5"]
     samples: list[tuple[float, float, int]] = []
@@ -184,7 +187,7 @@ def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path
     ) as server:
         begun = time.monotonic()
         round_ = 0
-        while (elapsed := time.monotonic() - begun) < 60:
+        while (elapsed := time.monotonic() - begun) < 100:
             for i in range(5):
                 answer = httpx.put(
                     f"{server.url}/v1/tasks/task{i}", content=sets[(round_ + i) % 10], timeout=30
@@ -192,7 +195,7 @@ def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path
                 assert answer.status_code in (200, 201), answer.text
             asyncio.run(ask_and_leave_many(server.url, AT_ONCE, seed=10 + round_))
             round_ += 1
-            if elapsed > 20:
+            if elapsed > 60:
                 samples.append((elapsed, server.memory_mb(), server.open_files()))
     third = len(samples) // 3
     assert third >= 3, "too slow a machine to tell"
