@@ -93,7 +93,7 @@ def request_of(rng: random.Random) -> bytes:
         "echo": rng.random() < 0.2,
     }
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
@@ -212,6 +212,7 @@ def test_memory_stays_flat_under_mixed_load_with_swaps(tiny_base: Path, tmp_path
                 samples.append((elapsed, server.memory_mb(), server.open_files()))
             if elapsed > 60:
                 grown = growth([sample for sample in samples if sample[0] > elapsed - 40])
+        assert server.metric("peqa_client_disconnects_total") > round_, "the load was one"
     print(f"\n{round_} rounds in {elapsed:.0f} s, {grown:+.2f} MB/min in the last 40 of them")
     assert grown < 6
     files = sorted(count for _, _, count in samples)
