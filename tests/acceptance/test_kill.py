@@ -66,7 +66,9 @@ def test_kill_during_uploads(
     assert len(acknowledged) > ROUNDS, "uploads did go through between the kills"
     server = start_server([str(tiny_base), "--store", str(store)])
     with socket.create_connection(("127.0.0.1", server.port)) as half:
-        half.sendall(b"PUT /v1/tasks/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500)
+        half.sendall(
+            b"PUT /v1/tasks/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500
+        )
         deadline = time.monotonic() + 20
         while not (left := [p for p in store.rglob("*") if p.is_file() and "tmp" in p.name]):
             assert time.monotonic() < deadline
