@@ -133,7 +133,7 @@ def test_who_pays() -> None:
     assert payer_of(Blend.of({"b": 0.5, "a": 0.5}).name) == "a"
     assert payer_of(Blend.of({"z": 0.999999, "a": 0.000001}).name) == "z"
     assert payer_of(Blend.of({"base": 0.2, "sql@1a2b": 0.5, "x": 0.3}).name) == "sql"
-    path = "/tmp/a+b:0.5/set.safetensors"
+    path = "/sets/a+b:0.5/set.safetensors"
     assert [payer_of(name) for name in (path, "a:1.2.3", "a:")] == [path, "a:1.2.3", "a:"], "no blends"
 
 
