@@ -58,6 +58,7 @@ class Report:
     device: str
     dtype: str
     kernels: str
+    activation_bits: int  # to which a product on a CPU rounds them
     max_model_len: int
     kv_blocks: int
     kv_tokens: int
@@ -199,6 +200,7 @@ def _report(base: Path, store: Path, engine: Engine) -> Report:
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         kernels=model.linears[0].module.prepare().backend,
+        activation_bits=config.activation_bits,
         max_model_len=engine.max_model_len,
         kv_blocks=blocks,
         kv_tokens=blocks * config.block_size,

@@ -79,7 +79,7 @@ def _table(report: Report, url: str, keys: str) -> None:
     rows = {
         "model": f"{report.model} (base {report.base_digest[:12]})",
         "weights": report.quantization,
-        "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}",
+        "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}{_coarse(report)}",
         "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
         "tasks": f"{_few(('base', *report.tasks))} (up to {report.task_rows} on the device at once)",
         "unusable": _few(report.unusable, "; "),
@@ -91,6 +91,10 @@ def _table(report: Report, url: str, keys: str) -> None:
         if value:
             table.add_row(name, value)
     Console().print(table)
+
+
+def _coarse(report: Report) -> str:
+    return f" on {report.activation_bits}-bit activations" if report.activation_bits < 16 else ""
 
 
 def _few(names: tuple[str, ...], between: str = ", ") -> str:
