@@ -109,6 +109,13 @@ ActivationBits = Annotated[
         envvar="PEQA_ACTIVATION_BITS",
     ),
 ]
+KVCacheDtype = Annotated[
+    Literal["auto", "float16", "float32"],
+    typer.Option(
+        help="Keys and values in float16 or float32. auto: on a CPU float16 where it has fast kernels for it.",
+        envvar="PEQA_KV_CACHE_DTYPE",
+    ),
+]
 EnforceEager = Annotated[
     bool,
     typer.Option(
@@ -228,6 +235,7 @@ def serve(
     row_invariant: RowInvariant = False,
     enforce_eager: EnforceEager = False,
     activation_bits: ActivationBits = 16,
+    kv_cache_dtype: KVCacheDtype = "auto",
     kv_blocks: KVBlocks = None,
     task_rows: TaskRows = None,
     group_rows: GroupRows = None,
@@ -267,6 +275,7 @@ def serve(
         "row_invariant": row_invariant,
         "enforce_eager": enforce_eager,
         "activation_bits": activation_bits,
+        "kv_cache_dtype": kv_cache_dtype,
         "num_blocks": kv_blocks,
         "task_rows": task_rows,
         "group_rows": group_rows,

@@ -15,8 +15,8 @@ void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t threads, f
                        const int32_t *group_row);
 int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv_heads, int64_t d, int64_t d_v);
 void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
-                          int64_t q_token, int64_t q_head, const float *keys, const float *values,
-                          const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
+                          int64_t q_token, int64_t q_head, const void *keys, const void *values,
+                          int64_t key_block, int64_t value_block, int64_t half, const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
                           const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
                           int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
                           float softcap, const float *sinks);
@@ -113,6 +113,47 @@ static void work_embed(void *data, int part, int parts)
     }
 }
 
+/* n numbers of a key or a value into the cache, `step` bytes from one to the next. */
+INLINE void put_numbers(const int half, const float *x, size_t n, char *to, size_t step)
+{
+    for (size_t i = 0; i < n; i += VL) {
+        const vf part = vpart(x + i, n - i);
+        const size_t count = smin(VL, n - i);
+        uint16_t halves[VL];
+        float floats[VL];
+        if (half)
+            hstore(halves, part);
+        else
+            vstore(floats, part);
+        for (size_t j = 0; j < count; j++, to += step)
+            if (half)
+                *(uint16_t *)to = halves[j];
+            else
+                *(float *)to = floats[j];
+    }
+}
+
+static void put_key(const int64_t half, const float *x, size_t n, char *to, size_t step)
+{
+    if (half)
+        put_numbers(1, x, n, to, step);
+    else
+        put_numbers(0, x, n, to, step);
+}
+
+/* A value's features lie side by side, so they are stored as vectors. */
+static void put_value(const int64_t half, const float *x, size_t n, char *to)
+{
+    size_t i = 0;
+    if (!half) {
+        copy_row(x, n, (float *)to);
+        return;
+    }
+    for (; i + VL <= n; i += VL)
+        hstore((uint16_t *)to + i, vload(x + i));
+    put_numbers(1, x + i, n - i, to + i * sizeof(uint16_t), sizeof(uint16_t));
+}
+
 /* Queries are turned in place, keys on their way into the cache. */
 static void work_place(void *data, int part, int parts)
 {
@@ -120,28 +161,30 @@ static void work_place(void *data, int part, int parts)
     const peqa_decoder *m = r->m;
     const size_t d = (size_t)m->d, heads = (size_t)m->heads, kv_heads = (size_t)m->kv_heads;
     const size_t size = (size_t)m->block_size;
-    const kv_strides at = strides_of(m->layout, size, kv_heads, d, d);
+    const decoder_layer *layer = r->layer;
+    const kv_strides at =
+        strides_of(m->layout, m->half_caches, layer->key_block, layer->value_block, size, kv_heads, d, d);
     for (ROWS_OF_PART(r)) {
         float *q = r->wide + i * qkv_width(m), *k = q + heads * d, *v = k + kv_heads * d;
         const size_t angle = (size_t)r->s->positions[i] * (d / 2);
         const int64_t slot = r->s->slots[i];
         for (size_t head = 0; head < heads; head++, q += d) {
-            if (r->layer->q_norm)
-                norm_row(q, r->layer->q_norm, m->eps, d, q);
+            if (layer->q_norm)
+                norm_row(q, layer->q_norm, m->eps, d, q);
             rotate_row(q, m->cosines + angle, m->sines + angle, d, q);
         }
         if (slot < 0)
             continue;
         const size_t block = (size_t)slot / size, offset = (size_t)slot % size;
         for (size_t head = 0; head < kv_heads; head++, k += d) {
-            if (r->layer->k_norm)
-                norm_row(k, r->layer->k_norm, m->eps, d, k);
+            if (layer->k_norm)
+                norm_row(k, layer->k_norm, m->eps, d, k);
             rotate_row(k, m->cosines + angle, m->sines + angle, d, k);
-            float *to = r->layer->keys + block * at.key_block + head * at.key_head + offset * at.key_token;
-            for (size_t f = 0; f < d; f++)
-                to[f * at.key_feature] = k[f];
-            copy_row(v + head * d, d,
-                     r->layer->values + block * at.value_block + head * at.value_head + offset * at.value_token);
+            put_key(m->half_caches, k, d,
+                    (char *)layer->keys + block * at.key_block + head * at.key_head + offset * at.key_token,
+                    at.key_feature);
+            put_value(m->half_caches, v + head * d, d,
+                      (char *)layer->values + block * at.value_block + head * at.value_head + offset * at.value_token);
         }
     }
 }
@@ -192,7 +235,8 @@ static void attend(run *r)
     if (s->output_count == 0 && r->layer + 1 == m->layers + m->layer_count)
         return; /* the keys and values were all that was wanted */
     peqa_paged_attention(r->pool, r->threads, r->scratch, r->narrow, r->wide, (int64_t)qkv_width(m), m->d,
-                         r->layer->keys, r->layer->values, s->block_tables, s->table_stride, s->query_starts,
+                         r->layer->keys, r->layer->values, r->layer->key_block, r->layer->value_block,
+                         m->half_caches, s->block_tables, s->table_stride, s->query_starts,
                          s->seq_lens, s->sequences, m->heads, m->kv_heads, m->d, m->d, m->block_size, m->layout, m->scaling,
                          r->layer->window, 0.0f, 0);
     book(r, TICKS_ATTENTION);

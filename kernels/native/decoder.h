@@ -16,7 +16,8 @@ typedef struct {
     decoder_linear qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm; /* [hidden] */
     const float *q_norm, *k_norm;           /* [d] or NULL */
-    float *keys, *values;                   /* as the decoder's `layout` says */
+    void *keys, *values;                    /* as the decoder's `layout` and `half_caches` say */
+    int64_t key_block, value_block;         /* numbers from one block to the next */
     int64_t window;                         /* 0: none */
 } decoder_layer;
 
@@ -34,7 +35,7 @@ typedef struct {
     const float *norm;            /* [hidden] */
     decoder_linear head;          /* weight NULL: the step's result is the normed hidden rows */
     const float *cosines, *sines; /* [positions, d / 2] */
-    int64_t layer_count, hidden, intermediate, heads, kv_heads, d, block_size, layout;
+    int64_t layer_count, hidden, intermediate, heads, kv_heads, d, block_size, layout, half_caches;
     int64_t vocab, positions, blocks; /* rows of the embedding, of the angles, blocks of the caches */
     float eps, scaling;
 } peqa_decoder;

@@ -37,7 +37,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
-        ("window", c_int64),
+        *((name, c_int64) for name in ("key_block", "value_block", "window")),
     )
 
 
@@ -62,7 +62,7 @@ class _Decoder(ctypes.Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         *((name, c_int64) for name in ("layer_count", "hidden", "intermediate")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size", "layout")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "d", "block_size", "layout", "half_caches")),
         *((name, c_int64) for name in ("vocab", "positions", "blocks")),
         ("eps", c_float),
         ("scaling", c_float),
@@ -180,17 +180,22 @@ class NativeDecoder:
     def bind_caches(self, layer: int, key_cache: Tensor, value_cache: Tensor) -> None:
         """Use these caches from now on; they stay the caller's.
 
-        Float32 [blocks, block_size, kv_heads, d], all layers' in the same layout of kv_layout.py.
+        [blocks, block_size, kv_heads, d], all layers' in the same layout of kv_layout.py and of the same dtype, float32
+        or, where the library has `halves`, float16. Keys and values are rounded to it, see half_numbers.h.
         """
         layout = layout_of(key_cache, value_cache)
         assert layout is not None, (key_cache.stride(), value_cache.stride())
         for cache in (key_cache, value_cache):
-            assert cache.dtype == torch.float32
+            assert self._ops.reads_caches(cache.dtype), cache.dtype
+            assert cache.dtype == key_cache.dtype, (cache.dtype, key_cache.dtype)
             assert cache.shape[2:] == (self._spec.kv_heads, self._spec.d), cache.shape
         self._layers[layer].keys = key_cache.data_ptr()
         self._layers[layer].values = value_cache.data_ptr()
+        self._layers[layer].key_block = key_cache.stride(0)
+        self._layers[layer].value_block = value_cache.stride(0)
         self._decoder.blocks, self._decoder.block_size = key_cache.shape[:2]
         self._decoder.layout = layout
+        self._decoder.half_caches = key_cache.dtype == torch.float16
 
     def bind_bank(self, layer: int, linear: int, bank: LinearBank) -> None:
         """Use these scales for linear number `linear` of the layer where a step has rows; they stay the caller's."""

@@ -19,7 +19,10 @@ def new_caches(
     d_v: int,
     make: Callable[[tuple[int, ...]], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Keys [blocks, block_size, kv_heads, d] and values [..., d_v] over contiguous memory that `make(shape)` gives."""
+    """Keys [blocks, block_size, kv_heads, d] and values [..., d_v] over memory that `make(shape)` gives.
+
+    That is contiguous, but for what may lie between two blocks.
+    """
     if layout == TOKENS_FIRST:
         return make((blocks, block_size, kv_heads, d)), make((blocks, block_size, kv_heads, d_v))
     keys, values = make((blocks, kv_heads, d, block_size)), make((blocks, kv_heads, block_size, d_v))
@@ -27,9 +30,19 @@ def new_caches(
 
 
 def layout_of(key_cache: Tensor, value_cache: Tensor) -> int | None:
-    """The layout of a pair of caches; None for any other."""
-    if key_cache.is_contiguous() and value_cache.is_contiguous():
+    """The layout of a pair of caches; None for any other. What lies between two blocks does not matter."""
+    if _packed(key_cache, (1, 2, 3)) and _packed(value_cache, (1, 2, 3)):
         return TOKENS_FIRST
-    if key_cache.permute(0, 2, 3, 1).is_contiguous() and value_cache.transpose(1, 2).is_contiguous():
+    if _packed(key_cache, (2, 3, 1)) and _packed(value_cache, (2, 1, 3)):
         return HEADS_FIRST
     return None
+
+
+def _packed(cache: Tensor, order: tuple[int, ...]) -> bool:
+    """Whether the dimensions in `order`, outermost first, leave no gaps, and no block reaches into the next."""
+    shape, strides, step = cache.shape, cache.stride(), 1
+    for dimension in reversed(order):
+        if strides[dimension] != step and shape[dimension] != 1:
+            return False
+        step *= shape[dimension]
+    return strides[0] >= step or shape[0] <= 1

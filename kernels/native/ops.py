@@ -19,7 +19,7 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 8  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 9  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -94,13 +94,14 @@ class NativeOps:
         halves = self._library.peqa_halves
         halves.restype = c_int64
         self.halves = bool(halves())
-        """Whether this build reads fp16: scales and offsets of weights, and banks."""
+        """Whether this build reads fp16: scales and offsets of weights, banks, and caches of keys and values."""
         self._attention_scratch = self._library.peqa_attention_scratch
         self._attention_scratch.argtypes = (c_int64,) * 5
         self._attention_scratch.restype = c_int64
         self._attention = self._library.peqa_paged_attention
         self._attention.argtypes = (
             *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+            *(c_int64,) * 3,
             *(c_void_p, c_int64, c_void_p, c_void_p),
             *(c_int64,) * 7,
             *(c_float, c_int64, c_float, c_void_p),
@@ -200,11 +201,15 @@ class NativeOps:
         limit = bank.shape[0]
         check_range(self._first_outside(row.data_ptr(), row.shape[0], limit), name, row, limit)
 
+    def reads_caches(self, dtype: torch.dtype) -> bool:
+        """Whether this build attends over keys and values of that dtype."""
+        return dtype == torch.float32 or (dtype == torch.float16 and self.halves)
+
     def paged_attention(
         self,
         q: Tensor,  # float32 [tokens, heads, d], strides free but for the last
-        key_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d], in a layout of kv_layout.py
-        value_cache: Tensor,  # float32 [blocks, block_size, kv_heads, d_v], likewise
+        key_cache: Tensor,  # float32 or float16 [blocks, block_size, kv_heads, d], in a layout of kv_layout.py
+        value_cache: Tensor,  # the same [blocks, block_size, kv_heads, d_v]
         block_tables: Tensor,  # int32 [seqs, max_blocks]
         query_starts: Tensor,  # int32 [seqs + 1]
         seq_lens: Tensor,  # int32 [seqs]
@@ -215,7 +220,8 @@ class NativeOps:
     ) -> Tensor:
         """Attend from packed queries to each sequence's own blocks: float32 [tokens, heads, d_v].
 
-        A token's bits depend on its position, its sequence's keys and values and this build only. Raises
+        Float16 caches only where `halves`; what they hold is taken exactly, and computed with in float32. A token's
+        bits depend on its position, its sequence's keys and values and this build only. Raises
         AttentionInputError for block tables, lengths or query starts that point outside of the tensors.
         """
         tokens, heads, d = q.shape
@@ -225,7 +231,9 @@ class NativeOps:
             q = q.contiguous()
         if sinks is not None and sinks.dtype != torch.float32:
             sinks = sinks.float()
-        assert q.dtype == key_cache.dtype == value_cache.dtype == torch.float32, q.dtype
+        assert q.dtype == torch.float32, q.dtype
+        assert self.reads_caches(key_cache.dtype), (self.isa.name, key_cache.dtype)
+        assert value_cache.dtype == key_cache.dtype, (value_cache.dtype, key_cache.dtype)
         layout = layout_of(key_cache, value_cache)
         assert layout is not None, (key_cache.stride(), value_cache.stride())
         assert block_tables.stride(1) == 1, block_tables.stride()
@@ -261,6 +269,9 @@ class NativeOps:
             q.stride(1),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
+            key_cache.stride(0),
+            value_cache.stride(0),
+            key_cache.dtype == torch.float16,
             block_tables.data_ptr(),
             block_tables.stride(0),
             query_starts.data_ptr(),

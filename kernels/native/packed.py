@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from peqa_kernels.native.huge_pages import Arena
 from peqa_kernels.packing import unpack_codes
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
@@ -35,7 +36,7 @@ class WeightStruct(ctypes.Structure):
 
 
 class PackedWeight:
-    """One weight in the run-time layout, with the C struct that points into it. Frozen once made."""
+    """One weight in the run-time layout, with the C struct that points into it. Its numbers never change."""
 
     def __init__(
         self,
@@ -86,10 +87,27 @@ class PackedWeight:
         self.struct.activation_bits = bits
 
     @property
+    def room(self) -> int:
+        """Bytes that it takes of an arena."""
+        return sum(Arena.room(tensor) for tensor in self._tables())
+
+    def move_to(self, arena: Arena) -> None:
+        """Lie in `arena` from now on; what held it before is freed. Not while it is multiplied."""
+        for name in ("codes", "scales", "offsets"):
+            tensor = getattr(self, f"_{name}")
+            if tensor is not None:
+                moved = arena.copy(tensor)
+                setattr(self, f"_{name}", moved)
+                setattr(self.struct, name, moved.data_ptr())
+
+    def _tables(self) -> list[Tensor]:
+        tensors = (self._codes, self._scales, self._offsets)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the run-time layout."""
-        tensors = (self._codes, self._scales, self._offsets)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self._tables())
 
 
 def _panels(segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:

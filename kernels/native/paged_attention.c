@@ -6,24 +6,7 @@
  * output are updated; positions it may not see count as exact zeros. So decode and prefill, alone or among others,
  * give the same bits.
  */
-#include "paged_attention.h"
-
-typedef struct {
-    float *keys;    /* [d][CHUNK], transposed */
-    float *query;   /* blocks of rows: [d][rows of the block] */
-    float *score;   /* [rows][CHUNK] */
-    float *out;     /* [rows][d_v] */
-    float *sum;     /* [rows][VL] */
-    float *top;     /* [rows] */
-    float *shrink;  /* [rows] */
-    float *nothing; /* [d] zeros */
-} item_memory;
-
-typedef struct {
-    size_t sequence, kv_head, first, queries; /* first: index within the sequence's new tokens */
-    size_t rows;                              /* queries x heads of the group; row = query x group + head */
-    int64_t position;                         /* of the first query */
-} item;
+#include "attention_places.h"
 
 /* Vectors of a register tile beside its 6 rows. */
 #if VL == 16 || defined(__aarch64__)
@@ -90,85 +73,21 @@ static void take_queries(const attention *a, const item *it, item_memory *m)
     }
 }
 
-/* ---- keys and values ---- */
-
-/* Where the keys and values of one chunk lie. */
-typedef struct {
-    const float *lanes[CHUNK / VL]; /* VL positions' keys each, one behind the other; `feature` floats to the next feature */
-    const float *key[CHUNK];        /* of each position, where its features lie side by side */
-    const float *value[CHUNK];      /* value[i] belongs to offset from + i */
-    size_t feature;
-    int32_t from, to; /* offsets in the chunk that some row of the item sees */
-} places;
-
-/* Whether VL positions' keys lie ready in a block. */
-INLINE int in_lanes(const attention *a) { return a->at.key_token == 1 && a->block_size % VL == 0; }
-
-static void locate(const attention *a, const item *it, const item_memory *m, int64_t start, int64_t begin, int64_t end,
-                   places *p)
-{
-    const int32_t *table = a->block_tables + it->sequence * a->table_stride;
-    const int ready = in_lanes(a);
-    p->from = begin > start ? (int32_t)(begin - start) : 0;
-    p->to = end < start + CHUNK ? (int32_t)(end - start) : CHUNK;
-    p->feature = ready ? a->at.key_feature : CHUNK;
-    size_t slot = (size_t)(start + p->from), block = slot / a->block_size, offset = slot % a->block_size;
-    const float *keys = 0, *values = 0;
-    for (int32_t i = 0; i < p->from; i++)
-        p->key[i] = m->nothing;
-    for (int32_t i = p->to; i < CHUNK; i++)
-        p->key[i] = m->nothing;
-    for (int32_t i = p->from; i < p->to; i++) {
-        if (!keys || offset == a->block_size) {
-            if (keys) {
-                offset = 0;
-                block++;
-            }
-            keys = a->keys + (size_t)table[block] * a->at.key_block + it->kv_head * a->at.key_head;
-            values = a->values + (size_t)table[block] * a->at.value_block + it->kv_head * a->at.value_head;
-        }
-        const float *value = values + offset * a->at.value_token;
-        p->value[i - p->from] = value;
-        for (size_t f = 0; f < a->d_v; f += 16)
-            __builtin_prefetch(value + f);
-        if (!ready)
-            p->key[i] = keys + offset * a->at.key_token;
-        else if (i == p->from || i % VL == 0) {
-            const float *lanes = keys + offset / VL * VL;
-            p->lanes[i / VL] = lanes;
-            for (size_t f = 0; f < a->d; f++)
-                __builtin_prefetch(lanes + f * p->feature);
-        }
-        offset++;
-    }
-    for (int32_t v = 0; v < (p->to + VL - 1) / VL; v++)
-        if (!ready)
-            p->lanes[v] = m->keys + v * VL;
-        else if (v < p->from / VL)
-            p->lanes[v] = p->lanes[p->from / VL]; /* anything that may be read: nobody sees these */
-}
-
-/* Lays the chunk's keys out in lanes where the cache does not have them so. */
-static void turn_keys(const attention *a, const item_memory *m, const places *p)
-{
-    if (in_lanes(a))
-        return;
-    for (int32_t i = 0; i < p->to; i += VL)
-        if (a->at.key_feature == 1)
-            transpose_rows(p->key + i, a->d, m->keys + i, CHUNK);
-        else
-            for (int32_t r = i; r < i + VL; r++)
-                for (size_t f = 0; f < a->d; f++)
-                    m->keys[f * CHUNK + (size_t)r] = r < p->from || r >= p->to ? 0.0f : p->key[r][f * a->at.key_feature];
-}
-
 /* ---- scores ---- */
 
-/* R rows against V vectors of positions; keys[v] + i * feature: feature i of the v-th. */
-INLINE void score_tile(const int R, const int V, const size_t d, const float *const *keys, const size_t feature,
-                       const float *q, float *score)
+/* VL numbers of a cache. */
+INLINE vf cached(const int half, const char *p) { return half ? hload((const uint16_t *)p) : vload((const float *)p); }
+
+INLINE vf cached_part(const int half, const char *p, size_t n)
 {
-    const float *key[SCORE_V];
+    return half ? hpart((const uint16_t *)p, n) : vpart((const float *)p, n);
+}
+
+/* R rows against V vectors of positions; keys[v] + i * feature: feature i of the v-th. */
+INLINE void score_tile(const int half, const int R, const int V, const size_t d, const char *const *keys,
+                       const size_t feature, const float *q, float *score)
+{
+    const char *key[SCORE_V];
     vf acc[BLOCK_ROWS][SCORE_V];
     UNROLL for (int v = 0; v < V; v++) key[v] = keys[v];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = vset(0.0f);
@@ -176,7 +95,7 @@ INLINE void score_tile(const int R, const int V, const size_t d, const float *co
         vf k[SCORE_V];
         UNROLL for (int v = 0; v < V; v++)
         {
-            k[v] = vload(key[v]);
+            k[v] = cached(half, key[v]);
             key[v] += feature;
         }
         UNROLL for (int r = 0; r < R; r++)
@@ -189,28 +108,41 @@ INLINE void score_tile(const int R, const int V, const size_t d, const float *co
         UNROLL for (int v = 0; v < V; v++) vstore(score + (size_t)r * CHUNK + v * VL, acc[r][v]);
 }
 
-#define SCORES(R)                                                                                                      \
-    static void scores_##R(const size_t d, const float *const *keys, const size_t feature, const float *q,             \
+#define SCORES(name, half, R)                                                                                          \
+    static void name##_##R(const size_t d, const char *const *keys, const size_t feature, const float *q,              \
                            float *score, size_t vectors)                                                               \
     {                                                                                                                  \
         for (; vectors >= SCORE_V; vectors -= SCORE_V, keys += SCORE_V, score += SCORE_V * VL)                         \
-            score_tile(R, SCORE_V, d, keys, feature, q, score);                                                        \
+            score_tile(half, R, SCORE_V, d, keys, feature, q, score);                                                  \
         for (; vectors >= 2; vectors -= 2, keys += 2, score += 2 * VL)                                                 \
-            score_tile(R, 2, d, keys, feature, q, score);                                                              \
+            score_tile(half, R, 2, d, keys, feature, q, score);                                                        \
         if (vectors)                                                                                                   \
-            score_tile(R, 1, d, keys, feature, q, score);                                                              \
+            score_tile(half, R, 1, d, keys, feature, q, score);                                                        \
     }
-SCORES(1) SCORES(2) SCORES(3) SCORES(4) SCORES(5) SCORES(6)
+#define EVERY(make, name, half)                                                                                        \
+    make(name, half, 1) make(name, half, 2) make(name, half, 3) make(name, half, 4) make(name, half, 5)                \
+        make(name, half, 6)
+#define ALL(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
+EVERY(SCORES, scores, 0)
+#if HALVES
+EVERY(SCORES, half_scores, 1)
+#endif
 
 /* q k for the chunk's positions up to `end`, rounded up to whole vectors. */
 static void scores(const attention *a, const item *it, const item_memory *m, const places *p)
 {
-    typedef void (*run)(size_t, const float *const *, size_t, const float *, float *, size_t);
-    static const run table[BLOCK_ROWS + 1] = {0, scores_1, scores_2, scores_3, scores_4, scores_5, scores_6};
+    typedef void (*run)(size_t, const char *const *, size_t, const float *, float *, size_t);
+    static const run table[1 + HALVES][BLOCK_ROWS + 1] = {
+        ALL(scores),
+#if HALVES
+        ALL(half_scores),
+#endif
+    };
+    const int half = a->half && in_lanes(a); /* turned keys are floats */
     for (size_t block = 0; block < blocks_of(it->rows); block++) {
         const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        table[n](a->d, p->lanes, p->feature, m->query + first * a->d, m->score + first * CHUNK,
-                 ((size_t)p->to + VL - 1) / VL);
+        table[half][n](a->d, p->lanes, p->feature, m->query + first * a->d, m->score + first * CHUNK,
+                       ((size_t)p->to + VL - 1) / VL);
     }
 }
 
@@ -252,9 +184,10 @@ static void weigh(const attention *a, const item_memory *m, size_t row, int32_t 
 /* ---- values ---- */
 
 /* R rows of the output, V vectors of its features, over `n` positions. `features` < V x VL only where V is 1. */
-INLINE void value_tile(const int R, const int V, const float *const *value, size_t feature, size_t features, size_t n,
-                       const float *weight, const float *shrink, float *out, size_t d_v)
+INLINE void value_tile(const int half, const int R, const int V, const char *const *value, size_t feature,
+                       size_t features, size_t n, const float *weight, const float *shrink, float *out, size_t d_v)
 {
+    const size_t number = half ? sizeof(uint16_t) : sizeof(float);
     const size_t width = V > 1 ? VL : features;
     vf acc[BLOCK_ROWS][VALUE_V];
     UNROLL for (int r = 0; r < R; r++)
@@ -262,7 +195,7 @@ INLINE void value_tile(const int R, const int V, const float *const *value, size
             vpart(out + (size_t)r * d_v + v * VL, width) * vset(shrink[r]);
     for (size_t i = 0; i < n; i++) {
         vf x[VALUE_V];
-        UNROLL for (int v = 0; v < V; v++) x[v] = vpart(value[i] + feature + v * VL, width);
+        UNROLL for (int v = 0; v < V; v++) x[v] = cached_part(half, value[i] + (feature + v * VL) * number, width);
         UNROLL for (int r = 0; r < R; r++)
         {
             const vf w = vset(weight[(size_t)r * CHUNK + i]);
@@ -273,27 +206,36 @@ INLINE void value_tile(const int R, const int V, const float *const *value, size
         UNROLL for (int v = 0; v < V; v++) vput(out + (size_t)r * d_v + v * VL, acc[r][v], width);
 }
 
-#define VALUES(R)                                                                                                      \
-    static void values_##R(const float *const *value, size_t n, const float *weight, const float *shrink, float *out,  \
+#define VALUES(name, half, R)                                                                                          \
+    static void name##_##R(const char *const *value, size_t n, const float *weight, const float *shrink, float *out,   \
                            size_t d_v)                                                                                 \
     {                                                                                                                  \
         size_t f = 0;                                                                                                  \
         for (; f + VALUE_V * VL <= d_v; f += VALUE_V * VL)                                                             \
-            value_tile(R, VALUE_V, value, f, VL, n, weight, shrink, out + f, d_v);                                     \
+            value_tile(half, R, VALUE_V, value, f, VL, n, weight, shrink, out + f, d_v);                               \
         for (; f < d_v; f += VL)                                                                                       \
-            value_tile(R, 1, value, f, smin(VL, d_v - f), n, weight, shrink, out + f, d_v);                            \
+            value_tile(half, R, 1, value, f, smin(VL, d_v - f), n, weight, shrink, out + f, d_v);                      \
     }
-VALUES(1) VALUES(2) VALUES(3) VALUES(4) VALUES(5) VALUES(6)
+EVERY(VALUES, values, 0)
+#if HALVES
+EVERY(VALUES, half_values, 1)
+#endif
 
 /* Adds the values at chunk offsets from..to; value[i] belongs to offset from + i. */
-static void values(const attention *a, const item *it, const item_memory *m, const float *const *value, size_t from,
+static void values(const attention *a, const item *it, const item_memory *m, const char *const *value, size_t from,
                    size_t to)
 {
-    typedef void (*run)(const float *const *, size_t, const float *, const float *, float *, size_t);
-    static const run table[BLOCK_ROWS + 1] = {0, values_1, values_2, values_3, values_4, values_5, values_6};
+    typedef void (*run)(const char *const *, size_t, const float *, const float *, float *, size_t);
+    static const run table[1 + HALVES][BLOCK_ROWS + 1] = {
+        ALL(values),
+#if HALVES
+        ALL(half_values),
+#endif
+    };
     for (size_t block = 0; block < blocks_of(it->rows); block++) {
         const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        table[n](value, to - from, m->score + first * CHUNK + from, m->shrink + first, m->out + first * a->d_v, a->d_v);
+        table[a->half][n](value, to - from, m->score + first * CHUNK + from, m->shrink + first,
+                          m->out + first * a->d_v, a->d_v);
     }
 }
 
@@ -364,11 +306,12 @@ EXPORT int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv
     return threads * (int64_t)floats_per_thread(&a);
 }
 
-/* q [tokens, heads, d] with strides q_token and q_head, caches as kv_layout.h has them, out [tokens,
- * heads, d_v]; window 0: none; softcap 0: none; sinks [heads] or NULL. */
+/* q [tokens, heads, d] with strides q_token and q_head, caches as kv_layout.h has them, of fp16 where `half` (only
+ * where peqa_halves), key_block and value_block numbers from block to block; out [tokens, heads, d_v]; window 0: none;
+ * softcap 0: none; sinks [heads] or NULL. */
 EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
-                                 int64_t q_token, int64_t q_head, const float *keys, const float *values,
-                                 const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
+                                 int64_t q_token, int64_t q_head, const void *keys, const void *values,
+                                 int64_t key_block, int64_t value_block, int64_t half, const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
                                  const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
                                  int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
                                  float softcap, const float *sinks)
@@ -391,6 +334,7 @@ EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratc
     a.softcap = softcap;
     a.window = window;
     a.next = &next;
-    a.at = strides_of(layout, a.block_size, a.kv_heads, a.d, a.d_v);
+    a.half = half != 0;
+    a.at = strides_of(layout, half, key_block, value_block, a.block_size, a.kv_heads, a.d, a.d_v);
     pool_run(pool, (int)threads, work, &a);
 }

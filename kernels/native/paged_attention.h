@@ -2,6 +2,7 @@
 #ifndef PEQA_PAGED_ATTENTION_H
 #define PEQA_PAGED_ATTENTION_H
 
+#include "half_numbers.h"
 #include "kv_layout.h"
 #include "pool.h"
 #include "vec.h"
@@ -9,11 +10,13 @@
 #define CHUNK 64     /* keys taken at once: part of the order of additions; d x 64 floats stay in the first cache */
 #define ITEM_ROWS 48 /* queries x heads of one work item: enough to pay for transposing the keys */
 #define BLOCK_ROWS 6 /* rows of one register tile */
+#define LINE 64      /* bytes of a line of the processor's caches */
 
 typedef struct {
     float *scratch, *out;
     const float *q, *sinks;
-    const float *keys, *values; /* of the caches, laid out as kv_layout says */
+    const char *keys, *values; /* of the caches, laid out as kv_layout says */
+    int half;                  /* the caches are fp16, else fp32 */
     const int32_t *block_tables, *query_starts, *seq_lens;
     size_t q_token, q_head, table_stride, seqs, heads, kv_heads, d, d_v, block_size;
     kv_strides at;

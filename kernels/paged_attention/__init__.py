@@ -22,12 +22,25 @@ from peqa_kernels.paged_attention.reference import paged_attention_reference, wr
 __all__ = [
     "AttentionInputError",
     "AttentionPlan",
+    "cache_dtype",
     "new_caches",
     "paged_attention",
     "paged_attention_reference",
     "write_kv",
     "write_kv_reference",
 ]
+
+
+def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of caches that attention in `dtype` reads fastest on `device`.
+
+    Decode attention waits for memory. On a CPU keys and values of fp32 activations are kept in fp16 where the compiled
+    kernels read it: half the bytes, rounded finer than bf16. Else they are kept in `dtype`.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return dtype
+    ops = native.load()
+    return torch.float16 if ops is not None and ops.halves else torch.float32
 
 
 def new_caches(
@@ -43,9 +56,11 @@ def new_caches(
 ) -> tuple[Tensor, Tensor]:
     """Keys [blocks, block_size, kv_heads, d] and values [..., d_v], laid out as the device's kernels read them fastest.
 
-    `make(shape)` gives the memory, contiguous, of that dtype and device; None: zeros.
+    `make(shape)` gives the memory, of that dtype and device, on a GPU contiguous, on a CPU but for what may lie between
+    two blocks; None: zeros.
     """
-    fast = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+    ops = native.load() if device.type == "cpu" else None
+    fast = ops is not None and ops.reads_caches(dtype)
     make = make or partial(torch.zeros, dtype=dtype, device=device)
     return kv_layout.new_caches(
         kv_layout.HEADS_FIRST if fast else kv_layout.TOKENS_FIRST, blocks, block_size, kv_heads, d, d_v, make
@@ -83,7 +98,7 @@ def paged_attention(
     Args:
         q: [tokens, heads, d], the sequences' new tokens one after the other.
         key_cache: [blocks, block_size, kv_heads, d], contiguous or as `new_caches` lays it out, heads a multiple of
-            kv_heads (query head h reads h // (heads // kv_heads)).
+            kv_heads (query head h reads h // (heads // kv_heads)). On a CPU of any float dtype: it is computed in fp32.
         value_cache: [blocks, block_size, kv_heads, d_v], likewise.
         block_tables: int32 [seqs, max_blocks].
         query_starts: int32 [seqs + 1], first row of each sequence in q; the last entry is `tokens`.
@@ -111,6 +126,8 @@ def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Copy each token's key and value into its slot of the caches, in place.
+
+    On a CPU, numbers beyond the range of fp16 caches become its ends; infinity and NaN stay what they are.
 
     Args:
         key: [tokens, kv_heads, d]; may be a view with strides.
@@ -151,8 +168,10 @@ def _paged_attention(
 
         return paged_attention_gpu(*args, *options, plan)
     # The C library computes in float32; it is None where no compiler was found at installation.
-    ops = native.load() if q.dtype == key_cache.dtype == torch.float32 else None
-    return (paged_attention_cpu if ops is None else ops.paged_attention)(*args, *options)
+    ops = native.load() if q.dtype == torch.float32 else None
+    if ops is None or not ops.reads_caches(key_cache.dtype):
+        return paged_attention_cpu(*args, *options)
+    return ops.paged_attention(*args, *options)
 
 
 def _write_kv(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peqa_kernels.native.kv_layout import HEADS_FIRST, layout_of
+from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.paged_attention.plan import AttentionPlan
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,8 +96,9 @@ def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
             f"{key_cache.dtype} and {value_cache.dtype}"
         )
     layout = layout_of(key_cache, value_cache)
-    if layout is None or (layout == HEADS_FIRST and (key_cache.is_cuda or key_cache.dtype != torch.float32)):
-        _refuse("the caches must be contiguous, or float32 on the CPU as `new_caches` lays them out")
+    on_gpu = key_cache.is_cuda
+    if layout is None or (on_gpu and not (key_cache.is_contiguous() and value_cache.is_contiguous())):
+        _refuse("the caches must be contiguous, or on the CPU as `new_caches` lays them out")
     _same_device("value_cache", value_cache, key_cache)
 
 

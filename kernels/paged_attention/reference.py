@@ -53,12 +53,24 @@ def paged_attention_reference(
     return out.to(q)
 
 
+def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round keys or values to a cache's dtype: to the nearest, halves to the even one.
+
+    Finite numbers beyond the range of fp16 become its ends: an infinity in a key would turn a row into NaN where the
+    number itself had only been large. Infinity and NaN stay what they are.
+    """
+    if dtype != torch.float16 or x.dtype == dtype:
+        return x.to(dtype)
+    end = torch.finfo(dtype).max
+    return torch.where(x.isinf(), x, x.clamp(-end, end)).to(dtype)
+
+
 def write_kv_reference(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Copy each token's key and value to its slot; in place; arguments as `write_kv`."""
+    """Copy each token's key and value to its slot, rounded as `to_cache` does; in place; arguments as `write_kv`."""
     block_size = key_cache.shape[1]
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
-            key_cache[slot // block_size, slot % block_size] = key[token].to(key_cache.dtype)
-            value_cache[slot // block_size, slot % block_size] = value[token].to(value_cache.dtype)
+            key_cache[slot // block_size, slot % block_size] = to_cache(key[token], key_cache.dtype)
+            value_cache[slot // block_size, slot % block_size] = to_cache(value[token], value_cache.dtype)

@@ -23,7 +23,7 @@ from peqa_kernels.quant_matmul.reference import dequantize, quant_matmul_referen
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 if TYPE_CHECKING:
-    from peqa_kernels.native import NativeOps
+    from peqa_kernels.native import NativeOps, PackedWeight
     from peqa_kernels.quant_matmul.gpu import TritonGpu
 
 __all__ = [
@@ -105,6 +105,10 @@ class PreparedWeight:
             raise RuntimeError(
                 f"activations of {bits} bits need the compiled CPU kernels; this is {self.backend!r}"
             )
+
+    def packed(self) -> PackedWeight | None:
+        """What the compiled CPU kernels read of it; None on another backend."""
+        return self.impl.packed if isinstance(self.impl, NativeCpu) else None
 
     def release(self) -> bool:
         """For serving: keep what the backend laid out, and of `weight` the shapes (on the device "meta") only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ACTIVATION_BITS = (16, 8)
+KV_CACHE_DTYPES = ("auto", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class EngineConfig:
     the CPU they never do. Its tiles are small ones for batches of any size, so prompts take longer. `enforce_eager`:
     on a GPU, capture no CUDA graphs; decode steps then wait for Python, the start takes seconds less.
     `activation_bits`: on a CPU, products round their inputs to so many bits per block of 128: 16, finer than bfloat16,
-    or 8, which is quicker and costs some quality. Banks and tasks are the same.
+    or 8, which is quicker and costs some quality. Banks and tasks are the same. `kv_cache_dtype`: in what keys and
+    values are kept. "auto": on a CPU float16 where the compiled kernels read it, half the bytes of the float32 that
+    they are computed in; on a GPU, which takes nothing else, and for 16-bit activations, what the model computes in.
     """
 
     block_size: int = 16
@@ -42,11 +45,17 @@ class EngineConfig:
     row_invariant: bool = False
     enforce_eager: bool = False
     activation_bits: int = 16
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Every number is a count of at least one; rows include row 0, the base."""
         for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool) and value < 1:
+            if value is not None and not isinstance(value, (bool, str)) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         if self.activation_bits not in ACTIVATION_BITS:
             raise ValueError(f"activation_bits must be 16 or 8, got {self.activation_bits}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype must be {', '.join(KV_CACHE_DTYPES[:-1])} or {KV_CACHE_DTYPES[-1]}, "
+                f"got {self.kv_cache_dtype!r}"
+            )

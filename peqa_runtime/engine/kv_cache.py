@@ -1,19 +1,24 @@
-"""Memory for keys and values: one pair of tensors per layer, cut into blocks that the BlockManager hands out."""
+"""Memory for keys and values: one pair of tensors per layer, cut into blocks that the BlockManager hands out.
+
+On a CPU all that a block number has in all layers lies together: pages come as blocks are first used, and a huge page
+then holds a few whole blocks, where tensors one behind the other would take 2 MiB per layer for the first of them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from peqa_kernels.native import huge_pages
 from peqa_kernels.paged_attention import new_caches
 
 _GIB = 2**30
+_LINE = 64  # bytes
 _CPU_LIMIT = 2 * _GIB  # a server on a laptop must leave the laptop usable
 _CPU_SHARE = 0.25
 _GPU_SHARE = 0.85  # the rest: activations, logits and what the allocator cannot use
@@ -54,14 +59,11 @@ class KVCache:
         self.num_blocks = num_blocks
         self.spare = range(num_blocks, num_blocks + spare_blocks)
         self.block_size = block_size
+        self.dtype = dtype
+        shapes = [(self.spare.stop, block_size, layer.kv_heads, layer.d_k, layer.d_v) for layer in layers]
+        make = _Interleaved(shapes, dtype).part if device.type == "cpu" else None
         self.layers: list[tuple[Tensor, Tensor]] = [
-            new_caches(
-                *(self.spare.stop, block_size, layer.kv_heads, layer.d_k, layer.d_v),
-                dtype=dtype,
-                device=device,
-                make=partial(_zeros, device=device, dtype=dtype),
-            )
-            for layer in layers
+            new_caches(*shape, dtype=dtype, device=device, make=make) for shape in shapes
         ]
 
     @property
@@ -131,9 +133,24 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the operating system only provides when they are written (CPU): starting stays instant."""
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+class _Interleaved:
+    """Zeros for the keys and values of all layers, block by block, that take memory as they are written."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int, int, int]], dtype: torch.dtype) -> None:
+        """`shapes`: (blocks, block_size, kv_heads, d_k, d_v) of each layer, in the order in which parts are taken."""
+        blocks = shapes[0][0]
+        sizes = (block_size * heads * d for _, block_size, heads, *widths in shapes for d in widths)
+        self._line = _LINE // dtype.itemsize
+        width = sum(self._padded(size) for size in sizes)
+        self._rows = huge_pages.zeros(blocks * width * dtype.itemsize).view(dtype).view(blocks, width)
+        self._used = 0
+
+    def part(self, shape: tuple[int, ...]) -> Tensor:
+        """The next piece of every block: `shape` [blocks, …], contiguous within a block."""
+        size = math.prod(shape[1:])
+        first, self._used = self._used, self._used + self._padded(size)
+        return self._rows[:, first : first + size].view(shape)
+
+    def _padded(self, numbers: int) -> int:
+        """Up to whole lines of the processor's caches."""
+        return -(-numbers // self._line) * self._line

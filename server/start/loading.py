@@ -62,6 +62,7 @@ class Report:
     max_model_len: int
     kv_blocks: int
     kv_tokens: int
+    kv_cache_dtype: str
     task_rows: int
     store: str
     tasks: tuple[str, ...]
@@ -204,6 +205,7 @@ def _report(base: Path, store: Path, engine: Engine) -> Report:
         max_model_len=engine.max_model_len,
         kv_blocks=blocks,
         kv_tokens=blocks * config.block_size,
+        kv_cache_dtype=str(engine.kv_cache.dtype).removeprefix("torch."),
         task_rows=config.task_rows,
         store=str(store),
         tasks=tuple(engine.tasks.registry.tasks()),

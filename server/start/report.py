@@ -57,6 +57,7 @@ def announce(report: Report, url: str, keys: str, seen: Observing) -> None:
         dtype=report.dtype,
         kernels=report.kernels,
         kv_tokens=report.kv_tokens,
+        kv_cache_dtype=report.kv_cache_dtype,
         max_model_len=report.max_model_len,
         tasks=len(report.tasks),
         task_rows=report.task_rows,
@@ -80,7 +81,8 @@ def _table(report: Report, url: str, keys: str) -> None:
         "model": f"{report.model} (base {report.base_digest[:12]})",
         "weights": report.quantization,
         "device": f"{report.device}, activations in {report.dtype}, kernels: {report.kernels}{_coarse(report)}",
-        "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens; context {report.max_model_len}",
+        "KV cache": f"{report.kv_blocks} blocks = {report.kv_tokens} tokens in {report.kv_cache_dtype}; "
+        f"context {report.max_model_len}",
         "tasks": f"{_few(('base', *report.tasks))} (up to {report.task_rows} on the device at once)",
         "unusable": _few(report.unusable, "; "),
         "store": report.store,
