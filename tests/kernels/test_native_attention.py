@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -25,16 +26,34 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
     return found
 
 
+def apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """NaN, with 24 numbers that belong to others between two blocks."""
+    size = math.prod(shape[1:])
+    return torch.full((shape[0], size + 24), float("nan"), dtype=dtype)[:, :size].view(shape)
+
+
+def skip_without_halves(ops: NativeOps, dtype: torch.dtype) -> None:
+    if not ops.reads_caches(dtype):
+        pytest.skip(f"{ops.isa.name} reads no fp16")
+
+
 class Cache:
     """Keys and values of a few sequences in shuffled blocks; every slot that no sequence owns is NaN."""
 
     def __init__(
-        self, lengths: list[int], kv_heads: int, d: int, d_v: int, block_size: int, layout: int = TOKENS_FIRST
+        self,
+        lengths: list[int],
+        kv_heads: int,
+        d: int,
+        d_v: int,
+        block_size: int,
+        layout: int = TOKENS_FIRST,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         counts = [-(-length // block_size) for length in lengths]
         order = torch.randperm(sum(counts) + 3).to(torch.int32)
         self.keys, self.values = new_caches(
-            layout, len(order), block_size, kv_heads, d, d_v, partial(torch.full, fill_value=float("nan"))
+            layout, len(order), block_size, kv_heads, d, d_v, partial(apart, dtype=dtype)
         )
         self.tables = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
         used = 0
@@ -60,18 +79,32 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", [TOKENS_FIRST, HEADS_FIRST])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "d_v", "block_size"),
-    [(9, 3, 64, 64, 16), (4, 4, 80, 72, 5), (8, 1, 30, 33, 32), (60, 1, 16, 256, 7), (2, 2, 256, 8, 16)],
+    [
+        *[(9, 3, 64, 64, 16), (4, 4, 80, 72, 5), (8, 1, 30, 33, 32), (60, 1, 16, 256, 7), (2, 2, 256, 8, 16)],
+        (2, 2, 8, 8, 2),
+    ],
 )
 def test_agrees_with_the_reference(
-    ops: NativeOps, options: dict, heads: int, kv_heads: int, d: int, d_v: int, block_size: int, layout: int
+    ops: NativeOps,
+    options: dict,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    d_v: int,
+    block_size: int,
+    layout: int,
+    dtype: torch.dtype,
 ) -> None:
+    """Of fp16 caches: the formula on the numbers that they hold."""
+    skip_without_halves(ops, dtype)
     torch.manual_seed(0)
     lengths, new = [1, 70, 130, 64, 200], [1, 70, 1, 13, 66]
-    cache = Cache(lengths, kv_heads, d, d_v, block_size, layout)
+    cache = Cache(lengths, kv_heads, d, d_v, block_size, layout, dtype)
     assert layout_of(cache.keys, cache.values) == layout
     q = torch.randn(sum(new), heads, d)
     options = dict(options)
@@ -84,16 +117,18 @@ def test_agrees_with_the_reference(
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "options", [{}, {"sliding_window": 50}, {"softcap": 3.0, "sinks": torch.arange(6.0)}]
 )
 def test_bits_depend_neither_on_chunks_nor_on_neighbours_nor_on_the_layout(
-    ops: NativeOps, options: dict
+    ops: NativeOps, options: dict, dtype: torch.dtype
 ) -> None:
+    skip_without_halves(ops, dtype)
     torch.manual_seed(1)
     lengths = [150, 33, 97]
-    cache = Cache(lengths, 2, 64, 64, 16)
-    other = Cache(lengths, 2, 64, 64, 16, HEADS_FIRST)
+    cache = Cache(lengths, 2, 64, 64, 16, dtype=dtype)
+    other = Cache(lengths, 2, 64, 64, 16, HEADS_FIRST, dtype)
     other.tables = cache.tables
     for mine, theirs in ((cache.keys, other.keys), (cache.values, other.values)):
         theirs.copy_(mine)
@@ -140,3 +175,28 @@ def test_strides_and_numbers_of_threads(ops: NativeOps) -> None:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
     assert not results[0].isnan().any()
+
+
+@pytest.mark.parametrize("block_size", [16, 6])
+def test_fp16_caches_give_the_bits_of_fp32_caches_with_the_same_numbers(
+    ops: NativeOps, block_size: int
+) -> None:
+    """Subnormal ones, too. What is computed is the same; only what is read is narrower."""
+    skip_without_halves(ops, torch.float16)
+    torch.manual_seed(3)
+    half = Cache([130], 2, 64, 40, block_size, HEADS_FIRST, torch.float16)
+    half.keys[int(half.tables[0, 3]), 1, :, ::2] *= 2.0**-18
+    half.values[int(half.tables[0, 4])] *= 2.0**-20
+    whole = (half.keys.float(), half.values.float())
+    q = torch.randn(70, 4, 64)
+    rest = (half.tables, starts_of([70]), torch.tensor([130], dtype=torch.int32), 0.125)
+    want = ops.paged_attention(q, *whole, *rest)
+    assert torch.equal(ops.paged_attention(q, half.keys, half.values, *rest), want)
+
+
+def test_caches_that_no_build_reads_are_refused() -> None:
+    keys, values = (torch.zeros(4, 3, 2, 8) for _ in range(2))
+    assert layout_of(keys, values) == TOKENS_FIRST
+    assert layout_of(keys[::2], values[::2]) == TOKENS_FIRST
+    assert layout_of(keys[:, :, :, ::2], values[:, :, :, ::2]) is None
+    assert layout_of(keys[:1].expand(4, -1, -1, -1), values) is None, "blocks that lie in each other"

@@ -243,13 +243,33 @@ def test_write_kv(write, dtype: torch.dtype) -> None:
     )  # key comes as a view, as from a fused q/k/v
     assert torch.equal(caches[0], want[0])
     assert torch.equal(caches[1], want[1])
+    write(packed[:, 1:4], value, *caches, slots)  # of another dtype
+    assert torch.equal(caches[0], want[0])
+    assert torch.equal(caches[1], want[1])
     assert int((caches[0] != 0).any(-1).any(-1).sum()) == 5
 
 
-def test_the_torch_path_reads_caches_of_any_layout() -> None:
+@pytest.mark.parametrize("write", [op.write_kv, op.write_kv_reference])
+def test_what_fp16_cannot_hold_becomes_its_ends_but_infinity_and_nan_stay(write) -> None:
+    inf, end = float("inf"), 65504.0
+    given = [0.1, 65519.0, 65520.0, 3e38, -7e4, inf, -inf, float("nan"), 2.0**-24, 1e-9]
+    #  1 + 2^-11 and 1 + 3 * 2^-11 stand between two numbers: to the even one
+    given += [1 + 2.0**-11, 1 + 3 * 2.0**-11]
+    want = [0.0999755859375, end, end, end, -end, inf, -inf, float("nan"), 2.0**-24, 0.0, 1.0, 1 + 2.0**-9]
+    x = torch.tensor(given).view(1, 1, -1)
+    caches = op.new_caches(1, 2, 1, len(given), len(given), dtype=torch.float16, device=torch.device("cpu"))
+    write(x, x, *caches, torch.tensor([1]))
+    for cache in caches:
+        torch.testing.assert_close(cache[0, 1, 0].float(), torch.tensor(want), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_torch_path_reads_caches_of_any_layout(dtype: torch.dtype) -> None:
+    """Fp16 ones with queries of fp32, too, and computes in fp32."""
     case = make_case(MIX)
+    case = replace(case, key_cache=case.key_cache.to(dtype), value_cache=case.value_cache.to(dtype))
     caches = op.new_caches(
-        *case.key_cache.shape, case.value_cache.shape[3], dtype=torch.float32, device=torch.device("cpu")
+        *case.key_cache.shape, case.value_cache.shape[3], dtype=dtype, device=torch.device("cpu")
     )
     for mine, theirs in zip(caches, (case.key_cache, case.value_cache), strict=True):
         mine.copy_(theirs)
@@ -260,6 +280,10 @@ def test_the_torch_path_reads_caches_of_any_layout() -> None:
     assert torch.equal(
         op.paged_attention(*arguments, scaling=0.125), op.paged_attention(*case.args, scaling=0.125)
     )
+    want = op.paged_attention_reference(*case.args, scaling=0.125)
+    assert want.dtype == torch.float32
+    close(op.paged_attention(*arguments, scaling=0.125), want, 1e-6)
+    close(paged_attention_cpu(*arguments, scaling=0.125), want, 1e-6)
 
 
 def test_no_token_is_no_work() -> None:

@@ -13,6 +13,7 @@ from peqa_kernels import native
 from peqa_kernels.native.isa import usable
 from peqa_kernels.paged_attention import new_caches
 from peqa_kernels.paged_attention.checks import AttentionInputError
+from peqa_kernels.paged_attention.reference import to_cache
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.model import ForwardContext, LoadedModel, load
 from peqa_runtime.model.quantized_linear import QuantizedLinear
@@ -70,10 +71,15 @@ KNOWN: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def bind(loaded: LoadedModel, blocks: int) -> None:
+HALVES = [torch.float32]
+if (ops := native.load()) is not None and ops.halves:
+    HALVES.append(torch.float16)
+
+
+def bind(loaded: LoadedModel, blocks: int, dtype: torch.dtype = torch.float32) -> None:
     for layer, spec in zip(loaded.layers, loaded.kv_spec, strict=True):
         shape = (blocks, BLOCK, spec.kv_heads, spec.d_k, spec.d_v)
-        layer.bind(*new_caches(*shape, dtype=torch.float32, device=torch.device("cpu")))
+        layer.bind(*new_caches(*shape, dtype=dtype, device=torch.device("cpu")))
 
 
 def steps(forward: Callable[..., Tensor]) -> Tensor:
@@ -97,20 +103,23 @@ def steps(forward: Callable[..., Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def difference(loaded: LoadedModel) -> float:
+def difference(loaded: LoadedModel, dtype: torch.dtype = torch.float32) -> float:
     """Relative RMS difference between the lean decoder and the modules."""
     assert loaded.lean is not None, "not recognised"
-    bind(loaded, 7)
+    bind(loaded, 7, dtype)
     expected = steps(loaded.forward_through_modules)
-    bind(loaded, 7)
+    bind(loaded, 7, dtype)
     found = steps(loaded.forward)
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", KNOWN)
-def test_it_computes_what_the_modules_compute(name: str, architecture_base: ArchitectureBase) -> None:
+def test_it_computes_what_the_modules_compute(
+    name: str, dtype: torch.dtype, architecture_base: ArchitectureBase
+) -> None:
     architecture, changes = KNOWN[name]
-    assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 3e-4
+    assert difference(load(architecture_base(architecture, **changes), device="cpu"), dtype) < 3e-4
 
 
 @pytest.mark.parametrize("build", [build.name for build in usable()])
@@ -127,10 +136,46 @@ def test_every_build_of_the_library(
     assert difference(load(architecture_base(architecture, **changes), device="cpu")) < 3e-4
 
 
-def test_neither_threads_nor_chunks_change_a_bit(tiny_base: Path) -> None:
+@pytest.mark.parametrize("build", [build.name for build in usable()])
+@pytest.mark.parametrize("name", ["llama", "odd widths"])
+def test_what_it_writes_into_fp16_caches(
+    build: str, name: str, architecture_base: ArchitectureBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's keys and values depend on no cache: they are those of fp32 caches, rounded as torch does."""
+    ops = native.load(build)
+    assert ops is not None, "the C library is not built: python -m peqa_kernels.native.compile"
+    if not ops.halves:
+        pytest.skip(f"{build} reads no fp16")
+    monkeypatch.setattr(native, "load", lambda: ops)
+    architecture, changes = KNOWN[name]
+    loaded = load(architecture_base(architecture, attention_bias=True, **changes), device="cpu")
+    bias = loaded.linears[0].module.bias
+    assert bias is not None
+    spec = loaded.kv_spec[0]
+    values = bias[-spec.kv_heads * spec.d_v :]
+    values[:7] = torch.tensor([7e4, -1e30, 65519.0, float("inf"), -float("inf"), float("nan"), 3e-6])
+    values[-1] = 1e5  # beyond the last whole vector, of odd widths
+    bias[-spec.kv_heads * (spec.d_v + spec.d_k)] = 1e9  # of a key
+    written = []
+    for dtype in HALVES:
+        bind(loaded, 7, dtype)
+        steps(loaded.forward)
+        written.append((loaded.layers[0].key_cache, loaded.layers[0].value_cache))
+    for whole, half in zip(*written, strict=True):
+        assert whole is not None
+        assert half is not None
+        assert half.dtype == torch.float16
+        torch.testing.assert_close(half, to_cache(whole, half.dtype), rtol=0, atol=0, equal_nan=True)
+        assert (half.abs() == torch.finfo(half.dtype).max).sum() >= 31
+    assert half[2].isinf().any()
+    assert half[2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_neither_threads_nor_chunks_change_a_bit(tiny_base: Path, dtype: torch.dtype) -> None:
     """300 tokens at once are enough for threads to share every stage."""
     loaded = load(tiny_base, device="cpu")
-    bind(loaded, 40)
+    bind(loaded, 40, dtype)
     ids = torch.randint(0, 300, (300,), generator=torch.Generator().manual_seed(0))
     tables = torch.arange(39, -1, -1, dtype=torch.int32)[None]
 
@@ -202,6 +247,34 @@ def test_rows_of_the_bank(kind: str, tiny_base: Path) -> None:
     expected = steps(with_rows(loaded, loaded.forward_through_modules, kind == "group_scale"))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nan_in_one_sequence_stays_there(tiny_base: Path, dtype: torch.dtype) -> None:
+    """A sequence whose scales are infinite writes NaN into its caches; the one beside it does not change by a bit."""
+    loaded = load(tiny_base, device="cpu")
+    banks = attach_banks(loaded)
+    found = []
+    for scale in (1.0, float("inf")):
+        for bank in banks:
+            bank.out_scale[1] = scale
+        bind(loaded, 7, dtype)
+        found.append(steps(second_row_for_the_second_sequence(loaded)))
+    longer = torch.tensor([*range(13), *range(21, 37), 38, 40])  # rows of the longer sequence, see `steps`
+    assert torch.equal(found[0][longer], found[1][longer])
+    others = torch.tensor([row for row in range(41) if row not in longer.tolist()])
+    assert not found[1][others].isfinite().all(1).any()
+
+
+def second_row_for_the_second_sequence(loaded: LoadedModel) -> Callable[..., Tensor]:
+    """The forward with the step's first sequence on row 0 of the bank and its second one on row 1."""
+
+    def run(context: ForwardContext, ids: Tensor, *rest: Tensor) -> Tensor:
+        first = int(context.query_starts[1])
+        loaded.step_rows.row = (torch.arange(len(ids)) >= first).to(torch.int32)
+        return loaded.forward(context, ids, *rest)
+
+    return run
 
 
 @pytest.mark.parametrize("kind", ["base", "out_scale", "group_scale"])
