@@ -174,7 +174,8 @@ class FakeModel:
             raise RuntimeError("boom")
         keys = self.layers[0].key_cache
         hidden = self._hidden(input_ids, positions, self.linear.scales(len(input_ids)))
-        keys.view(-1)[context.slot_mapping] = hidden.float()
+        slots = context.slot_mapping
+        keys[slots // keys.shape[1], slots % keys.shape[1], 0, 0] = hidden.float()
         states = torch.zeros(len(input_ids), dtype=torch.int64)
         starts = context.query_starts.tolist()
         for s, length in enumerate(context.seq_lens.tolist()):
@@ -226,7 +227,8 @@ def fake_engine(tmp_path: Path) -> Callable[..., Engine]:
     def make(
         *, model: dict[str, Any] | None = None, tasks: dict[str, float] | None = None, **config: int
     ) -> Engine:
-        settings = EngineConfig(**{"num_blocks": 64, "block_size": 4, "task_rows": 8, **config})
+        sizes = {"num_blocks": 64, "block_size": 4, "task_rows": 8, **config}
+        settings = EngineConfig(**sizes, kv_cache_dtype="float32")  # its keys are integers beyond 2^11
         fake = FakeModel(**(model or {}))
         registry = TaskRegistry(rows=settings.task_rows, group_rows=settings.group_rows)
         library = TaskLibrary(ScaleStore(tmp_path / f"store{next(numbers)}", fake.manifest), registry)
