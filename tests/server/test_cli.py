@@ -136,11 +136,18 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "environment"),
     [
-        (["--no-prefix-cache", "--max-waiting-tokens", "99", "--activation-bits", "8"], {}),
-        ([], {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99", "PEQA_ACTIVATION_BITS": "8"}),
+        (
+            "--no-prefix-cache --max-waiting-tokens 99 --activation-bits 8 --kv-cache-dtype float32".split(),
+            {},
+        ),
+        (
+            [],
+            {"PEQA_PREFIX_CACHE": "0", "PEQA_MAX_WAITING_TOKENS": "99", "PEQA_ACTIVATION_BITS": "8"}
+            | {"PEQA_KV_CACHE_DTYPE": "float32"},
+        ),
         (
             *(["--no-prefix-cache", "--max-waiting-tokens", "99", "--enforce-eager", "--row-invariant"],),
-            {"PEQA_ACTIVATION_BITS": "8"},
+            {"PEQA_ACTIVATION_BITS": "8", "PEQA_KV_CACHE_DTYPE": "float32"},
         ),
     ],
 )
@@ -162,6 +169,11 @@ def test_serve_hands_settings_to_the_engine(
     assert not seen[0].row_invariant
     assert seen[1].enforce_eager == seen[1].row_invariant == ("--enforce-eager" in given)
     assert [config.activation_bits for config in seen] == [16, 8]
+    assert [config.kv_cache_dtype for config in seen] == ["auto", "float32"]
+    for name in ("fp16", "bfloat16"):
+        refused = peqa("serve", "--kv-cache-dtype", name)
+        assert (refused.exit_code, "float32" in refused.stderr) == (2, True)
+    assert len(seen) == 2
 
 
 def test_serve_names_a_port_in_use(tmp_path: Path) -> None:

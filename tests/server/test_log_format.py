@@ -148,12 +148,13 @@ def test_setting_up_gives_the_root_a_form() -> None:
 def test_an_operator_reads_a_servers_life(tiny_base: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "peqa_server.cli", "serve", str(tiny_base), "--port", "0", "--json"]
     command += ["--store", str(tmp_path / "store"), "--home", str(tmp_path), "--log-format", "json"]
-    command += ["--activation-bits", "8"]
+    command += ["--activation-bits", "8", "--kv-cache-dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         report = json.loads(process.stdout.readline())
         url = report["url"]
         assert report["activation_bits"] == 8
+        assert report["kv_cache_dtype"] == "float32"
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 10)
         httpx.put(url + "/v1/tasks/bad", content=b"no set")
         httpx.post(
