@@ -137,7 +137,15 @@ def test_tasks_say_what_is_wrong(live: Any, tmp_path: Path) -> None:
     ("given", "environment"),
     [
         (
-            "--no-prefix-cache --max-waiting-tokens 99 --activation-bits 8 --kv-cache-dtype float32".split(),
+            [
+                "--no-prefix-cache",
+                "--max-waiting-tokens",
+                "99",
+                "--activation-bits",
+                "8",
+                "--kv-cache-dtype",
+                "float32",
+            ],
             {},
         ),
         (
