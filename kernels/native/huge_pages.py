@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on arm64 with pages of 4 KiB
-_LINE = 64  # bytes that tensors of an arena are aligned to: a line of the processor's caches
+_LINE = 64  # bytes of a line of the processor's caches
 
 
 def zeros(nbytes: int) -> Tensor:
-    """Zeros, uint8 [nbytes], whose pages the operating system provides when they are first written.
+    """Zeros, uint8 [nbytes], aligned to 64 bytes, whose pages the system provides when they are first written.
 
-    Of huge pages are only those that lie within wholly, so never more is taken than `nbytes`. Where the system knows no
+    Huge pages are those that lie wholly within, so never more than `nbytes` is taken. Where the system knows no
     huge pages, or has none left, they are plain ones. Raises MemoryError where there is no room.
     """
     if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             return _mapped(nbytes)
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8))
+    plain = torch.from_numpy(np.zeros(nbytes + _LINE, dtype=np.uint8))
+    start = -plain.data_ptr() % _LINE
+    return plain[start : start + nbytes]
 
 
 def _mapped(nbytes: int) -> Tensor:

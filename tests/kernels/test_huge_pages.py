@@ -37,6 +37,7 @@ def test_zeros(nbytes: int) -> None:
     found = zeros(nbytes)
     assert (found.dtype, found.shape) == (torch.uint8, (nbytes,))
     assert not found.any()
+    assert found.data_ptr() % 64 == 0
     found.fill_(7)
     assert int(found.sum(dtype=torch.int64)) == 7 * nbytes
     if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
