@@ -84,7 +84,7 @@ INLINE void chain_of_codes(const int R, const int V, const int bits, const int b
             vi word[MAX_V];
             UNROLL for (int v = 0; v < V; v++)
             {
-                word[v] = iload(from[v]);
+                word[v] = held(iload(from[v]));
                 from[v] += PANEL;
             }
             if (!bytes)
@@ -138,14 +138,19 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
     UNROLL for (int v = 0; v < V; v++) from[v] = words_at(bits, j, panel, lane + (size_t)(v * VL));
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
     for (size_t group = 0; group < (size_t)j->w->groups; group++)
-        for (size_t at = 0; at < j->c.kg; at += CHAIN, counts += R) {
-            const size_t length = smin(CHAIN, j->c.kg - at);
+        for (size_t at = 0; at < j->c.kg; at += j->c.limit, counts += R) {
+            const size_t length = smin(j->c.limit, j->c.kg - at);
             vi part[ROWS_MAX][MAX_V];
             if (ahead)
                 for (size_t next = panel + panels; next < panel + 2 * panels; next++)
                     fetch_panel(j, next, group, group * j->c.kg + at, length);
             chain_of_codes(R, V, bits, bytes, from, x, length / UNIT, part);
             x += length / (bytes ? 4 : 2) * (size_t)R;
+            if (scale_at_end(j->w)) {
+                end_plain_chain(R, V, steps, part, total);
+                steps += R;
+                continue;
+            }
             end_chain(R, V, j, row, panel, group, lane, counts, part, sum);
             if (++in_block < j->c.block_chains)
                 continue;
@@ -156,7 +161,7 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
         }
     if (in_block)
         end_block(R, V, steps, sum, total);
-    end_rows(R, V, j, row, panel, lane, total);
+    end_rows(R, V, j, row, panel, lane, j->in.counts + first * j->c.chains, total);
 }
 
 #endif

@@ -85,15 +85,6 @@ INLINE void unpack_block(const job *j, size_t panel, size_t k0, size_t length, u
     }
 }
 
-/* Keeps the compiler from moving the making of `x` elsewhere: it would gather all of a unit's in front and spill. */
-INLINE vi held(vi x)
-{
-#if VL == 16
-    __asm__ volatile("" : "+v"(x));
-#endif
-    return x;
-}
-
 /* The integer sums of one chain of unpacked codes. */
 INLINE void chain_of_words(const int R, const int V, const int bytes, const int32_t *word, const int32_t *xp,
                            size_t units, vi (*part)[MAX_V])
@@ -161,6 +152,12 @@ INLINE void many_tile(const int R, const int V, const int bytes, const job *j, c
     const size_t words = bytes ? QUADS : PAIRS;
     const int32_t *x = s->x + b->k0 / UNIT * words * (size_t)R, *counts = s->counts + b->chain * (size_t)R;
     const int32_t *word = codes->pair[0] + lane;
+    if (scale_at_end(j->w)) {
+        vi part[ROWS_MAX][MAX_V];
+        chain_of_words(R, V, bytes, word, x, b->units, part);
+        end_plain_chain(R, V, s->steps + b->block * (size_t)R, part, total);
+        return;
+    }
     vf sum[ROWS_MAX][MAX_V];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
     for (size_t i = 0; i < b->chains; i++, counts += R) {

@@ -8,20 +8,6 @@
 
 #define INFINITE 0x7f800000
 
-INLINE float float_of(int32_t bits)
-{
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE int32_t bits_of(float value)
-{
-    int32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    return bits;
-}
-
 typedef struct {
     const float *from;   /* the row's inputs */
     const void *scale;   /* its input scales or NULL */
@@ -118,14 +104,15 @@ INLINE int32_t split_chain(const float *from, float by, vi most, size_t length, 
 }
 #endif
 
-static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t, size_t block)
+/* Returns the sum of the block's integers times their step. */
+static float pack_block(const peqa_weight *w, const cuts *c, const row_target *t, size_t block)
 {
     float value[CHAIN] __attribute__((aligned(64)));
     const size_t first = block * c->block_chains, last = smin(first + c->block_chains, c->chains);
     const size_t size = (size_t)w->group_size, start = chain_start(c, first);
     int32_t top = 0;
     for (size_t chain = first; chain < last; chain++) {
-        const size_t within = chain % c->group_chains * CHAIN, k = chain / c->group_chains * size + within;
+        const size_t within = chain % c->group_chains * c->limit, k = chain / c->group_chains * size + within;
         const size_t length = chain_length(c, chain);
         const int32_t found = load_chain(t, k, smin(length, size - within), length, value + (chain_start(c, chain) - start));
         top = found > top ? found : top;
@@ -144,6 +131,7 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
     }
     const vi most = iset(t->most);
     t->steps[block * t->rows] = step;
+    int32_t total = 0;
     for (size_t chain = first; chain < last; chain++) {
         const size_t at = chain_start(c, chain);
         const size_t length = chain_length(c, chain);
@@ -159,9 +147,11 @@ static void pack_block(const peqa_weight *w, const cuts *c, const row_target *t,
         else
 #endif
             count = round_chain(value + (at - start), by, most, length, t->x + at / 2 * t->rows, t->rows * PAIRS);
+        total += count;
         /* Codes are stored unsigned; with offsets the zero points are all in those. */
         t->counts[chain * t->rows] = w->offsets ? bits_of(-(float)count) : -count * (1 << (w->bits - 1));
     }
+    return (float)total * step;
 }
 
 void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_t ldx, const void *in_scale, int half,
@@ -189,7 +179,10 @@ void peqa_pack_rows(const peqa_weight *w, packed_rows out, const float *x, size_
                 .padded_rows = padded,
                 .most = w->activation_bits == 8 ? 127 : 32767,
             };
+            float total = 0.0f;
             for (size_t block = 0; block < c.blocks; block++)
-                pack_block(w, &c, &target, block);
+                total += pack_block(w, &c, &target, block);
+            if (scale_at_end(w))
+                target.counts[0] = bits_of(-total);
         }
 }

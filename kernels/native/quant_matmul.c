@@ -84,15 +84,15 @@ static void multiply_few(const job *j, size_t first, size_t last)
         else                                                                                                           \
             many_tile(R, TILE_V, 0, j, codes, panel, lane, s, b, total);                                               \
     }                                                                                                                  \
-    static void end_##R(const job *j, size_t panel, size_t lane, size_t row, const totals *total)                      \
+    static void end_##R(const job *j, size_t panel, size_t lane, const stripe_place *s, const totals *total)           \
     {                                                                                                                  \
-        end_rows(R, TILE_V, j, row, panel, lane, total);                                                               \
+        end_rows(R, TILE_V, j, s->row, panel, lane, s->counts, total);                                                 \
     }
 FOR_ROWS(MANY)
 
 typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
                          totals *);
-typedef void (*run_end)(const job *, size_t, size_t, size_t, const totals *);
+typedef void (*run_end)(const job *, size_t, size_t, const stripe_place *, const totals *);
 #define MANY_NAME(R) many_##R,
 #define END_NAME(R) end_##R,
 static const run_many many_rows[ROWS_MAX] = {FOR_ROWS(MANY_NAME)};
@@ -129,7 +129,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
         }
     }
     for (size_t stripe = 0; stripe < stripes; stripe++)
-        many_ends[place[stripe].rows - 1](j, panel, lane, place[stripe].row, &total[stripe]);
+        many_ends[place[stripe].rows - 1](j, panel, lane, &place[stripe], &total[stripe]);
 }
 #endif
 

@@ -21,6 +21,16 @@ typedef struct {
     size_t rows;
 } job;
 
+/* Keeps the compiler from making `x` elsewhere or anew: it would gather all of a unit's activations in front and spill,
+ * or read a word of codes again for each of its pairs. */
+INLINE vi held(vi x)
+{
+#if VL == 16
+    __asm__ volatile("" : "+v"(x));
+#endif
+    return x;
+}
+
 /* Of a panel: its first output, how many it has, its segment. */
 INLINE const int32_t *panel_of(const job *j, size_t panel) { return j->w->panel + panel * 3; }
 
@@ -129,10 +139,35 @@ INLINE void end_block(const int R, const int V, const float *steps, vf (*sum)[MA
     }
 }
 
-/* Ends rows: the task's own factor, the bias, and out. All factors are read before the first result is written: bank
+/* Adds a chain's integers under its step where the scale waits for the row's end. */
+INLINE void end_plain_chain(const int R, const int V, const float *steps, vi (*part)[MAX_V], totals *t)
+{
+    UNROLL for (int r = 0; r < R; r++)
+    {
+        const vf step = vset(steps[r]);
+        UNROLL for (int v = 0; v < V; v++)
+            vstore(t->lanes[r * V + v], vfma(ifloat(part[r][v]), step, vload(t->lanes[r * V + v])));
+    }
+}
+
+/* The scale of a row's sum that has waited for its end; `less`: what zero points take off for each unit of theirs. */
+INLINE vf end_plain_row(const job *j, size_t row, size_t panel, size_t lane, float less, vf total)
+{
+    vf scale = base_load(j, j->w->scales, panel, 0, lane);
+    vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, 0, lane) : scale * vset((float)(1 << (j->w->bits - 1)));
+    if (j->group_row) {
+        const vf factor = group_factor(j, row, 0, panel, lane);
+        scale *= factor;
+        offset *= factor;
+    }
+    return vfma(offset, vset(less), scale * total);
+}
+
+/* Ends rows: the task's own factor, the bias, and out. `counts`: the rows' first ones. All factors are read before the first result is written: bank
  * and result have rows of one length, so that a row's factor often lies as far into its page as the result just
  * written, which the processor takes for the same. */
-INLINE void end_rows(const int R, const int V, const job *j, size_t row, size_t panel, size_t lane, const totals *t)
+INLINE void end_rows(const int R, const int V, const job *j, size_t row, size_t panel, size_t lane,
+                     const int32_t *counts, const totals *t)
 {
     const size_t N = (size_t)j->w->out_features;
     vf result[ROWS_MAX][MAX_V];
@@ -145,7 +180,10 @@ INLINE void end_rows(const int R, const int V, const job *j, size_t row, size_t 
             vf out = vset(1.0f);
             if (j->out_scale)
                 out = out_factor(j, row + (size_t)r, panel, at);
-            result[r][v] = vfma(out, vload(t->lanes[r * V + v]), bias);
+            vf total = vload(t->lanes[r * V + v]);
+            if (scale_at_end(j->w))
+                total = end_plain_row(j, row + (size_t)r, panel, at, float_of(counts[r]), total);
+            result[r][v] = vfma(out, total, bias);
         }
     }
     UNROLL for (int v = 0; v < V; v++)

@@ -91,6 +91,10 @@ INLINE void end_tile_chain(const int alone, const job *j, const stripe_place *s,
     const vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, group, lane) : vset(0.0f);
     for (size_t r = 0; r < s->rows; r++) {
         const vi part = iload(low[r] + lane) + ileft(iload(high[r] + lane), 8);
+        if (scale_at_end(j->w)) {
+            vstore(total->lanes[r] + lane, vfma(ifloat(part), vset(steps[r]), vload(total->lanes[r] + lane)));
+            continue;
+        }
         vf before = alone ? vset(0.0f) : vload(sum[r] + lane);
         if (j->group_row) {
             const vf factor = group_factor(j, s->row + r, group, panel, lane);
@@ -145,7 +149,10 @@ static void end_tile_rows(const job *j, size_t panel, const stripe_place *s, til
             vf out = vset(1.0f);
             if (j->out_scale)
                 out = out_factor(j, s->row + r, panel, lane);
-            vstore(total->lanes[r] + lane, vfma(out, vload(total->lanes[r] + lane), bias));
+            vf sum = vload(total->lanes[r] + lane);
+            if (scale_at_end(j->w))
+                sum = end_plain_row(j, s->row + r, panel, lane, float_of(s->counts[r]), sum);
+            vstore(total->lanes[r] + lane, vfma(out, sum, bias));
         }
     }
     for (size_t r = 0; r < s->rows; r++)

@@ -39,6 +39,20 @@ typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef float vf_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
+INLINE float float_of(int32_t bits)
+{
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE int32_t bits_of(float value)
+{
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits;
+}
+
 INLINE vf vload(const float *p) { return *(const vf_u *)p; }
 #if VL == 16 || VL == 8 || defined(__aarch64__)
 #define HALVES 1 /* fp16 can be read */
