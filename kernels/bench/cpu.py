@@ -6,16 +6,15 @@ Activations are fp32, as the engine has them on a CPU; those of the bf16 peers a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from peqa_kernels.bench.case import Case
 from peqa_kernels.bench.machine import Machine, rotation_bytes
+from peqa_kernels.bench.model_step import Model, ModelStep
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Timer, Timing, Way
 from peqa_kernels.bench.weights import (
@@ -26,12 +25,10 @@ from peqa_kernels.bench.weights import (
     dense,
     dense_rotation,
     ours,
-    prepared,
-    random_weight,
     rotation,
     task_rows,
 )
-from peqa_kernels.quant_matmul import PreparedWeight, quant_matmul
+from peqa_kernels.quant_matmul import PreparedWeight
 
 SPEEDUP = {1: 2.5, 8: 2.5, 32: 2.0}  # rows -> at least so many times as fast as F.linear in bf16
 OF_LINEAR_RATE = 0.9  # … or, at 32 rows, this share of F.linear's own rate at PREFILL_ROWS
@@ -42,21 +39,6 @@ MIXED_TASKS = 32
 MIXED_COST = 1.03
 FP32 = 4  # bytes
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A small model's linears, each with the number of its layers, and its head."""
-
-    name: str
-    linears: tuple[Shape, ...]
-    layers: int
-    head: Shape
-
-    @property
-    def parts(self) -> list[Shape]:
-        """Every linear of one step, in order."""
-        return [*self.linears] * self.layers + [self.head]
 
 
 @dataclass(frozen=True)
@@ -79,6 +61,7 @@ SMOLLM2 = Model(  # as its GGUF file has it: Q4_1 linears, a Q8_0 head
         Shape((576,), 1536, group_size=32, fractional=True, halves=True),
     ),
     layers=30,
+    kv_heads=3,
     head=Shape((49152,), 576, bits=8, group_size=32, halves=True),
 )
 PLAN = CpuPlan(
@@ -106,9 +89,9 @@ def _linear(
     pack = Int4Pack(shape, CPU, span)
     banks = [channel_bank(shape, MIXED_TASKS, CPU) for _ in weights]
 
-    def run(rows: int, tasks: int) -> list[Call]:
+    def run(rows: int, tasks: int) -> Way:
         x = torch.randn(rows, shape.in_features)
-        return ours(x, weights, banks, row=task_rows(rows, tasks, CPU))
+        return Way("ours", ours(x, weights, banks, row=task_rows(rows, tasks, CPU)))
 
     def linear(rows: int) -> list[Call]:
         return dense(torch.randn(rows, shape.in_features).bfloat16(), bf16)
@@ -118,7 +101,7 @@ def _linear(
     rows, rate = _prefill(what, sizes, run, linear, machine, timer)
     for count in plan.rows:
         x = torch.randn(count, shape.in_features).bfloat16()
-        ways = [Way("ours", run(count, 1)), Way("linear", linear(count)), Way("int4pack", pack.calls(x))]
+        ways = [run(count, 1), Way("linear", linear(count)), Way("int4pack", pack.calls(x))]
         times = timer.compare(f"{count} rows", *ways)
         rows += _decode(what, sizes, count, rate, times, machine)
     rows += _mixed(what, sizes, run, machine, timer)
@@ -127,9 +110,9 @@ def _linear(
 
 
 def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]:
-    """The same for all linears of a model and its head, called one after the other."""
+    """The same for all linears of a model and its head, in one step."""
     model = plan.model
-    step = _ModelStep(model, span)
+    step = ModelStep(model, span, MIXED_TASKS)
     sizes = _Sizes(
         lambda rows: sum(shape.flops(rows) for shape in model.parts),
         lambda rows, tasks: sum(s.step_bytes(rows, tasks, activation=FP32) for s in model.parts),
@@ -147,7 +130,7 @@ def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]
     rate = sizes.flops(PREFILL_ROWS) / whole["linear"].median
     for count in plan.rows:
         ways = [
-            Way("ours", step.ours(count, 1)),
+            step.ours(count, 1),
             Way("linear", step.dense(count)),
             Way("int4pack", step.int4pack(count, timer)),
         ]
@@ -165,14 +148,14 @@ class _Sizes:
 def _prefill(
     what: str,
     sizes: _Sizes,
-    run: Callable[[int, int], list[Call]],
+    run: Callable[[int, int], Way],
     linear: Callable[[int], list[Call]],
     machine: Machine,
     timer: Timer,
 ) -> tuple[list[Row], float]:
     """The prefill row, and F.linear's rate there in flop/s."""
     count = PREFILL_ROWS
-    times = timer.compare(f"{count} rows", Way("ours", run(count, 1)), Way("linear", linear(count)))
+    times = timer.compare(f"{count} rows", run(count, 1), Way("linear", linear(count)))
     rate = sizes.flops(count) / times["linear"].median
     facts = _facts(sizes, count, 1, times["ours"], machine)
     facts["peer_us"] = times["linear"].median * 1e6
@@ -206,11 +189,11 @@ def speedup_bar(rows: int, linear_rate: float, prefill_rate: float) -> float:
 
 
 def _mixed(
-    what: str, sizes: _Sizes, run: Callable[[int, int], list[Call]], machine: Machine, timer: Timer
+    what: str, sizes: _Sizes, run: Callable[[int, int], Way], machine: Machine, timer: Timer
 ) -> list[Row]:
     """Every row of another task, against all of one."""
     count = MIXED_TASKS
-    ways = (Way("one", run(count, 1)), Way("mixed", run(count, count)))
+    ways = (replace(run(count, 1), name="one"), replace(run(count, count), name="mixed"))
     times = timer.compare(f"{count} tasks", *ways)
     facts = _facts(sizes, count, count, times["mixed"], machine)
     facts["peer_us"] = times["one"].median * 1e6
@@ -223,7 +206,7 @@ def _coarse(
     sizes: _Sizes,
     counts: tuple[int, ...],
     weights: list[PreparedWeight],
-    run: Callable[[int, int], list[Call]],
+    run: Callable[[int, int], Way],
     linear: Callable[[int], list[Call]],
     machine: Machine,
     timer: Timer,
@@ -235,7 +218,7 @@ def _coarse(
     for weight in weights:
         weight.set_activation_bits(8)
     for count in (*counts, PREFILL_ROWS):
-        ways = (Way("ours", run(count, 1)), Way("linear", linear(count)))
+        ways = (run(count, 1), Way("linear", linear(count)))
         times = timer.compare(f"{count} rows, 8-bit activations", *ways)
         facts = _facts(sizes, count, 1, times["ours"], machine)
         facts["peer_us"] = times["linear"].median * 1e6
@@ -249,75 +232,3 @@ def _coarse(
 def _facts(sizes: _Sizes, rows: int, tasks: int, timing: Timing, machine: Machine) -> dict[str, Any]:
     facts = machine.facts(timing.median, sizes.moved(rows, tasks), sizes.flops(rows))
     return {"rows": rows, "tasks": tasks, **facts, "samples": timing.samples}
-
-
-class _ModelStep:
-    """The linears of one step, in our form and in those of the peers; one call is a whole step."""
-
-    def __init__(self, model: Model, span: int) -> None:
-        self._model = model
-        parts = model.parts
-        turns = -(-span // sum(shape.weight_bytes for shape in parts))  # steps until a weight comes again
-        codes = {shape: random_weight(shape, CPU) for shape in {*parts}}
-        self._weights = [
-            [prepared(codes[shape], shape.segments, 1)[0] for shape in parts] for _ in range(turns)
-        ]
-        self._banks = [channel_bank(shape, MIXED_TASKS, CPU) for shape in parts[:-1]]
-        self._bf16 = [torch.randn(s.out_features, s.in_features).bfloat16() for s in parts]
-        self._packs = {shape: Int4Pack(shape, CPU, 0, count=model.layers) for shape in {*model.linears}}
-        head = model.head
-        self._int8_head = torch.randint(-128, 128, (head.out_features, head.in_features), dtype=torch.int8)
-        self._int8_scale = torch.rand(head.out_features).bfloat16()
-
-    @property
-    def weights(self) -> list[PreparedWeight]:
-        """All of them."""
-        return [weight for turn in self._weights for weight in turn]
-
-    def ours(self, rows: int, tasks: int, *, head: bool = True) -> list[Call]:
-        """A step per turn; the head belongs to no task."""
-        x = self._inputs(rows, torch.float32)
-        row = task_rows(rows, tasks, CPU)
-
-        def step(weights: list[PreparedWeight]) -> None:
-            for weight, bank in zip(weights, self._banks, strict=False):
-                quant_matmul(x[weight.in_features], weight, bank=bank, row=row)
-            if head:
-                quant_matmul(x[self._model.head.in_features], weights[-1])
-
-        return [partial(step, weights) for weights in self._weights]
-
-    def dense(self, rows: int, *, head: bool = True) -> list[Call]:
-        """F.linear in bf16."""
-        x = self._inputs(rows, torch.bfloat16)
-        weights = self._bf16 if head else self._bf16[:-1]
-
-        def step() -> None:
-            for weight in weights:
-                F.linear(x[weight.shape[1]], weight)
-
-        return [step]
-
-    def int4pack(self, rows: int, timer: Timer) -> list[Call]:
-        """torch's int4 op; its head, which must keep 8 bits, is whichever of torch's two ways is faster here."""
-        x = self._inputs(rows, torch.bfloat16)
-        linears = [self._packs[shape].calls(x[shape.in_features]) for shape in self._model.linears]
-        into = x[self._model.head.in_features]
-        heads = {
-            "int8pack": partial(torch.ops.aten._weight_int8pack_mm, into, self._int8_head, self._int8_scale),
-            "linear": partial(F.linear, into, self._bf16[-1]),
-        }
-        times = timer.compare(f"{rows} rows, heads", *(Way(name, [call]) for name, call in heads.items()))
-        head = heads[min(times, key=lambda name: times[name].median)]
-
-        def step() -> None:
-            for layer in zip(*linears, strict=True):
-                for call in layer:
-                    call()
-            head()
-
-        return [step]
-
-    def _inputs(self, rows: int, dtype: torch.dtype) -> dict[int, Tensor]:
-        """Activations [rows, K] by K."""
-        return {k: torch.randn(rows, k).to(dtype) for k in {shape.in_features for shape in self._model.parts}}

@@ -32,9 +32,12 @@ TINY = cpu.Model(
     "tiny",
     (
         Shape((64, 32, 32), 64, group_size=32, fractional=True),
-        Shape((64,), 128, group_size=32, fractional=True),
+        Shape((64,), 64, group_size=32, fractional=True),
+        Shape((96, 96), 64, group_size=32, fractional=True),
+        Shape((64,), 96, group_size=32, fractional=True),
     ),
     layers=2,
+    kv_heads=1,
     head=Shape((96,), 64, bits=8, group_size=32),
 )
 CPU_PLAN = cpu.CpuPlan((Shape((64,), 256),), (Shape((64,), 256, group_size=64),), TINY, span=1)
@@ -296,6 +299,18 @@ def test_clock_fills_a_sample_with_short_calls() -> None:
     times = Clock(0.0, least_rounds=1, sample_seconds=1e-3, now=lambda: now[0]).compare("", Way("a", [call]))
     assert made[0] >= 10
     assert times["a"].median == pytest.approx(1e-4)
+
+
+def test_a_way_may_bring_its_own_clock() -> None:
+    now, booked = [0.0], [0.0]
+
+    def call() -> None:
+        now[0] += 1.0  # a whole step ...
+        booked[0] += 0.25  # ... of which this is compared
+
+    clock = Clock(0.0, least_rounds=3, now=lambda: now[0], sleep=lambda _: None)
+    times = clock.compare("", Way("part", [call], lambda: booked[0]), Way("whole", [call]))
+    assert (times["part"].median, times["whole"].median) == (0.25, 1.0)
 
 
 class FakeCuda:
