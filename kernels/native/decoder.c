@@ -31,8 +31,8 @@ typedef struct {
     int64_t threads, clock;
     size_t rows;                    /* in work: all tokens, and behind the last attention those that are wanted */
     const int32_t *row, *group_row; /* of the rows in work */
-    float *hidden, *normed, *added; /* [rows, hidden] */
-    float *wide, *narrow;           /* [rows, wide_width] of space */
+    float *hidden, *normed, *added; /* [rows, hidden] each, the last of a pass */
+    float *wide, *narrow;           /* wide_floats() each */
     float *scratch;
     int32_t *picked; /* [2, output_count]: row and group_row of the wanted tokens */
 } run;
@@ -61,9 +61,10 @@ static void book(run *r, int kind)
 
 INLINE size_t qkv_width(const peqa_decoder *m) { return (size_t)((m->heads + 2 * m->kv_heads) * m->d); }
 
-static size_t wide_width(const peqa_decoder *m)
+/* Floats of the two larger arrays of a step: queries, keys and values of all rows, or gates of the rows of one pass. */
+static size_t wide_floats(const peqa_decoder *m, size_t rows)
 {
-    const size_t gate_up = 2 * (size_t)m->intermediate, qkv = qkv_width(m);
+    const size_t gate_up = 2 * (size_t)m->intermediate * smin(rows, ROWS_PER_PASS), qkv = qkv_width(m) * rows;
     return gate_up > qkv ? gate_up : qkv;
 }
 
@@ -164,17 +165,16 @@ static void work_silu(void *data, int part, int parts)
     const run *r = data;
     const size_t width = (size_t)r->m->intermediate;
     for (ROWS_OF_PART(r)) {
-        const float *gate = r->wide + i * 2 * width;
-        silu_row(gate, gate + width, width, r->narrow + i * width);
+        float *gate = r->wide + i * 2 * width;
+        silu_row(gate, gate + width, width, gate);
     }
 }
 
 /* ---- a step ---- */
 
-static void multiply(run *r, const decoder_linear *linear, const float *x, float *y)
+static void multiply(run *r, const decoder_linear *linear, const float *x, int64_t ldx, float *y)
 {
-    peqa_quant_matmul(linear->weight, r->pool, r->threads, r->scratch, x, linear->weight->in_features,
-                      (int64_t)r->rows, y, linear->bias, linear->out_scale, linear->in_scale, linear->group_scale,
+    peqa_quant_matmul(linear->weight, r->pool, r->threads, r->scratch, x, ldx, (int64_t)r->rows, y, linear->bias, linear->out_scale, linear->in_scale, linear->group_scale,
                       linear->half_bank, r->row, r->group_row);
 }
 
@@ -188,7 +188,7 @@ static void attend(run *r)
 {
     const peqa_decoder *m = r->m;
     const decoder_step *s = r->s;
-    multiply(r, &r->layer->qkv, r->normed, r->wide);
+    multiply(r, &r->layer->qkv, r->normed, r->m->hidden, r->wide);
     book(r, TICKS_MATMUL);
     over_rows(r, qkv_width(m), work_place);
     book(r, TICKS_ELEMENTWISE);
@@ -227,20 +227,38 @@ static void keep_outputs(run *r)
     r->rows = count;
 }
 
-static void feed_forward(run *r, const float *next_norm)
+/* Rows from `first` on, `count` of them, become those in work. */
+static void take_rows(run *r, const run *all, size_t first, size_t count)
 {
-    multiply(r, &r->layer->out, r->narrow, r->added);
-    book(r, TICKS_MATMUL);
-    add_and_norm(r, r->layer->mlp_norm);
-    book(r, TICKS_ELEMENTWISE);
-    multiply(r, &r->layer->gate_up, r->normed, r->wide);
-    book(r, TICKS_MATMUL);
-    over_rows(r, 2 * (size_t)r->m->intermediate, work_silu);
-    book(r, TICKS_ELEMENTWISE);
-    multiply(r, &r->layer->down, r->narrow, r->added);
-    book(r, TICKS_MATMUL);
-    add_and_norm(r, next_norm);
-    book(r, TICKS_ELEMENTWISE);
+    r->rows = count;
+    r->hidden = all->hidden + first * (size_t)r->m->hidden;
+    r->normed = all->normed + first * (size_t)r->m->hidden;
+    r->narrow = all->narrow + first * (size_t)(r->m->heads * r->m->d);
+    r->row = all->row ? all->row + first : 0;
+    r->group_row = all->group_row ? all->group_row + first : 0;
+}
+
+/* What follows attention, a pass of rows after the other: what one stage writes is in the caches for the next. */
+static void feed_forward(run *all, const float *next_norm)
+{
+    const int64_t hidden = all->m->hidden, intermediate = all->m->intermediate;
+    run pass = *all, *const r = &pass;
+    for (size_t first = 0; first < all->rows; first += ROWS_PER_PASS) {
+        take_rows(r, all, first, smin(ROWS_PER_PASS, all->rows - first));
+        multiply(r, &r->layer->out, r->narrow, r->m->heads * r->m->d, r->added);
+        book(r, TICKS_MATMUL);
+        add_and_norm(r, r->layer->mlp_norm);
+        book(r, TICKS_ELEMENTWISE);
+        multiply(r, &r->layer->gate_up, r->normed, hidden, r->wide);
+        book(r, TICKS_MATMUL);
+        over_rows(r, 2 * (size_t)intermediate, work_silu);
+        book(r, TICKS_ELEMENTWISE);
+        multiply(r, &r->layer->down, r->wide, 2 * intermediate, r->added);
+        book(r, TICKS_MATMUL);
+        add_and_norm(r, next_norm);
+        book(r, TICKS_ELEMENTWISE);
+    }
+    all->clock = r->clock;
 }
 
 INLINE size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
@@ -280,8 +298,9 @@ EXPORT int64_t peqa_ticks(void) { return ticks(); }
 /* Floats of scratch that a step needs. */
 EXPORT int64_t peqa_decode_scratch(const peqa_decoder *m, int64_t threads, int64_t tokens, int64_t output_count)
 {
-    const size_t rows = (size_t)tokens, hidden = whole_lines(rows * (size_t)m->hidden);
-    return (int64_t)(3 * hidden + 2 * whole_lines(rows * wide_width(m)) + 2 * whole_lines((size_t)output_count)) + 16 +
+    const size_t rows = (size_t)tokens, width = (size_t)m->hidden;
+    const size_t hidden = 2 * whole_lines(rows * width) + whole_lines(smin(rows, ROWS_PER_PASS) * width);
+    return (int64_t)(hidden + 2 * whole_lines(wide_floats(m, rows)) + 2 * whole_lines((size_t)output_count)) + 16 +
            scratch_of_ops(m, threads, tokens, output_count);
 }
 
@@ -289,14 +308,14 @@ EXPORT int64_t peqa_decode_scratch(const peqa_decoder *m, int64_t threads, int64
 EXPORT void peqa_decode(const peqa_decoder *m, peqa_pool *pool, int64_t threads, float *scratch, const decoder_step *s)
 {
     const size_t hidden = whole_lines((size_t)(s->tokens * m->hidden));
-    const size_t wide = whole_lines((size_t)s->tokens * wide_width(m));
+    const size_t wide = whole_lines(wide_floats(m, (size_t)s->tokens));
     run r = {.m = m, .s = s, .pool = pool, .threads = threads, .rows = (size_t)s->tokens, .clock = ticks()};
     r.row = s->row;
     r.group_row = s->group_row;
     r.hidden = (float *)(((uintptr_t)scratch + 63) / 64 * 64);
     r.normed = r.hidden + hidden;
     r.added = r.normed + hidden;
-    r.wide = r.added + hidden;
+    r.wide = r.added + whole_lines(smin(r.rows, ROWS_PER_PASS) * (size_t)m->hidden);
     r.narrow = r.wide + wide;
     r.picked = (int32_t *)(r.narrow + wide);
     r.scratch = r.narrow + wide + 2 * whole_lines((size_t)s->output_count);
@@ -315,7 +334,7 @@ EXPORT void peqa_decode(const peqa_decoder *m, peqa_pool *pool, int64_t threads,
         feed_forward(&r, last ? m->norm : m->layers[i + 1].attention_norm);
     }
     if (m->head.weight)
-        multiply(&r, &m->head, r.normed, s->result);
+        multiply(&r, &m->head, r.normed, m->hidden, s->result);
     else
         copy_row(r.normed, r.rows * (size_t)m->hidden, s->result);
     book(&r, TICKS_HEAD);

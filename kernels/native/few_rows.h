@@ -138,8 +138,8 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
     UNROLL for (int v = 0; v < V; v++) from[v] = words_at(bits, j, panel, lane + (size_t)(v * VL));
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
     for (size_t group = 0; group < (size_t)j->w->groups; group++)
-        for (size_t at = 0; at < j->c.kg; at += j->c.limit, counts += R) {
-            const size_t length = smin(j->c.limit, j->c.kg - at);
+        for (size_t at = 0; at < j->c.kg; at += CHAIN, counts += R) {
+            const size_t length = smin(CHAIN, j->c.kg - at);
             vi part[ROWS_MAX][MAX_V];
             if (ahead)
                 for (size_t next = panel + panels; next < panel + 2 * panels; next++)

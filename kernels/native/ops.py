@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from peqa_kernels.native import huge_pages
 from peqa_kernels.native.isa import Isa
 from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.packed import PackedWeight
@@ -46,7 +47,7 @@ class _Scratch(threading.local):
     def at_least(self, floats: int) -> int:
         """Address of `floats` floats."""
         if floats > self.floats:
-            self.tensor = torch.empty(floats)
+            self.tensor = huge_pages.zeros(4 * floats).view(torch.float32)
             self.pointer = self.tensor.data_ptr()
             self.floats = floats
         return self.pointer

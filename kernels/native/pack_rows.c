@@ -112,7 +112,7 @@ static float pack_block(const peqa_weight *w, const cuts *c, const row_target *t
     const size_t size = (size_t)w->group_size, start = chain_start(c, first);
     int32_t top = 0;
     for (size_t chain = first; chain < last; chain++) {
-        const size_t within = chain % c->group_chains * c->limit, k = chain / c->group_chains * size + within;
+        const size_t within = chain % c->group_chains * CHAIN, k = chain / c->group_chains * size + within;
         const size_t length = chain_length(c, chain);
         const int32_t found = load_chain(t, k, smin(length, size - within), length, value + (chain_start(c, chain) - start));
         top = found > top ? found : top;

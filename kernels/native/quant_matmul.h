@@ -8,9 +8,9 @@
 #include "vec.h"
 
 #define PANEL 32  /* outputs of one panel: lanes of the arithmetic */
-#define CHAIN 256 /* inputs that are summed as integers at once and share an exponent, at most: see chain_limit() */
+#define CHAIN 128 /* inputs summed as integers at once: 128 * 255 * 32768 stays below 2^31; they share an exponent */
 
-#define ROWS_PER_PASS 96 /* the totals of one panel take 12 KiB of the first cache level */
+#define ROWS_PER_PASS 192 /* the totals of one panel take 24 KiB: what one stripe needs at a time is in the first cache level */
 
 /* Rows and vectors of a register tile: the sums, the codes as words and as pairs, and an activation. */
 #if VL == 16
@@ -39,20 +39,12 @@ typedef struct {
 /* Whether activations are packed as bytes. Elsewhere the same small numbers take 16 bits, and give the same sums. */
 INLINE int in_bytes(const peqa_weight *w) { return BYTE_DOTS && !TILES && w->activation_bits == 8; }
 
-/* Inputs of a chain at most. 128 * 255 * 32768 stays below 2^31, and so does 256 * 15 * 32768; bytes are coarse enough
- * without a scale for more of them. */
-INLINE size_t chain_limit(const peqa_weight *w)
-{
-    return CHAIN / 2;
-}
-
 /* Whether a row's sum has one scale, which then waits for its end. */
 INLINE int scale_at_end(const peqa_weight *w) { return w->groups == 1; }
 
-/* How K is cut. Groups are padded to whole units; a chain is a group or at most chain_limit() inputs of it. Chains
- * that fit into as many inputs together share one exponent and are a block. */
+/* How K is cut. Groups are padded to whole units; a chain is a group or at most CHAIN inputs of it. Chains that fit
+ * into CHAIN inputs together share one exponent and are a block. */
 typedef struct {
-    size_t limit;          /* of a chain's inputs */
     size_t kg, kp;         /* padded inputs of a group, of all */
     size_t group_chains;   /* of one group */
     size_t block_chains;   /* of one block, but for the last; 1 where a group has several */
@@ -63,11 +55,10 @@ INLINE cuts cut(const peqa_weight *w)
 {
     cuts c;
     const size_t groups = (size_t)w->groups;
-    c.limit = chain_limit(w);
     c.kg = ((size_t)w->group_size + UNIT - 1) / UNIT * UNIT;
     c.kp = c.kg * groups;
-    c.group_chains = (c.kg + c.limit - 1) / c.limit;
-    c.block_chains = c.kg < c.limit ? c.limit / c.kg : 1;
+    c.group_chains = (c.kg + CHAIN - 1) / CHAIN;
+    c.block_chains = c.kg < CHAIN ? CHAIN / c.kg : 1;
     c.chains = c.group_chains * groups;
     c.blocks = (c.chains + c.block_chains - 1) / c.block_chains;
     return c;
@@ -75,12 +66,12 @@ INLINE cuts cut(const peqa_weight *w)
 
 INLINE size_t chain_start(const cuts *c, size_t chain)
 {
-    return chain / c->group_chains * c->kg + chain % c->group_chains * c->limit;
+    return chain / c->group_chains * c->kg + chain % c->group_chains * CHAIN;
 }
 
 INLINE size_t chain_length(const cuts *c, size_t chain)
 {
-    return smin(c->limit, c->kg - chain % c->group_chains * c->limit);
+    return smin(CHAIN, c->kg - chain % c->group_chains * CHAIN);
 }
 
 /* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. */
