@@ -171,7 +171,7 @@ static void work_multiply(void *data, int part, int parts)
  * take several at once. */
 static int parts_for(const peqa_weight *w, int64_t threads)
 {
-    const int64_t most = w->panels / 16, parts = most < 4 * threads ? most : 4 * threads;
+    const int64_t most = w->panels / 8, parts = most < 8 * threads ? most : 8 * threads;
     return (int)(threads <= 1 ? 1 : parts < threads ? threads : parts);
 }
 
