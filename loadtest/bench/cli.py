@@ -97,6 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Figure] = []
     begin = time.monotonic()
     failure = None
+    if given.work is not None:
+        try:
+            given.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: --work {given.work}: {error.strerror}", file=sys.stderr)
+            return 2
     with tempfile.TemporaryDirectory(prefix="peqa-bench-", dir=given.work) as folder:
         try:
             asyncio.run(_collect(_options(given, parts, Path(folder)), progress, rows))
