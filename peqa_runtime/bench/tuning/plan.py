@@ -41,7 +41,7 @@ TASKS = MappingProxyType(
 KINDS = ("channel", "channel+input", "group")
 WAYS = (*KINDS, "lora")
 SWEPT_RATES = MappingProxyType(
-    {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (5e-4, 1e-3, 2e-3, 4e-3) for way in WAYS}
+    {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (1e-3, 2e-3, 4e-3, 8e-3) for way in WAYS}
 )
 """As many trials for LoRA as for each kind of set, around where each is known to work."""
 RATES = MappingProxyType({**LEARNING_RATES, "lora": 1e-3})
