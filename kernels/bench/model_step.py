@@ -168,7 +168,8 @@ def _decoder(
     linears = [_linear(weight) for weight in weights]
     hidden = model.head.in_features
     ones = torch.ones(hidden)
-    layers = tuple(DecoderLayer(*linears[4 * i : 4 * i + 4], ones, ones) for i in range(model.layers))
+    fours = zip(*(iter(linears[:-1]),) * 4, strict=True)
+    layers = tuple(DecoderLayer(qkv, out, gate_up, down, ones, ones) for qkv, out, gate_up, down in fours)
     d = model.d
     spec = DecoderSpec(
         layers=layers,

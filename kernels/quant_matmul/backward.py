@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peqa_kernels.products import matmul
 from peqa_kernels.quant_matmul.dense import Scales, column_step, dequantize_panel
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
@@ -107,11 +108,11 @@ def _times_transposed(x: Tensor, weight: QuantizedWeight, scales: Scales) -> Ten
     n, k = weight.out_features, weight.in_features
     step = max(64, _PANEL // k)
     if step >= n:
-        return x @ dequantize_panel(weight, x.dtype, scales).t()
+        return matmul(x, dequantize_panel(weight, x.dtype, scales).t())
     y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
     for first in range(0, n, step):
         some = slice(first, first + step)
-        y[:, some] = x @ dequantize_panel(weight, x.dtype, scales, rows=some).t()
+        y[:, some] = matmul(x, dequantize_panel(weight, x.dtype, scales, rows=some).t())
     return y
 
 
@@ -120,11 +121,11 @@ def _times(dy: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
     n, k = weight.out_features, weight.in_features
     step = column_step(weight, max(64, _PANEL // n))
     if step >= k:
-        return dy @ dequantize_panel(weight, dy.dtype, scales)
+        return matmul(dy, dequantize_panel(weight, dy.dtype, scales))
     dx = torch.empty((dy.shape[0], k), dtype=dy.dtype, device=dy.device)
     for first in range(0, k, step):
         some = slice(first, min(k, first + step))
-        dx[:, some] = dy @ dequantize_panel(weight, dy.dtype, scales, columns=some)
+        dx[:, some] = matmul(dy, dequantize_panel(weight, dy.dtype, scales, columns=some))
     return dx
 
 
@@ -154,6 +155,6 @@ def _group_gradient(dy: Tensor, x: Tensor, weight: QuantizedWeight, in_scale: Te
     for first in range(0, n, step):
         some = slice(first, min(n, first + step))
         base = dequantize_panel(weight, torch.float32, Scales(into=in_scale), rows=some)
-        base *= dy[:, some].t() @ x
+        base *= matmul(dy[:, some].t(), x)
         gradient[:, some] = base.view(base.shape[0], weight.groups, -1).sum(-1).t()
     return gradient

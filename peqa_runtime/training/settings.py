@@ -16,8 +16,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 OPTIONS = MappingProxyType({"learning_rate": "--lr", "warmup_steps": "--warmup", "batch_rows": "--batch"})
 """What `peqa train` calls settings that it does not call by their name."""
 LEARNING_RATES = MappingProxyType(dict.fromkeys(SCALE_KINDS, 1e-2))
-"""Default per kind, per step on the relative scale: the best of each in the sweep that docs/results.md records. `--auto`
-finds the one for a base and its data."""
+"""Default per kind, per step on the relative scale: the best of each in the sweep that docs/results.md records.
+`--auto` finds the one for a base and its data."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ SWEPT_RATES = MappingProxyType(
     {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (1e-3, 2e-3, 4e-3, 8e-3) for way in WAYS}
 )
 """As many trials for LoRA as for each kind of set, around where each is known to work."""
-RATES = MappingProxyType({**LEARNING_RATES, "lora": 1e-3})
+RATES = MappingProxyType({**LEARNING_RATES, "lora": 4e-3})
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
 SWEEP_STEPS = 60
 TEXT = "wikitext-2"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.packing import pack_codes
+from peqa_kernels.products import matmul
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.model.base_checkpoint import Precision
@@ -58,7 +59,7 @@ class Hessian:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         power = rows.square().sum(-1)
         rows = rows * (_LOUDEST * power.median() / power.clamp_min(1e-20)).clamp_max(1).sqrt()[:, None]
-        self._sum += (rows.t() @ rows).to(self._sum.dtype)
+        self._sum += matmul(rows.t(), rows).to(self._sum.dtype)
         self.tokens += len(rows)
 
     def mean(self) -> Tensor:

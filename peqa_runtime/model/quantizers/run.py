@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from peqa_kernels.products import FastLinears
 from peqa_runtime.disk_space import require_space
 from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.model.loader import context_limit
@@ -96,7 +97,7 @@ class BlockRun:
             total=len(calls), initial=start, desc=f"quantize {self.source.folder.name}", unit="block",
             disable=not progress,
         )  # fmt: skip
-        with bar:
+        with bar, FastLinears():
             for index in range(start, len(calls)):
                 result = self._one(index, calls[index], shape)
                 bar.set_postfix_str(describe(result))
