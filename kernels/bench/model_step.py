@@ -15,7 +15,7 @@ from peqa_kernels.bench.timing import Call, Timer, Way
 from peqa_kernels.bench.weights import Int4Pack, Shape, channel_bank, prepared, random_weight, task_rows
 from peqa_kernels.native import kv_layout
 from peqa_kernels.native.decoder import KINDS, DecoderLayer, DecoderLinear, DecoderSpec, NativeDecoder
-from peqa_kernels.quant_matmul import LinearBank, PreparedWeight, quant_matmul
+from peqa_kernels.quant_matmul import LinearBank, PreparedWeight, lay_together, quant_matmul
 from peqa_kernels.quant_matmul.cpu import NativeCpu
 
 CPU = torch.device("cpu")
@@ -59,9 +59,13 @@ class ModelStep:
         self._weights = [
             [prepared(codes[shape], shape.segments, 1)[0] for shape in parts] for _ in range(turns)
         ]
+        for weights in self._weights:
+            lay_together(weights)
         self._banks = [channel_bank(shape, tasks, CPU) for shape in parts[:-1]]
         self._bf16 = [torch.randn(s.out_features, s.in_features).bfloat16() for s in parts]
-        self._packs = {shape: Int4Pack(shape, CPU, 0, count=model.layers) for shape in {*model.linears}}
+        self._packs = {
+            shape: Int4Pack(shape, CPU, 0, count=turns * model.layers) for shape in {*model.linears}
+        }
         self._caches: dict[int, tuple[Tensor, Tensor]] = {}
         head = model.head
         self._int8_head = torch.randint(-128, 128, (head.out_features, head.in_features), dtype=torch.int8)
@@ -142,13 +146,15 @@ class ModelStep:
         times = timer.compare(f"{rows} rows, heads", *(Way(name, [call]) for name, call in heads.items()))
         head = heads[min(times, key=lambda name: times[name].median)]
 
-        def step() -> None:
-            for layer in zip(*linears, strict=True):
+        layers = list(zip(*linears, strict=True))
+
+        def step(turn: int) -> None:
+            for layer in layers[turn * self._model.layers :][: self._model.layers]:
                 for call in layer:
                     call()
             head()
 
-        return [step]
+        return [partial(step, turn) for turn in range(len(self._weights))]
 
     def _inputs(self, rows: int, dtype: torch.dtype) -> dict[int, Tensor]:
         """Activations [rows, K] by K."""

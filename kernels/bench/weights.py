@@ -10,7 +10,14 @@ from torch import Tensor
 
 from peqa_kernels.bench.timing import Call
 from peqa_kernels.packing import packed_width
-from peqa_kernels.quant_matmul import LinearBank, PreparedWeight, QuantizedWeight, prepare, quant_matmul
+from peqa_kernels.quant_matmul import (
+    LinearBank,
+    PreparedWeight,
+    QuantizedWeight,
+    lay_together,
+    prepare,
+    quant_matmul,
+)
 
 PEER_GROUPS = (256, 128, 64, 32)  # group sizes of torch's int4 ops, the cheapest first
 INNER_K_TILES = 8  # of the CUDA op's layout: its widest loads
@@ -97,9 +104,11 @@ def prepared(weight: QuantizedWeight, segments: tuple[int, ...], count: int) -> 
         1
     )  # many small operations: on busy cores each barrier between two threads costs more
     try:
-        return [prepare(weight, segments=segments) for _ in range(count)]
+        made = [prepare(weight, segments=segments) for _ in range(count)]
     finally:
         torch.set_num_threads(threads)
+    lay_together(made)  # as a server does
+    return made
 
 
 def dense_rotation(shape: Shape, device: torch.device, span: int) -> list[Tensor]:

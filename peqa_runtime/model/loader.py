@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from peqa_kernels.native.huge_pages import Arena
+from peqa_kernels.quant_matmul import lay_together
 from peqa_runtime.core import BaseManifest
 from peqa_runtime.errors import InvalidCheckpoint, UnsupportedModel
 from peqa_runtime.model import hf_quantizer
@@ -163,14 +163,11 @@ def _prepare(model: PreTrainedModel, linears: list[LinearSpec], *, serving: bool
 
 
 def _lay_together(model: PreTrainedModel, linears: list[LinearSpec]) -> None:
-    """On a CPU: weights in the order in which a step reads them, in huge pages. It copies at the speed of memory."""
+    """Weights in the order in which a step reads them."""
     heads = (module.embedding for module in model.modules() if isinstance(module, TiedHead))
     others = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     modules = dict.fromkeys((*(linear.module for linear in linears), *others, *heads))
-    packed = [weight for module in modules if (weight := module.prepare().packed()) is not None]
-    arena = Arena(sum(weight.room for weight in packed))
-    for weight in packed:
-        weight.move_to(arena)
+    lay_together(module.prepare() for module in modules)
 
 
 def _give_memory_back() -> None:
