@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -21,6 +22,7 @@ import peqa_kernels.paged_attention as attention
 import peqa_runtime.model.quantized_linear as modules
 from peqa_kernels.paged_attention.gpu import paged_attention_gpu, write_kv_gpu
 from peqa_runtime.core import SCALE_KINDS
+from peqa_runtime.engine import kv_cache
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.decode_graphs import DecodeGraphs
 from peqa_runtime.engine.engine import Engine
@@ -51,6 +53,13 @@ class Again:
         """There is nothing to forget."""
 
 
+class Contiguous:
+    """Caches as a GPU has them, with nothing between two blocks."""
+
+    def __init__(self, shapes: object, dtype: torch.dtype) -> None:
+        self.part = partial(torch.zeros, dtype=dtype)
+
+
 def with_graphs(engine: Engine) -> None:
     """Give the engine what it has by itself on a GPU."""
     engine.runner.graphs = DecodeGraphs(
@@ -68,7 +77,9 @@ def with_graphs(engine: Engine) -> None:
 
 def answers(base: Path, device: str, dtype: str, *, graphs: bool = False) -> list[Completion]:
     """Four requests, each of another task."""
-    engine = Engine(base, device=device, dtype=dtype, config=CONFIG)
+    exact = device == "cpu" and dtype == "float32"  # the caches, too: else the CPU's would be fp16
+    config = replace(CONFIG, kv_cache_dtype="float32") if exact else CONFIG
+    engine = Engine(base, device=device, dtype=dtype, config=config)
     if graphs:
         with_graphs(engine)
     for i, kind in enumerate(SCALE_KINDS):
@@ -89,6 +100,7 @@ def on_triton(base: Path, device: str, dtype: str, *, graphs: bool) -> list[Comp
         patch.object(attention.native, "load", lambda: None),
         patch.object(attention, "paged_attention_cpu", paged_attention_gpu),
         patch.object(attention, "write_kv_cpu", write_kv_gpu),
+        patch.object(kv_cache, "_Interleaved", Contiguous),
     ):
         return answers(base, device, dtype, graphs=graphs)
 

@@ -29,7 +29,9 @@ def test_trained_sets_of_every_kind_in_one_batch(
     base, data = tmp_path / "base", tmp_path / "rows.jsonl"
     quantize_folder(tiny_hf_folder, base, bits, group_size, progress=False)
     data.write_text("\n".join(map(json.dumps, ROWS)))
-    engine = Engine(base, device="cpu", config=EngineConfig(num_blocks=64, max_batch_tokens=50))
+    engine = Engine(
+        base, device="cpu", config=EngineConfig(num_blocks=64, max_batch_tokens=50, kv_cache_dtype="float32")
+    )
     expected: list[tuple[str, RowLogprobs]] = [
         ("base", row) for row in completion_logprobs(base, None, ROWS[:4])
     ]
