@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
 from key_stubs import EVERYBODY, bearer, write_keys
-from server_stubs import check_error
+from server_stubs import check_error, wait_until
 
 from peqa_server.access.route_roles import ROLES
 from peqa_server.app import create_loading_app
@@ -70,7 +70,7 @@ def test_where_get_is_allowed_head_is(server: Any) -> None:
 def test_the_log_and_the_metrics_say_head(server: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "peqa.access"):
         server.client.head("/v1/models")
-    assert "HEAD /v1/models 200" in caplog.text
+        wait_until(lambda: "HEAD /v1/models 200" in caplog.text)  # written once the answer is on its way
     line = 'peqa_http_requests_total{method="HEAD",route="/v1/models",status="200"}'
     assert line in server.client.get("/metrics").text
 
