@@ -1,13 +1,11 @@
 /* A whole step of a decoder in one call: embedding, layers, final norm and head, for packed tokens of any sequences.
  *
- * Matmuls and attention are the library's own, so their rows keep their bits whatever else is in the step; what lies
- * between is done row by row. Elementwise work is shared among threads only where it is long enough to pay for that.
+ * Only attention reads other rows than its own. All that lies between one attention and the next is done by parts of
+ * the rows. Where every thread gets rows enough, a part is one thread's from end to end: no thread waits for another,
+ * and what one stage writes is in that thread's caches for the next. Otherwise all threads share each stage. A row's
+ * bits are the same either way.
  */
-#include "decoder.h"
-#include "elementwise.h"
-#include "kv_write.h"
-
-#define SHARE_FROM ((size_t)16384) /* floats of a stage from which threads share its rows: some 4 us on one core */
+#include "decoder_stages.h"
 
 int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows);
 void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t threads, float *scratch, const float *x,
@@ -22,22 +20,14 @@ void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, floa
                           int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
                           float softcap, const float *sinks);
 
-typedef struct {
-    const peqa_decoder *m;
-    const decoder_step *s;
-    const decoder_layer *layer;
-    const float *norm; /* of the stage in work */
-    peqa_pool *pool;
-    int64_t threads, clock;
-    size_t rows;                    /* in work: all tokens, and behind the last attention those that are wanted */
-    const int32_t *row, *group_row; /* of the rows in work */
-    float *hidden, *normed, *added; /* [rows, hidden] each, the last of a pass */
-    float *wide, *narrow;           /* wide_floats() each */
-    float *scratch;
-    int32_t *picked; /* [2, output_count]: row and group_row of the wanted tokens */
-} run;
-
-typedef void (*stage)(void *, int, int);
+#if TILES
+#define PART_ROWS 128 /* codes are unpacked once for each part */
+#else
+#define PART_ROWS 64 /* of one thread: their gates and inputs stay in the second cache level */
+#endif
+/* Rows of each thread from which it takes them through all stages alone, which has it read all weights. */
+#define APART_FROM 8
+#define SLOTS (POOL_WORKERS + 1)
 
 INLINE int64_t ticks(void)
 {
@@ -55,127 +45,55 @@ INLINE int64_t ticks(void)
 static void book(run *r, int kind)
 {
     const int64_t now = ticks();
-    r->s->ticks[kind] += now - r->clock;
+    r->ticks[kind] += now - r->clock;
     r->clock = now;
 }
 
-INLINE size_t qkv_width(const peqa_decoder *m) { return (size_t)((m->heads + 2 * m->kv_heads) * m->d); }
+/* ---- between one attention and the next ---- */
 
-/* Floats of the two larger arrays of a step: queries, keys and values of all rows, or gates of the rows of one pass. */
-static size_t wide_floats(const peqa_decoder *m, size_t rows)
+INLINE size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
+
+/* Floats of scratch that the matmuls of `rows` rows take. */
+static size_t matmul_floats(const peqa_decoder *m, size_t rows)
 {
-    const size_t gate_up = 2 * (size_t)m->intermediate * smin(rows, ROWS_PER_PASS), qkv = qkv_width(m) * rows;
-    return gate_up > qkv ? gate_up : qkv;
-}
-
-static void over_rows(run *r, size_t width, stage work)
-{
-    pool_run(r->pool, r->rows * width < SHARE_FROM ? 1 : (int)r->threads, work, r);
-}
-
-#define ROWS_OF_PART(r)                                                                                                \
-    size_t i = (r)->rows * (size_t)part / (size_t)parts;                                                               \
-    i < (r)->rows * (size_t)(part + 1) / (size_t)parts;                                                                \
-    i++
-
-/* ---- stages ---- */
-
-static void embed(const decoder_embedding *e, size_t id, size_t width, float *to)
-{
-    if (!e->codes) {
-        copy_row(e->floats + id * width, width, to);
-        return;
-    }
-    const size_t bits = (size_t)e->bits, groups = (size_t)e->groups, size = width / groups;
-    const uint8_t *codes = e->codes + id * ((width * bits + 7) / 8);
-    for (size_t g = 0; g < groups; g++) {
-        const float scale = e->scales[id * groups + g], zero = e->zeros[id * groups + g];
-        if (bits == 8) {
-            for (size_t k = g * size; k < (g + 1) * size; k++)
-                to[k] = ((float)codes[k] - zero) * scale;
-            continue;
-        }
-        for (size_t k = g * size; k < (g + 1) * size; k++) {
-            const size_t at = k * bits;
-            unsigned window = codes[at / 8];
-            if (at % 8 + bits > 8)
-                window |= (unsigned)codes[at / 8 + 1] << 8;
-            to[k] = ((float)(window >> at % 8 & ((1u << bits) - 1)) - zero) * scale;
+    int64_t most = 0;
+    for (int64_t i = 0; i < m->layer_count; i++) {
+        const decoder_layer *l = m->layers + i;
+        const decoder_linear *linears[4] = {&l->qkv, &l->out, &l->gate_up, &l->down};
+        for (int j = 0; j < 4; j++) {
+            const int64_t need = peqa_quant_matmul_scratch(linears[j]->weight, (int64_t)rows);
+            most = need > most ? need : most;
         }
     }
+    return whole_lines((size_t)most);
 }
 
-static void work_embed(void *data, int part, int parts)
+/* How rows are cut into parts: each one thread's (`apart`), or one after the other, each all threads'. */
+typedef struct {
+    int apart;
+    size_t parts, rows /* of a part, at most */;
+    size_t slots, floats; /* parts in work at once, and what each has for its own arrays */
+} division;
+
+static division divide(const peqa_decoder *m, int64_t threads, size_t rows)
 {
-    const run *r = data;
-    const size_t width = (size_t)r->m->hidden;
-    for (ROWS_OF_PART(r)) {
-        embed(&r->m->embedding, (size_t)r->s->ids[i], width, r->hidden + i * width);
-        norm_row(r->hidden + i * width, r->norm, r->m->eps, width, r->normed + i * width);
-    }
+    division d = {.slots = smin((size_t)(threads > 0 ? threads : 1), SLOTS)};
+    d.apart = rows >= APART_FROM * d.slots;
+    const size_t most = d.apart ? PART_ROWS : ROWS_PER_PASS;
+    if (!d.apart)
+        d.slots = 1;
+    d.parts = (rows + d.slots * most - 1) / (d.slots * most) * d.slots;
+    d.rows = d.parts ? (rows + d.parts - 1) / d.parts : 0;
+    d.floats = whole_lines(d.rows * (size_t)m->hidden) + whole_lines(d.rows * 2 * (size_t)m->intermediate) +
+               matmul_floats(m, d.rows);
+    return d;
 }
 
-/* Queries are turned in place, keys on their way into the cache. */
-static void work_place(void *data, int part, int parts)
+static void multiply(run *r, const decoder_linear *linear, const float *x, size_t ldx, float *y)
 {
-    const run *r = data;
-    const peqa_decoder *m = r->m;
-    const size_t d = (size_t)m->d, heads = (size_t)m->heads, kv_heads = (size_t)m->kv_heads;
-    const size_t size = (size_t)m->block_size;
-    const decoder_layer *layer = r->layer;
-    const kv_strides at =
-        strides_of(m->layout, m->half_caches, layer->key_block, layer->value_block, size, kv_heads, d, d);
-    for (ROWS_OF_PART(r)) {
-        float *q = r->wide + i * qkv_width(m), *k = q + heads * d, *v = k + kv_heads * d;
-        const size_t angle = (size_t)r->s->positions[i] * (d / 2);
-        const int64_t slot = r->s->slots[i];
-        for (size_t head = 0; head < heads; head++, q += d) {
-            if (layer->q_norm)
-                norm_row(q, layer->q_norm, m->eps, d, q);
-            rotate_row(q, m->cosines + angle, m->sines + angle, d, q);
-        }
-        if (slot < 0)
-            continue;
-        const size_t block = (size_t)slot / size, offset = (size_t)slot % size;
-        for (size_t head = 0; head < kv_heads; head++, k += d) {
-            if (layer->k_norm)
-                norm_row(k, layer->k_norm, m->eps, d, k);
-            rotate_row(k, m->cosines + angle, m->sines + angle, d, k);
-            put_key(m->half_caches, k, d,
-                    (char *)layer->keys + block * at.key_block + head * at.key_head + offset * at.key_token,
-                    at.key_feature);
-            put_value(m->half_caches, v + head * d, d,
-                      (char *)layer->values + block * at.value_block + head * at.value_head + offset * at.value_token);
-        }
-    }
-}
-
-static void work_add_and_norm(void *data, int part, int parts)
-{
-    const run *r = data;
-    const size_t width = (size_t)r->m->hidden;
-    for (ROWS_OF_PART(r)) {
-        add_row(r->hidden + i * width, r->added + i * width, width);
-        norm_row(r->hidden + i * width, r->norm, r->m->eps, width, r->normed + i * width);
-    }
-}
-
-static void work_silu(void *data, int part, int parts)
-{
-    const run *r = data;
-    const size_t width = (size_t)r->m->intermediate;
-    for (ROWS_OF_PART(r)) {
-        float *gate = r->wide + i * 2 * width;
-        silu_row(gate, gate + width, width, gate);
-    }
-}
-
-/* ---- a step ---- */
-
-static void multiply(run *r, const decoder_linear *linear, const float *x, int64_t ldx, float *y)
-{
-    peqa_quant_matmul(linear->weight, r->pool, r->threads, r->scratch, x, ldx, (int64_t)r->rows, y, linear->bias, linear->out_scale, linear->in_scale, linear->group_scale,
-                      linear->half_bank, r->row, r->group_row);
+    peqa_quant_matmul(linear->weight, r->pool, r->threads, r->scratch, x, (int64_t)ldx, (int64_t)r->rows, y,
+                      linear->bias, linear->out_scale, linear->in_scale, linear->group_scale, linear->half_bank,
+                      r->row, r->group_row);
 }
 
 static void add_and_norm(run *r, const float *norm)
@@ -184,98 +102,142 @@ static void add_and_norm(run *r, const float *norm)
     over_rows(r, (size_t)r->m->hidden, work_add_and_norm);
 }
 
-static void attend(run *r)
+/* Rows in work from one attention (NULL: from their tokens) to the next one's inputs (NULL: to the last norm). */
+static void pass_between(run *r, const decoder_layer *from, const decoder_layer *to)
+{
+    const size_t hidden = (size_t)r->m->hidden, intermediate = (size_t)r->m->intermediate;
+    const float *norm = to ? to->attention_norm : r->m->norm;
+    if (from) {
+        multiply(r, &from->out, r->attended, (size_t)(r->m->heads * r->m->d), r->added);
+        book(r, TICKS_MATMUL);
+        add_and_norm(r, from->mlp_norm);
+        book(r, TICKS_ELEMENTWISE);
+        multiply(r, &from->gate_up, r->normed, hidden, r->gate_up);
+        book(r, TICKS_MATMUL);
+        over_rows(r, 2 * intermediate, work_silu);
+        book(r, TICKS_ELEMENTWISE);
+        multiply(r, &from->down, r->gate_up, 2 * intermediate, r->added);
+        book(r, TICKS_MATMUL);
+        add_and_norm(r, norm);
+    } else {
+        r->norm = norm;
+        over_rows(r, hidden, work_embed);
+    }
+    book(r, TICKS_ELEMENTWISE);
+    if (!to)
+        return;
+    multiply(r, &to->qkv, r->normed, hidden, r->qkv);
+    book(r, TICKS_MATMUL);
+    r->layer = to;
+    over_rows(r, qkv_width(r->m), work_place);
+    book(r, TICKS_ELEMENTWISE);
+}
+
+typedef struct {
+    const run *all;
+    const division *cut;
+    const decoder_layer *from, *to;
+    float *slots;
+    int64_t ticks[TICKS_KINDS];
+    int32_t taken[SLOTS];
+} between;
+
+static void pass_part(between *b, size_t part, size_t slot)
+{
+    run r = *b->all;
+    int64_t spent[TICKS_KINDS] = {0};
+    const size_t first = r.rows * part / b->cut->parts, hidden = (size_t)r.m->hidden;
+    r.rows = r.rows * (part + 1) / b->cut->parts - first;
+    r.first = first;
+    r.hidden += first * hidden;
+    r.normed += first * hidden;
+    r.qkv += first * qkv_width(r.m);
+    r.attended += first * (size_t)(r.m->heads * r.m->d);
+    r.row = r.row ? r.row + first : 0;
+    r.group_row = r.group_row ? r.group_row + first : 0;
+    r.added = b->slots + slot * b->cut->floats;
+    r.gate_up = r.added + whole_lines(b->cut->rows * hidden);
+    r.scratch = r.gate_up + whole_lines(b->cut->rows * 2 * (size_t)r.m->intermediate);
+    if (b->cut->apart) {
+        r.pool = 0;
+        r.threads = 1;
+    }
+    r.ticks = spent;
+    r.clock = ticks();
+    if (r.rows)
+        pass_between(&r, b->from, b->to);
+    for (int kind = 0; kind < TICKS_KINDS; kind++)
+        __atomic_add_fetch(&b->ticks[kind], spent[kind], __ATOMIC_RELAXED);
+}
+
+/* A thread's next part mostly finds the slot that it had. */
+static void work_between(void *data, int part, int parts)
+{
+    (void)parts;
+    between *b = data;
+    size_t slot = (size_t)part % b->cut->slots;
+    while (__atomic_exchange_n(&b->taken[slot], 1, __ATOMIC_ACQUIRE))
+        slot = (slot + 1) % b->cut->slots;
+    pass_part(b, (size_t)part, slot);
+    __atomic_store_n(&b->taken[slot], 0, __ATOMIC_RELEASE);
+}
+
+static void go_between(run *r, const division *cut, const decoder_layer *from, const decoder_layer *to)
+{
+    between b = {.all = r, .cut = cut, .from = from, .to = to, .slots = r->scratch};
+    if (cut->apart)
+        pool_run(r->pool, (int)cut->parts, work_between, &b);
+    else
+        for (size_t part = 0; part < cut->parts; part++)
+            pass_part(&b, part, 0);
+    /* Threads that work at the same time share the time that has passed. */
+    const int64_t now = ticks(), passed = now - r->clock;
+    int64_t all = 0;
+    for (int kind = 0; kind < TICKS_KINDS; kind++)
+        all += b.ticks[kind];
+    for (int kind = 0; kind < TICKS_KINDS; kind++)
+        if (b.ticks[kind])
+            r->ticks[kind] += (int64_t)((double)passed * (double)b.ticks[kind] / (double)all);
+    r->clock = now;
+}
+
+/* ---- a step ---- */
+
+static void attend(run *r, const decoder_layer *layer)
 {
     const peqa_decoder *m = r->m;
     const decoder_step *s = r->s;
-    multiply(r, &r->layer->qkv, r->normed, r->m->hidden, r->wide);
-    book(r, TICKS_MATMUL);
-    over_rows(r, qkv_width(m), work_place);
-    book(r, TICKS_ELEMENTWISE);
-    if (s->output_count == 0 && r->layer + 1 == m->layers + m->layer_count)
-        return; /* the keys and values were all that was wanted */
-    peqa_paged_attention(r->pool, r->threads, r->scratch, r->narrow, r->wide, (int64_t)qkv_width(m), m->d,
-                         r->layer->keys, r->layer->values, r->layer->key_block, r->layer->value_block,
-                         m->half_caches, s->block_tables, s->table_stride, s->query_starts,
-                         s->seq_lens, s->sequences, m->heads, m->kv_heads, m->d, m->d, m->block_size, m->layout, m->scaling,
-                         r->layer->window, 0.0f, 0);
+    peqa_paged_attention(r->pool, r->threads, r->scratch, r->attended, r->qkv, (int64_t)qkv_width(m), m->d,
+                         layer->keys, layer->values, layer->key_block, layer->value_block, m->half_caches,
+                         s->block_tables, s->table_stride, s->query_starts, s->seq_lens, s->sequences, m->heads,
+                         m->kv_heads, m->d, m->d, m->block_size, m->layout, m->scaling, layer->window, 0.0f, 0);
     book(r, TICKS_ATTENTION);
 }
 
-/* Behind the last attention no token reads another one: those whose result nobody wants end here. */
-static void keep_outputs(run *r)
+/* Behind the last attention no token reads another one: those whose result nobody wants end here. `picked`: room for
+ * row and group_row of the wanted ones. */
+static void keep_outputs(run *r, int32_t *picked)
 {
     const size_t hidden = (size_t)r->m->hidden, attended = (size_t)(r->m->heads * r->m->d);
     const size_t count = (size_t)r->s->output_count;
     for (size_t i = 0; i < count; i++) {
         const size_t token = (size_t)r->s->outputs[i];
         copy_row(r->hidden + token * hidden, hidden, r->normed + i * hidden);
-        copy_row(r->narrow + token * attended, attended, r->wide + i * attended);
+        copy_row(r->attended + token * attended, attended, r->qkv + i * attended);
         if (r->row)
-            r->picked[i] = r->row[token];
+            picked[i] = r->row[token];
         if (r->group_row)
-            r->picked[count + i] = r->group_row[token];
+            picked[count + i] = r->group_row[token];
     }
     float *swap = r->hidden;
     r->hidden = r->normed;
     r->normed = swap;
-    swap = r->narrow;
-    r->narrow = r->wide;
-    r->wide = swap;
-    r->row = r->row ? r->picked : 0;
-    r->group_row = r->group_row ? r->picked + count : 0;
+    swap = r->attended;
+    r->attended = r->qkv;
+    r->qkv = swap;
+    r->row = r->row ? picked : 0;
+    r->group_row = r->group_row ? picked + count : 0;
     r->rows = count;
-}
-
-/* Rows from `first` on, `count` of them, become those in work. */
-static void take_rows(run *r, const run *all, size_t first, size_t count)
-{
-    r->rows = count;
-    r->hidden = all->hidden + first * (size_t)r->m->hidden;
-    r->normed = all->normed + first * (size_t)r->m->hidden;
-    r->narrow = all->narrow + first * (size_t)(r->m->heads * r->m->d);
-    r->row = all->row ? all->row + first : 0;
-    r->group_row = all->group_row ? all->group_row + first : 0;
-}
-
-/* What follows attention, a pass of rows after the other: what one stage writes is in the caches for the next. */
-static void feed_forward(run *all, const float *next_norm)
-{
-    const int64_t hidden = all->m->hidden, intermediate = all->m->intermediate;
-    run pass = *all, *const r = &pass;
-    for (size_t first = 0; first < all->rows; first += ROWS_PER_PASS) {
-        take_rows(r, all, first, smin(ROWS_PER_PASS, all->rows - first));
-        multiply(r, &r->layer->out, r->narrow, r->m->heads * r->m->d, r->added);
-        book(r, TICKS_MATMUL);
-        add_and_norm(r, r->layer->mlp_norm);
-        book(r, TICKS_ELEMENTWISE);
-        multiply(r, &r->layer->gate_up, r->normed, hidden, r->wide);
-        book(r, TICKS_MATMUL);
-        over_rows(r, 2 * (size_t)intermediate, work_silu);
-        book(r, TICKS_ELEMENTWISE);
-        multiply(r, &r->layer->down, r->wide, 2 * intermediate, r->added);
-        book(r, TICKS_MATMUL);
-        add_and_norm(r, next_norm);
-        book(r, TICKS_ELEMENTWISE);
-    }
-    all->clock = r->clock;
-}
-
-INLINE size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
-
-static int64_t scratch_of_ops(const peqa_decoder *m, int64_t threads, int64_t tokens, int64_t output_count)
-{
-    int64_t most = peqa_attention_scratch(threads, m->heads, m->kv_heads, m->d, m->d);
-    for (int64_t i = 0; i < m->layer_count; i++) {
-        const decoder_layer *l = m->layers + i;
-        const decoder_linear *linears[4] = {&l->qkv, &l->out, &l->gate_up, &l->down};
-        for (int j = 0; j < 4; j++) {
-            const int64_t need = peqa_quant_matmul_scratch(linears[j]->weight, tokens);
-            most = need > most ? need : most;
-        }
-    }
-    const int64_t head = m->head.weight ? peqa_quant_matmul_scratch(m->head.weight, output_count) : 0;
-    return head > most ? head : most;
 }
 
 /* The first token whose id, position or slot lies outside of the tensors, or the first wanted token that is none; -1. */
@@ -295,46 +257,61 @@ EXPORT int64_t peqa_decode_misfit(const peqa_decoder *m, const decoder_step *s)
 /* The counter that a step's ticks are counted in. */
 EXPORT int64_t peqa_ticks(void) { return ticks(); }
 
+/* Floats of the arrays that all rows of a step share, and of those of its parts or of what follows them. */
+static size_t shared_floats(const peqa_decoder *m, size_t tokens, size_t outputs)
+{
+    return 2 * whole_lines(tokens * (size_t)m->hidden) + whole_lines(tokens * qkv_width(m)) +
+           whole_lines(tokens * (size_t)(m->heads * m->d)) + 2 * whole_lines(outputs);
+}
+
+static size_t other_floats(const peqa_decoder *m, int64_t threads, size_t tokens, size_t outputs)
+{
+    const division all = divide(m, threads, tokens), wanted = divide(m, threads, outputs);
+    const size_t head = m->head.weight ? (size_t)peqa_quant_matmul_scratch(m->head.weight, (int64_t)outputs) : 0;
+    const size_t needs[4] = {
+        all.slots * all.floats, wanted.slots * wanted.floats, head,
+        (size_t)peqa_attention_scratch(threads, m->heads, m->kv_heads, m->d, m->d)};
+    size_t most = 0;
+    for (int i = 0; i < 4; i++)
+        most = needs[i] > most ? needs[i] : most;
+    return most;
+}
+
 /* Floats of scratch that a step needs. */
 EXPORT int64_t peqa_decode_scratch(const peqa_decoder *m, int64_t threads, int64_t tokens, int64_t output_count)
 {
-    const size_t rows = (size_t)tokens, width = (size_t)m->hidden;
-    const size_t hidden = 2 * whole_lines(rows * width) + whole_lines(smin(rows, ROWS_PER_PASS) * width);
-    return (int64_t)(hidden + 2 * whole_lines(wide_floats(m, rows)) + 2 * whole_lines((size_t)output_count)) + 16 +
-           scratch_of_ops(m, threads, tokens, output_count);
+    const size_t rows = (size_t)tokens, outputs = (size_t)output_count;
+    return (int64_t)(shared_floats(m, rows, outputs) + other_floats(m, threads, rows, outputs)) + 16;
 }
 
 /* scratch: see above. Nothing is checked here: peqa_decode_misfit and peqa_attention_misfit do. */
 EXPORT void peqa_decode(const peqa_decoder *m, peqa_pool *pool, int64_t threads, float *scratch, const decoder_step *s)
 {
-    const size_t hidden = whole_lines((size_t)(s->tokens * m->hidden));
-    const size_t wide = whole_lines(wide_floats(m, (size_t)s->tokens));
-    run r = {.m = m, .s = s, .pool = pool, .threads = threads, .rows = (size_t)s->tokens, .clock = ticks()};
+    run r = {.m = m, .s = s, .pool = pool, .threads = threads, .rows = (size_t)s->tokens, .ticks = s->ticks};
+    r.clock = ticks();
     r.row = s->row;
     r.group_row = s->group_row;
     r.hidden = (float *)(((uintptr_t)scratch + 63) / 64 * 64);
-    r.normed = r.hidden + hidden;
-    r.added = r.normed + hidden;
-    r.wide = r.added + whole_lines(smin(r.rows, ROWS_PER_PASS) * (size_t)m->hidden);
-    r.narrow = r.wide + wide;
-    r.picked = (int32_t *)(r.narrow + wide);
-    r.scratch = r.narrow + wide + 2 * whole_lines((size_t)s->output_count);
+    r.normed = r.hidden + whole_lines(r.rows * (size_t)m->hidden);
+    r.qkv = r.normed + whole_lines(r.rows * (size_t)m->hidden);
+    r.attended = r.qkv + whole_lines(r.rows * qkv_width(m));
+    float *picked = r.attended + whole_lines(r.rows * (size_t)(m->heads * m->d));
+    r.scratch = picked + 2 * whole_lines((size_t)s->output_count);
 
-    r.norm = m->layers[0].attention_norm;
-    over_rows(&r, (size_t)m->hidden, work_embed);
-    book(&r, TICKS_ELEMENTWISE);
-    for (int64_t i = 0; i < m->layer_count; i++) {
-        const int last = i + 1 == m->layer_count;
-        r.layer = m->layers + i;
-        attend(&r);
-        if (last && s->output_count == 0)
-            return;
-        if (last)
-            keep_outputs(&r);
-        feed_forward(&r, last ? m->norm : m->layers[i + 1].attention_norm);
+    const decoder_layer *layer = m->layers, *const last = m->layers + m->layer_count - 1;
+    const division all = divide(m, threads, r.rows), wanted = divide(m, threads, (size_t)s->output_count);
+    go_between(&r, &all, 0, layer);
+    for (; layer < last; layer++) {
+        attend(&r, layer);
+        go_between(&r, &all, layer, layer + 1);
     }
+    if (s->output_count == 0)
+        return; /* the keys and values were all that was wanted */
+    attend(&r, last);
+    keep_outputs(&r, (int32_t *)picked);
+    go_between(&r, &wanted, last, 0);
     if (m->head.weight)
-        multiply(&r, &m->head, r.normed, m->hidden, s->result);
+        multiply(&r, &m->head, r.normed, (size_t)m->hidden, s->result);
     else
         copy_row(r.normed, r.rows * (size_t)m->hidden, s->result);
     book(&r, TICKS_HEAD);

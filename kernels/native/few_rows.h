@@ -115,8 +115,8 @@ INLINE void chain_of_codes(const int R, const int V, const int bits, const int b
 }
 
 /* R rows of one stripe times V vectors of lanes, from `lane` of `panel` on. */
-INLINE void few_tile(const int R, const int V, const int bits, const int bytes, const job *j, size_t panel,
-                     size_t lane, size_t stripe)
+INLINE void few_tile(const int R, const int V, const int bits, const int bytes, const int end, const job *j,
+                     size_t panel, size_t lane, size_t stripe)
 {
     const size_t row = stripe_start(stripe, j->rows), panels = V * VL > PANEL ? V * VL / PANEL : 1;
     const size_t segment = j->in.segments > 1 ? (size_t)panel_of(j, panel)[2] : 0;
@@ -131,6 +131,7 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
     const int32_t *from[MAX_V];
     vf sum[ROWS_MAX][MAX_V];
     totals buffer, *const total = in_memory(&buffer);
+    const int ends = end == END_ANY ? ends_of(j) : end;
     size_t in_block = 0;
     if (j->out_scale)
         fetch_out_scale(R, V, j, row, panel, lane);
@@ -146,12 +147,12 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
                     fetch_panel(j, next, group, group * j->c.kg + at, length);
             chain_of_codes(R, V, bits, bytes, from, x, length / UNIT, part);
             x += length / (bytes ? 4 : 2) * (size_t)R;
-            if (scale_at_end(j->w)) {
+            if (ends == END_LATE) {
                 end_plain_chain(R, V, steps, part, total);
                 steps += R;
                 continue;
             }
-            end_chain(R, V, j, row, panel, group, lane, counts, part, sum);
+            end_chain(R, V, ends, j, row, panel, group, lane, counts, part, sum);
             if (++in_block < j->c.block_chains)
                 continue;
             end_block(R, V, steps, sum, total);

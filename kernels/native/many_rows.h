@@ -146,13 +146,13 @@ INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
 }
 
 /* Adds one block of a panel to the totals of one stripe's R rows, V vectors of lanes from `lane` on. */
-INLINE void many_tile(const int R, const int V, const int bytes, const job *j, const unpacked *codes, size_t panel,
-                      size_t lane, const stripe_place *s, const block_place *b, totals *total)
+INLINE void many_tile(const int R, const int V, const int bytes, const int ends, const job *j, const unpacked *codes,
+                      size_t panel, size_t lane, const stripe_place *s, const block_place *b, totals *total)
 {
     const size_t words = bytes ? QUADS : PAIRS;
     const int32_t *x = s->x + b->k0 / UNIT * words * (size_t)R, *counts = s->counts + b->chain * (size_t)R;
     const int32_t *word = codes->pair[0] + lane;
-    if (scale_at_end(j->w)) {
+    if (ends == END_LATE) {
         vi part[ROWS_MAX][MAX_V];
         chain_of_words(R, V, bytes, word, x, b->units, part);
         end_plain_chain(R, V, s->steps + b->block * (size_t)R, part, total);
@@ -165,7 +165,7 @@ INLINE void many_tile(const int R, const int V, const int bytes, const job *j, c
         chain_of_words(R, V, bytes, word, x, b->units, part);
         x += b->units * (size_t)R * words;
         word += b->units * words * PANEL;
-        end_chain(R, V, j, s->row, panel, b->group + i, lane, counts, part, sum);
+        end_chain(R, V, ends, j, s->row, panel, b->group + i, lane, counts, part, sum);
     }
     end_block(R, V, s->steps + b->block * (size_t)R, sum, total);
 }

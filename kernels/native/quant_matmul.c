@@ -11,10 +11,18 @@
 #define CODES_AT_ONCE ((size_t)1 << 18) /* bytes of codes that stay in the second cache level for all stripes of rows */
 #define PASS_STRIPES ((ROWS_PER_PASS + ROWS_MAX - 1) / ROWS_MAX)
 
+#if ROWS_MAX == 6
+#define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__) F(5, ##__VA_ARGS__) F(6, ##__VA_ARGS__)
+#else
+#define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__)
+#endif
+
 /* One stripe of R rows times the panels first..last. Few rows take several panels at once: that many sums hide the
- * latency of a multiplication. */
+ * latency of a multiplication. A function for each number of rows and of bits, kind of integers and way to end a chain:
+ * what is not needed takes no registers. */
+typedef void (*run_few)(const job *, size_t, size_t, size_t);
 #define FEW_V(R) (VL == 16 ? ((R) == 1 ? 8 : (R) <= 3 ? 4 : TILE_V) : (R) <= 2 ? 4 : TILE_V)
-#define FEW_OF(NAME, R, BITS, BYTES)                                                                                   \
+#define FEW_OF(NAME, R, BITS, BYTES, END)                                                                              \
     static void NAME(const job *j, size_t first, size_t last, size_t stripe)                                           \
     {                                                                                                                  \
         const size_t wide = FEW_V(R) * VL / PANEL;                                                                     \
@@ -22,41 +30,42 @@
         for (; wide > 1 && panel + wide <= last; panel += wide) {                                                      \
             if (j->in.segments > 1 && panel_of(j, panel)[2] != panel_of(j, panel + wide - 1)[2])                       \
                 break; /* the panels' activations differ */                                                            \
-            few_tile(R, FEW_V(R), BITS, BYTES, j, panel, 0, stripe);                                                   \
+            few_tile(R, FEW_V(R), BITS, BYTES, END, j, panel, 0, stripe);                                              \
         }                                                                                                              \
         for (; panel < last; panel++)                                                                                  \
             for (size_t lane = 0; lane < PANEL; lane += TILE_V * VL)                                                   \
-                few_tile(R, TILE_V, BITS, BYTES, j, panel, lane, stripe);                                              \
+                few_tile(R, TILE_V, BITS, BYTES, END, j, panel, lane, stripe);                                         \
     }
-#define FEW(R, BITS) FEW_OF(few_##R##_##BITS, R, BITS, 0)
-#if ROWS_MAX == 6
-#define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__) F(5, ##__VA_ARGS__) F(6, ##__VA_ARGS__)
-#else
-#define FOR_ROWS(F, ...) F(1, ##__VA_ARGS__) F(2, ##__VA_ARGS__) F(3, ##__VA_ARGS__) F(4, ##__VA_ARGS__)
-#endif
-FOR_ROWS(FEW, 2)
-FOR_ROWS(FEW, 3)
-FOR_ROWS(FEW, 4)
-FOR_ROWS(FEW, 8)
-
-typedef void (*run_few)(const job *, size_t, size_t, size_t);
-#define FEW_NAME(R, BITS) few_##R##_##BITS,
-static const run_few few_rows[4][ROWS_MAX] = {
-    {FOR_ROWS(FEW_NAME, 2)}, {FOR_ROWS(FEW_NAME, 3)}, {FOR_ROWS(FEW_NAME, 4)}, {FOR_ROWS(FEW_NAME, 8)}};
-
+#define FEW(R, KIND, BITS, BYTES, END) FEW_OF(few_##KIND##_##BITS##_##R, R, BITS, BYTES, END)
+#define FEW_NAME(R, KIND, BITS) few_##KIND##_##BITS##_##R,
+#define FEW_BITS(KIND, BYTES, END)                                                                                     \
+    FOR_ROWS(FEW, KIND, 2, BYTES, END)                                                                                 \
+    FOR_ROWS(FEW, KIND, 3, BYTES, END)                                                                                 \
+    FOR_ROWS(FEW, KIND, 4, BYTES, END)                                                                                 \
+    FOR_ROWS(FEW, KIND, 8, BYTES, END)
+#define FEW_NAMES(KIND)                                                                                                \
+    {                                                                                                                  \
+        {FOR_ROWS(FEW_NAME, KIND, 2)}, {FOR_ROWS(FEW_NAME, KIND, 3)}, {FOR_ROWS(FEW_NAME, KIND, 4)},                   \
+            {FOR_ROWS(FEW_NAME, KIND, 8)},                                                                             \
+    }
 #if BYTE_DOTS && !TILES
-#define FEW_BYTES(R, BITS) FEW_OF(few_bytes_##R##_##BITS, R, BITS, 1)
-#define FEW_BYTES_NAME(R, BITS) few_bytes_##R##_##BITS,
-FOR_ROWS(FEW_BYTES, 2)
-FOR_ROWS(FEW_BYTES, 3)
-FOR_ROWS(FEW_BYTES, 4)
-FOR_ROWS(FEW_BYTES, 8)
-static const run_few few_rows_of_bytes[4][ROWS_MAX] = {{FOR_ROWS(FEW_BYTES_NAME, 2)},
-                                                       {FOR_ROWS(FEW_BYTES_NAME, 3)},
-                                                       {FOR_ROWS(FEW_BYTES_NAME, 4)},
-                                                       {FOR_ROWS(FEW_BYTES_NAME, 8)}};
+#define FEW_ENDS ENDS
+FEW_BITS(words_late, 0, END_LATE)
+FEW_BITS(words_offset, 0, END_OFFSET)
+FEW_BITS(words_centred, 0, END_CENTRED)
+FEW_BITS(words_task, 0, END_TASK)
+FEW_BITS(bytes_late, 1, END_LATE)
+FEW_BITS(bytes_offset, 1, END_OFFSET)
+FEW_BITS(bytes_centred, 1, END_CENTRED)
+FEW_BITS(bytes_task, 1, END_TASK)
+static const run_few few_rows[2][FEW_ENDS][4][ROWS_MAX] = {
+    {FEW_NAMES(words_late), FEW_NAMES(words_offset), FEW_NAMES(words_centred), FEW_NAMES(words_task)},
+    {FEW_NAMES(bytes_late), FEW_NAMES(bytes_offset), FEW_NAMES(bytes_centred), FEW_NAMES(bytes_task)},
+};
 #else
-#define few_rows_of_bytes few_rows
+#define FEW_ENDS 1
+FEW_BITS(words, 0, END_ANY)
+static const run_few few_rows[1][FEW_ENDS][4][ROWS_MAX] = {{FEW_NAMES(words)}};
 #endif
 
 INLINE size_t stripe_rows(size_t stripe, size_t rows)
@@ -66,7 +75,7 @@ INLINE size_t stripe_rows(size_t stripe, size_t rows)
 
 static void multiply_few(const job *j, size_t first, size_t last)
 {
-    const run_few *table = (in_bytes(j->w) ? few_rows_of_bytes : few_rows)[j->w->bits == 8 ? 3 : j->w->bits - 2];
+    const run_few *table = few_rows[in_bytes(j->w)][FEW_ENDS > 1 ? ends_of(j) : 0][j->w->bits == 8 ? 3 : j->w->bits - 2];
     const size_t bytes = j->c.kp * PANEL * (size_t)j->w->bits / 8;
     const size_t stretch = bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 1;
     for (size_t panel = first; panel < last; panel += stretch)
@@ -75,27 +84,50 @@ static void multiply_few(const job *j, size_t first, size_t last)
 }
 
 #if !TILES
-#define MANY(R)                                                                                                        \
-    static void many_##R(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,        \
-                         const block_place *b, totals *total)                                                          \
+/* A function for each number of rows, kind of integers and way to end a chain: what is not needed takes no registers. */
+#define MANY_OF(NAME, R, BYTES, END)                                                                                   \
+    static void NAME(const job *j, const unpacked *codes, size_t panel, size_t lane, const stripe_place *s,            \
+                     const block_place *b, totals *total)                                                              \
     {                                                                                                                  \
-        if (in_bytes(j->w))                                                                                            \
-            many_tile(R, TILE_V, 1, j, codes, panel, lane, s, b, total);                                               \
-        else                                                                                                           \
-            many_tile(R, TILE_V, 0, j, codes, panel, lane, s, b, total);                                               \
-    }                                                                                                                  \
+        many_tile(R, TILE_V, BYTES, END, j, codes, panel, lane, s, b, total);                                          \
+    }
+#define MANY(R, KIND, BYTES, END) MANY_OF(many_##KIND##_##R, R, BYTES, END)
+#define MANY_NAME(R, KIND) many_##KIND##_##R,
+FOR_ROWS(MANY, words_late, 0, END_LATE)
+FOR_ROWS(MANY, words_offset, 0, END_OFFSET)
+FOR_ROWS(MANY, words_centred, 0, END_CENTRED)
+FOR_ROWS(MANY, words_task, 0, END_TASK)
+#if BYTE_DOTS
+FOR_ROWS(MANY, bytes_late, 1, END_LATE)
+FOR_ROWS(MANY, bytes_offset, 1, END_OFFSET)
+FOR_ROWS(MANY, bytes_centred, 1, END_CENTRED)
+FOR_ROWS(MANY, bytes_task, 1, END_TASK)
+#endif
+
+typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
+                         totals *);
+static const run_many many_rows[1 + BYTE_DOTS][ENDS][ROWS_MAX] = {
+    {{FOR_ROWS(MANY_NAME, words_late)},
+     {FOR_ROWS(MANY_NAME, words_offset)},
+     {FOR_ROWS(MANY_NAME, words_centred)},
+     {FOR_ROWS(MANY_NAME, words_task)}},
+#if BYTE_DOTS
+    {{FOR_ROWS(MANY_NAME, bytes_late)},
+     {FOR_ROWS(MANY_NAME, bytes_offset)},
+     {FOR_ROWS(MANY_NAME, bytes_centred)},
+     {FOR_ROWS(MANY_NAME, bytes_task)}},
+#endif
+};
+
+#define END(R)                                                                                                         \
     static void end_##R(const job *j, size_t panel, size_t lane, const stripe_place *s, const totals *total)           \
     {                                                                                                                  \
         end_rows(R, TILE_V, j, s->row, panel, lane, s->counts, total);                                                 \
     }
-FOR_ROWS(MANY)
+FOR_ROWS(END)
 
-typedef void (*run_many)(const job *, const unpacked *, size_t, size_t, const stripe_place *, const block_place *,
-                         totals *);
 typedef void (*run_end)(const job *, size_t, size_t, const stripe_place *, const totals *);
-#define MANY_NAME(R) many_##R,
 #define END_NAME(R) end_##R,
-static const run_many many_rows[ROWS_MAX] = {FOR_ROWS(MANY_NAME)};
 static const run_end many_ends[ROWS_MAX] = {FOR_ROWS(END_NAME)};
 
 /* One panel, TILE_V vectors of lanes from `lane` on, of all rows. */
@@ -104,6 +136,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
     totals total[PASS_STRIPES];
     stripe_place place[PASS_STRIPES];
     unpacked codes;
+    const run_many *const table = many_rows[in_bytes(j->w)][ends_of(j)];
     const size_t stripes = stripe_count(j->rows), words = in_bytes(j->w) ? QUADS : PAIRS;
     for (size_t stripe = 0; stripe < stripes; stripe++) {
         clear(ROWS_MAX, TILE_V, &total[stripe]);
@@ -125,7 +158,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
                     __builtin_prefetch(s[1].x + b.k0 / UNIT * words * s[1].rows + i, 0, 3);
             if (block + 1 == j->c.blocks)
                 fetch_result(j, s->row, s->rows, panel, lane);
-            many_rows[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);
+            table[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);
         }
     }
     for (size_t stripe = 0; stripe < stripes; stripe++)
@@ -149,7 +182,7 @@ static void work_multiply(void *data, int part, int parts)
     const size_t panels = (size_t)j->w->panels;
     const size_t first = panels * (size_t)part / (size_t)parts;
     const size_t last = panels * (size_t)(part + 1) / (size_t)parts;
-    if (j->rows <= FEW_ROWS) {
+    if (j->rows <= few_rows_of(j->w)) {
         multiply_few(j, first, last);
         return;
     }
@@ -168,11 +201,22 @@ static void work_multiply(void *data, int part, int parts)
 }
 
 /* Parts of a multiplication: more than threads, so that one that comes late takes less, but each with panels enough to
- * take several at once. */
-static int parts_for(const peqa_weight *w, int64_t threads)
+ * take several at once where rows are few, and as many for each thread: the most of those whose longest way through is
+ * the shortest. */
+static int parts_for(const job *j, int64_t threads)
 {
-    const int64_t most = w->panels / 8, parts = most < 8 * threads ? most : 8 * threads;
-    return (int)(threads <= 1 ? 1 : parts < threads ? threads : parts);
+    const int64_t panels = j->w->panels, least = j->rows <= few_rows_of(j->w) ? 8 : 2;
+    int64_t parts = threads, shortest = panels;
+    for (int64_t each = 1; threads > 1 && each <= 8; each++) {
+        const int64_t longest = (panels + each * threads - 1) / (each * threads);
+        if (each > 1 && each * threads * least > panels)
+            break;
+        if (each * longest <= shortest) {
+            shortest = each * longest;
+            parts = each * threads;
+        }
+    }
+    return threads > 1 ? (int)parts : 1;
 }
 
 /* Rows that the packed activations of a pass take room for; a call's first pass is its largest. */
@@ -212,7 +256,7 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
         j.group_row = group_scale && group_row ? group_row + done : 0;
         /* Sharing out costs more than packing a few rows here. */
         pool_run(pool, j.rows * c.kp * j.in.segments < 65536 ? 1 : (int)threads, work_pack, &j);
-        pool_run(pool, parts_for(w, threads), work_multiply, &j);
+        pool_run(pool, parts_for(&j, threads), work_multiply, &j);
     }
 }
 

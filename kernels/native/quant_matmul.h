@@ -74,15 +74,23 @@ INLINE size_t chain_length(const cuts *c, size_t chain)
     return smin(CHAIN, c->kg - chain % c->group_chains * CHAIN);
 }
 
-/* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. */
+/* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. Where products
+ * of pairs are summed in one instruction, unpacking on the way costs it nothing: other units do that. */
+INLINE size_t few_rows_of(const peqa_weight *w)
+{
+    if (TILES)
+        return 4;
+    return BYTE_DOTS && !in_bytes(w) ? 64 : BYTE_DOTS ? 3 * ROWS_MAX : 2 * ROWS_MAX;
+}
+
 #if TILES
-#define FEW_ROWS 4
+#define STRIPE_ROWS TILE_ROWS /* of any stripe, at most */
 #else
-#define FEW_ROWS (2 * ROWS_MAX)
+#define STRIPE_ROWS ROWS_MAX
 #endif
 
 /* Whether so many rows are multiplied on matrix tiles. */
-INLINE int on_tiles(size_t rows) { return TILES && rows > FEW_ROWS; }
+INLINE int on_tiles(size_t rows) { return TILES && rows > 4; }
 
 /* Rows are dealt evenly to stripes of at most ROWS_MAX, or of a matrix tile's. */
 INLINE size_t stripe_count(size_t rows)

@@ -45,7 +45,7 @@ INLINE const int32_t *words_at(const int bits, const job *j, size_t panel, size_
 INLINE vf base_load(const job *j, const void *values, size_t panel, size_t group, size_t lane)
 {
     const size_t at = ((panel + lane / PANEL) * (size_t)j->w->groups + group) * PANEL + lane % PANEL;
-    return j->w->half ? hload((const uint16_t *)values + at) : vload((const float *)values + at);
+    return __builtin_expect(j->w->half, 1) ? hload((const uint16_t *)values + at) : vload((const float *)values + at);
 }
 
 /* Lanes of row `row` of an unpadded table [rows, N] of fp16 or fp32; a panel that a segment's end cuts short reads only
@@ -79,34 +79,55 @@ INLINE vf group_factor(const job *j, size_t row, size_t group, size_t panel, siz
     return table_load(j, j->group_scale, j->half_bank, at, panel, lane);
 }
 
-/* sum + scale * (a chain's integers, less what zero points take off them) */
-INLINE vf add_term(const job *j, vf scale, vf offset, vi part, vi count, vf sum)
+/* How chains end: their scale waits for the row's end; it is all rows' own, with offsets or without; or the row's task
+ * has a factor on it. */
+#define END_LATE 0
+#define END_OFFSET 1
+#define END_CENTRED 2
+#define END_TASK 3
+#define ENDS 4
+#define END_ANY 4 /* to be found out */
+
+INLINE int ends_of(const job *j)
 {
-    if (j->w->offsets)
+    if (scale_at_end(j->w))
+        return END_LATE;
+    return j->group_row ? END_TASK : j->w->offsets ? END_OFFSET : END_CENTRED;
+}
+
+/* sum + scale * (a chain's integers, less what zero points take off them) */
+INLINE vf add_term(const int offsets, vf scale, vf offset, vi part, vi count, vf sum)
+{
+    if (offsets)
         return vfma(offset, (vf)count, vfma(scale, ifloat(part), sum));
     return vfma(scale, ifloat(part + count), sum);
 }
 
 /* Adds a chain's integers to the block's sums under their group's scales; counts[r] is the row's own number of the
  * chain, see packed_rows. A factor of one gives the bits that no factor gives. */
-INLINE void end_chain(const int R, const int V, const job *j, size_t row, size_t panel, size_t group, size_t lane,
-                      const int32_t *counts, vi (*part)[MAX_V], vf (*sum)[MAX_V])
+INLINE void end_chain(const int R, const int V, const int ends, const job *j, size_t row, size_t panel, size_t group,
+                      size_t lane, const int32_t *counts, vi (*part)[MAX_V], vf (*sum)[MAX_V])
 {
-    vi count[ROWS_MAX];
-    UNROLL for (int r = 0; r < R; r++) count[r] = iset(counts[r]);
+    const int offsets = ends == END_TASK ? j->w->offsets != 0 : ends == END_OFFSET;
+    vf scale[MAX_V], offset[MAX_V];
     UNROLL for (int v = 0; v < V; v++)
     {
         const size_t at = lane + (size_t)(v * VL);
-        const vf scale = base_load(j, j->w->scales, panel, group, at);
-        const vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, group, at) : vset(0.0f);
-        if (j->group_row) {
-            UNROLL for (int r = 0; r < R; r++)
-            {
-                const vf factor = group_factor(j, row + (size_t)r, group, panel, at);
-                sum[r][v] = add_term(j, scale * factor, offset * factor, part[r][v], count[r], sum[r][v]);
+        scale[v] = base_load(j, j->w->scales, panel, group, at);
+        offset[v] = offsets ? base_load(j, j->w->offsets, panel, group, at) : vset(0.0f);
+    }
+    UNROLL for (int r = 0; r < R; r++)
+    {
+        const vi count = held(iset(counts[r]));
+        UNROLL for (int v = 0; v < V; v++)
+        {
+            vf s = scale[v], o = offset[v];
+            if (ends == END_TASK) {
+                const vf factor = group_factor(j, row + (size_t)r, group, panel, lane + (size_t)(v * VL));
+                s *= factor;
+                o *= factor;
             }
-        } else {
-            UNROLL for (int r = 0; r < R; r++) sum[r][v] = add_term(j, scale, offset, part[r][v], count[r], sum[r][v]);
+            sum[r][v] = add_term(offsets, s, o, part[r][v], count, sum[r][v]);
         }
     }
 }

@@ -98,9 +98,9 @@ INLINE void end_tile_chain(const int alone, const job *j, const stripe_place *s,
         vf before = alone ? vset(0.0f) : vload(sum[r] + lane);
         if (j->group_row) {
             const vf factor = group_factor(j, s->row + r, group, panel, lane);
-            before = add_term(j, scale * factor, offset * factor, part, iset(counts[r]), before);
+            before = add_term(j->w->offsets != 0, scale * factor, offset * factor, part, iset(counts[r]), before);
         } else
-            before = add_term(j, scale, offset, part, iset(counts[r]), before);
+            before = add_term(j->w->offsets != 0, scale, offset, part, iset(counts[r]), before);
         if (alone)
             vstore(total->lanes[r] + lane, vfma(before, vset(steps[r]), vload(total->lanes[r] + lane)));
         else

@@ -78,15 +78,19 @@ INLINE void vstore(float *p, vf v) { *(vf_u *)p = v; }
 INLINE vi iload(const int32_t *p) { return *(const vi_u *)p; }
 INLINE void istore(int32_t *p, vi v) { *(vi_u *)p = v; }
 
-/* The first n of the floats at p, at most VL; nothing behind them is read. */
+/* The first n of the floats at p, at most VL, and zeros; nothing behind them is read. */
 INLINE vf vpart(const float *p, size_t n)
 {
     if (__builtin_expect(n >= VL, 1))
         return vload(p);
+#if VL == 16
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
     float lane[VL] = {0};
     for (size_t i = 0; i < n; i++)
         lane[i] = p[i];
     return vload(lane);
+#endif
 }
 
 /* The same of fp16. */
@@ -94,10 +98,14 @@ INLINE vf hpart(const uint16_t *p, size_t n)
 {
     if (__builtin_expect(n >= VL, 1))
         return hload(p);
+#if VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+#else
     uint16_t lane[VL] = {0};
     for (size_t i = 0; i < n; i++)
         lane[i] = p[i];
     return hload(lane);
+#endif
 }
 
 INLINE void vput(float *p, vf v, size_t n)
@@ -106,8 +114,12 @@ INLINE void vput(float *p, vf v, size_t n)
         vstore(p, v);
         return;
     }
+#if VL == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
     for (size_t i = 0; i < n; i++)
         p[i] = v[i];
+#endif
 }
 
 INLINE vf vset(float x)
@@ -275,6 +287,24 @@ INLINE int32_t ihsum(vi v)
     for (int i = 1; i < VL; i++)
         sum += v[i];
     return sum;
+#endif
+}
+
+/* The sums of the lanes of four vectors. */
+INLINE void ihsums(const vi v[4], int32_t to[4])
+{
+#if VL == 16
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)v[0], (__m512i)v[1]),
+                                       _mm512_unpackhi_epi32((__m512i)v[0], (__m512i)v[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)v[2], (__m512i)v[3]),
+                                       _mm512_unpackhi_epi32((__m512i)v[2], (__m512i)v[3]));
+    const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
+    const __m128i e = _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+    _mm_storeu_si128((__m128i *)to, e);
+#else
+    for (int i = 0; i < 4; i++)
+        to[i] = ihsum(v[i]);
 #endif
 }
 

@@ -167,6 +167,7 @@ def test_what_is_missing_or_unknown_is_said(
 
 def test_tables_stand_between_the_marks(data: Path, tmp_path: Path, scripted: Scripted) -> None:
     plan = replace(REDUCED, parts=("perplexity", "sweep", "tasks"), methods=("rtn",), seeds=(0,))
+    plan = replace(plan, text_kinds=("channel", "group"))
     rows = RowFile(None)
     for cell in Bench(data, tmp_path / "w", tmp_path / "b", plan, rows).cells():
         rows.add(cell.measure())
@@ -179,7 +180,9 @@ def test_tables_stand_between_the_marks(data: Path, tmp_path: Path, scripted: Sc
     assert text.startswith("# R\n\nbefore\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert "| float | 30.00 | 20.00 |" in text
+    assert "| float | channel | 30.00 | 20.00 |" in text
+    assert "| 3bit-g64-rtn | group | 30.00 | 20.00 |" in text
+    assert "`tuning/perplexity/3bit/tuned-against-float-group` | 1 x |" in text
     assert "| sql | lora | 50.0 [1.0, 2.0] | 2 | 1 kB | 500 | 1.07 GB |" in text
     assert text.count("\n### ") == 5
     assert "tuning/task/sql/best-gain-of-lora" in text_table(rows.rows.values())

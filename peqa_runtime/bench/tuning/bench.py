@@ -134,13 +134,14 @@ class Bench:
         for base in bases:
             name = f"tuning/perplexity/{base}"
             yield Cell((f"{name}/before",), partial(self._before, base, f"{name}/before"))
-            for seed in self.plan.seeds:
-                own = f"{name}/after/seed{seed}"
-                yield Cell((own,), partial(self._after, base, own, seed))
+            for kind in self.plan.text_kinds:
+                for seed in self.plan.seeds:
+                    own = f"{name}/{_after(kind)}/seed{seed}"
+                    yield Cell((own,), partial(self._after, base, own, seed, kind))
         for bits, limit in ((4, 1.05), (3, 1.15)):
-            if bits in self.plan.bits:
-                own = f"tuning/perplexity/{bits}bit/tuned-against-float"
-                yield Cell((own,), partial(self._against_float, own, bits, limit))
+            for kind in self.plan.text_kinds if bits in self.plan.bits else ():
+                own = f"tuning/perplexity/{bits}bit/tuned-against-float{_after(kind).removeprefix('after')}"
+                yield Cell((own,), partial(self._against_float, own, bits, limit, _after(kind)))
 
     def _base(self, name: str) -> Path:
         """The base of this name, quantized now if it is not there yet. `float` is the imported one."""
@@ -164,12 +165,13 @@ class Bench:
         ran = self._eval_text(base)
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])]
 
-    def _after(self, base: str, name: str, seed: int) -> list[Row]:
+    def _after(self, base: str, name: str, seed: int, kind: str) -> list[Row]:
         train, held_out = split_text(self.data, self.work, self.plan.text_tokens)
-        output = self.work / "sets" / f"{base}-text-{seed}.safetensors"
+        own = "" if kind == "channel" else f"-{kind}"
+        output = self.work / "sets" / f"{base}-text{own}-{seed}.safetensors"
         trained = self._peqa(
             *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
-            *("--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5, "--lr", RATES["channel"]),
+            *("--kind", kind, "--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5, "--lr", RATES[kind]),
             *("--check-every", 25, "--seed", seed),
         )
         ran = self._eval_text(base, "--scale-set", output)
@@ -182,11 +184,11 @@ class Bench:
         }
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
 
-    def _against_float(self, name: str, bits: int, limit: float) -> list[Row]:
+    def _against_float(self, name: str, bits: int, limit: float, after: str) -> list[Row]:
         """The best base of these bits, tuned, over the float model tuned the same way."""
         tuned: dict[str, list[float]] = {}
         for row in self.rows.rows.values():
-            if "/after/" in row["name"]:
+            if f"/{after}/" in row["name"]:
                 tuned.setdefault(row["name"].split("/")[2], []).append(row["value"])
         means = {base: sum(values) / len(values) for base, values in tuned.items()}
         own = {base: mean for base, mean in means.items() if base.startswith(f"{bits}bit")}
@@ -317,6 +319,11 @@ class Bench:
         )
         found = paired(theirs, ours, metric)
         return {"difference": found.difference, "low": found.low, "high": found.high, "better": found.better}
+
+
+def _after(kind: str) -> str:
+    """What rows are called that come after tuning sets of this kind on text."""
+    return "after" if kind == "channel" else f"after-{kind}"
 
 
 def _group(group: int) -> str:

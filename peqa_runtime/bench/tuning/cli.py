@@ -63,6 +63,7 @@ def _plan(given: argparse.Namespace) -> Plan:
         ("methods", "methods", str),
         ("bits", "bits", int),
         ("seeds", "seeds", int),
+        ("text_kinds", "text_kinds", str),
     )
     for name, key, kind in kinds:
         value = getattr(given, name)
@@ -70,7 +71,9 @@ def _plan(given: argparse.Namespace) -> Plan:
             try:
                 lists[key] = tuple(kind(word) for word in value.split(","))
             except ValueError:
-                raise InvalidData(f"--{name} takes numbers with commas between them, got {value!r}") from None
+                raise InvalidData(
+                    f"--{name.replace('_', '-')} takes numbers with commas between them, got {value!r}"
+                ) from None
     numbers: dict[str, Any] = {
         key: value
         for key, value in (
@@ -111,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", help="such as 0,1,2")
     run.add_argument("--windows", type=int, help="windows of the test text")
     run.add_argument("--test-rows", type=int, help="rows of a task's test file")
+    run.add_argument("--text-kinds", help="kinds of sets tuned on text, some of channel,channel+input,group")
     run.add_argument("--text-tokens", type=int, help="tokens to tune on")
     run.add_argument("--task-steps", type=float, help="times a task's own steps")
     run.add_argument("--base", type=Path, help="imported base; default: the demo's, under $PEQA_HOME")

@@ -66,6 +66,7 @@ class Plan:
     test_rows: int
     text_tokens: int
     task_steps: float = 1.0  # times a task's own steps
+    text_kinds: tuple[str, ...] = ("channel",)  # of sets tuned on text
 
     def __post_init__(self) -> None:
         """Refuse names that are not there."""
@@ -74,6 +75,7 @@ class Plan:
             ("bits", self.bits, (2, 3, 4)),
             ("method", self.methods, METHODS),
             ("task", self.tasks, tuple(TASKS)),
+            ("kind", self.text_kinds, KINDS),
         )
         for what, given, known in checks:
             for one in given:
@@ -86,5 +88,15 @@ REDUCED = Plan(
     ("cost", "perplexity", "tasks"), (4, 3), (GROUP,), ("rtn", "gptq"), ("sql",), (0,), 40, 300, 100_000
 )
 FULL = Plan(
-    PARTS, (4, 3, 2), (GROUP, -1), METHODS, tuple(TASKS), (0, 1, 2), None, 1000, 260_000, task_steps=5.0
+    PARTS,
+    (4, 3, 2),
+    (GROUP, -1),
+    METHODS,
+    tuple(TASKS),
+    (0, 1, 2),
+    None,
+    1000,
+    260_000,
+    task_steps=5.0,
+    text_kinds=("channel", "group"),
 )

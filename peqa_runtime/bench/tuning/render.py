@@ -73,24 +73,27 @@ def _more(row: dict[str, Any]) -> str:
 
 
 def _perplexity(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each base and kind of set tuned on text; a base that is not tuned yet has one, too."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in _of(rows, "perplexity"):
         _, _, base, when, *_ = row["name"].split("/")
-        if when in ("before", "after"):
-            found.setdefault(base, {"before": [], "after": []})[when].append(row)
+        if when == "before" or when.startswith("after"):
+            found.setdefault(base, {}).setdefault(when, []).append(row)
     lines = []
-    for base, both in found.items():
-        last = (both["after"] or both["before"])[-1]
-        shown = (
-            _mean(both["before"]),
-            _mean(both["after"]),
-            str(last.get("train_tokens", "")),
-            _seeds(both["after"]),
-        )
-        lines.append(
-            (base, *shown, last["date"], last["device"], f"`{last.get('train_command', last['command'])}`")
-        )
-    head = ("base", "before", "after", "tuned on tokens", "seeds", "date", "hardware", "command")
+    for base, parts in found.items():
+        before = parts.pop("before", [])
+        for when, after in parts.items() or {"": before}.items():
+            last = after[-1]
+            shown = (
+                when.removeprefix("after-").replace("after", "channel"),
+                _mean(before),
+                _mean(after if when else []),
+                str(last.get("train_tokens", "")),
+                _seeds(after if when else []),
+            )
+            command = f"`{last.get('train_command', last['command'])}`"
+            lines.append((base, *shown, last["date"], last["device"], command))
+    head = ("base", "tuned", "before", "after", "tuned on tokens", "seeds", "date", "hardware", "command")
     return _table("Perplexity, wikitext-2 raw test, context 1024", head, lines)
 
 
