@@ -13,15 +13,16 @@ INLINE void multiply_codes(const int R, const int V, const int bytes, const int3
     UNROLL for (int r = 0; r < R; r++)
     {
 #if BYTE_DOTS
-        /* Spelled out, or gcc reorders and spills; every vector reads the activation anew. */
+        /* Spelled out, or gcc reorders and spills. */
+        const vi x = held(iset(xp[r * words]));
         if (bytes)
-            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpbusd %1%{1to16%}, %2, %0"
+            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpbusd %1, %2, %0"
                                                                 : "+v"(part[r][v])
-                                                                : "m"(xp[r * words]), "v"(q[v]));
+                                                                : "v"(x), "v"(q[v]));
         else
-            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpwssd %1%{1to16%}, %2, %0"
+            UNROLL for (int v = 0; v < V; v++) __asm__ volatile("vpdpwssd %1, %2, %0"
                                                                 : "+v"(part[r][v])
-                                                                : "m"(xp[r * words]), "v"(q[v]));
+                                                                : "v"(x), "v"(q[v]));
 #else
         const vi x = iset(xp[r * words]);
         UNROLL for (int v = 0; v < V; v++) part[r][v] = idot(part[r][v], q[v], x);

@@ -8,7 +8,9 @@
 #include "many_rows.h"
 #include "tile_rows.h"
 
-#define CODES_AT_ONCE ((size_t)1 << 18) /* bytes of codes that stay in the second cache level for all stripes of rows */
+/* Bytes of codes that all stripes of rows take before the next ones: they stay in the second cache level, and reading
+ * them from memory is spread over all stripes' work. */
+#define CODES_AT_ONCE ((size_t)40 << 10)
 #define PASS_STRIPES ((ROWS_PER_PASS + ROWS_MAX - 1) / ROWS_MAX)
 
 #if ROWS_MAX == 6
@@ -77,7 +79,7 @@ static void multiply_few(const job *j, size_t first, size_t last)
 {
     const run_few *table = few_rows[in_bytes(j->w)][FEW_ENDS > 1 ? ends_of(j) : 0][j->w->bits == 8 ? 3 : j->w->bits - 2];
     const size_t bytes = j->c.kp * PANEL * (size_t)j->w->bits / 8;
-    const size_t stretch = bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 1;
+    const size_t stretch = 2 * bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 2;
     for (size_t panel = first; panel < last; panel += stretch)
         for (size_t stripe = 0; stripe < stripe_count(j->rows); stripe++)
             table[stripe_rows(stripe, j->rows) - 1](j, panel, smin(panel + stretch, last), stripe);
