@@ -128,6 +128,9 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
      * 1.24 with); several long ones would leave the cache again before they are read (1 row: 0.39 ms without, 0.57
      * with). */
     const size_t codes = panels * j->c.kp * PANEL * (size_t)bits / 8;
+    /* What a stripe of several fetches ahead is for the first time that they come around to it; short panels are taken
+     * so quickly that many would belong to another thread. */
+    const size_t distance = stripe_count(j->rows) == 1 || codes <= SHORT_PANELS ? panels : j->stretch;
     const int ahead = stripe == 0 && lane == 0 && (panels == 1 || codes <= SHORT_PANELS);
     const int32_t *from[MAX_V];
     vf sum[ROWS_MAX][MAX_V];
@@ -144,7 +147,7 @@ INLINE void few_tile(const int R, const int V, const int bits, const int bytes, 
             const size_t length = smin(CHAIN, j->c.kg - at);
             vi part[ROWS_MAX][MAX_V];
             if (ahead)
-                for (size_t next = panel + panels; next < panel + 2 * panels; next++)
+                for (size_t next = panel + distance; next < panel + distance + panels; next++)
                     fetch_panel(j, next, group, group * j->c.kg + at, length);
             chain_of_codes(R, V, bits, bytes, from, x, length / UNIT, part);
             x += length / (bytes ? 4 : 2) * (size_t)R;

@@ -78,11 +78,18 @@ INLINE size_t stripe_rows(size_t stripe, size_t rows)
 static void multiply_few(const job *j, size_t first, size_t last)
 {
     const run_few *table = few_rows[in_bytes(j->w)][FEW_ENDS > 1 ? ends_of(j) : 0][j->w->bits == 8 ? 3 : j->w->bits - 2];
-    const size_t bytes = j->c.kp * PANEL * (size_t)j->w->bits / 8;
-    const size_t stretch = 2 * bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 2;
-    for (size_t panel = first; panel < last; panel += stretch)
+    for (size_t panel = first; panel < last; panel += j->stretch)
         for (size_t stripe = 0; stripe < stripe_count(j->rows); stripe++)
-            table[stripe_rows(stripe, j->rows) - 1](j, panel, smin(panel + stretch, last), stripe);
+            table[stripe_rows(stripe, j->rows) - 1](j, panel, smin(panel + j->stretch, last), stripe);
+}
+
+/* Panels that all stripes of few rows take before the next ones. */
+INLINE size_t stretch_of(const peqa_weight *w, const cuts *c, size_t rows)
+{
+    const size_t bytes = c->kp * PANEL * (size_t)w->bits / 8;
+    if (stripe_count(rows) == 1)
+        return (size_t)w->panels;
+    return 4 * bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 4;
 }
 
 #if !TILES
@@ -252,6 +259,7 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
     j.in.counts = (int32_t *)(j.in.steps + j.in.segments * pass_room(pass) * c.blocks);
     for (size_t done = 0; done < (size_t)rows; done += pass) {
         j.rows = smin(pass, (size_t)rows - done);
+        j.stretch = stretch_of(w, &c, j.rows);
         j.x = x + done * (size_t)ldx;
         j.y = y + done * (size_t)w->out_features;
         j.row = row ? row + done : 0;

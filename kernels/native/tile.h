@@ -19,6 +19,7 @@ typedef struct {
     const int32_t *row, *group_row;
     float *y;
     size_t rows;
+    size_t stretch; /* panels that all stripes of few rows take before the next ones */
 } job;
 
 /* Keeps the compiler from making `x` elsewhere or anew: it would gather all of a unit's activations in front and spill,
