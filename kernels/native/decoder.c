@@ -25,8 +25,9 @@ void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, floa
 #else
 #define PART_ROWS 64 /* of one thread: their gates and inputs stay in the second cache level */
 #endif
-/* Rows of each thread from which it takes them through all stages alone, which has it read all weights. */
-#define APART_FROM 8
+/* Rows of each thread from which it takes them through all stages alone. Each thread then reads all weights: the more
+ * threads do, the more rows each must have for what that takes of the memory. */
+#define APART_FROM(threads) ((threads) < 4 ? 8 : 2 * (threads))
 #define SLOTS (POOL_WORKERS + 1)
 
 INLINE int64_t ticks(void)
@@ -78,7 +79,7 @@ typedef struct {
 static division divide(const peqa_decoder *m, int64_t threads, size_t rows)
 {
     division d = {.slots = smin((size_t)(threads > 0 ? threads : 1), SLOTS)};
-    d.apart = rows >= APART_FROM * d.slots;
+    d.apart = rows >= APART_FROM(d.slots) * d.slots;
     const size_t most = d.apart ? PART_ROWS : ROWS_PER_PASS;
     if (!d.apart)
         d.slots = 1;

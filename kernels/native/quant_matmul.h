@@ -74,12 +74,14 @@ INLINE size_t chain_length(const cuts *c, size_t chain)
     return smin(CHAIN, c->kg - chain % c->group_chains * CHAIN);
 }
 
+#define FEW_ON_TILES 4 /* up to so many rows are not worth a matrix tile */
+
 /* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. Where products
  * of pairs are summed in one instruction, unpacking on the way costs it nothing: other units do that. */
 INLINE size_t few_rows_of(const peqa_weight *w)
 {
     if (TILES)
-        return 4;
+        return FEW_ON_TILES;
     return BYTE_DOTS && !in_bytes(w) ? 64 : BYTE_DOTS ? 3 * ROWS_MAX : 2 * ROWS_MAX;
 }
 
@@ -90,7 +92,7 @@ INLINE size_t few_rows_of(const peqa_weight *w)
 #endif
 
 /* Whether so many rows are multiplied on matrix tiles. */
-INLINE int on_tiles(size_t rows) { return TILES && rows > 4; }
+INLINE int on_tiles(size_t rows) { return TILES && rows > FEW_ON_TILES; }
 
 /* Rows are dealt evenly to stripes of at most ROWS_MAX, or of a matrix tile's. */
 INLINE size_t stripe_count(size_t rows)
