@@ -57,30 +57,43 @@ def test_matmul_agrees_with_the_reference(
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("rows", [9, 70])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_whole_numbers_give_the_exact_answer(ops: NativeOps, bits: int) -> None:
+def test_whole_numbers_give_the_exact_answer(ops: NativeOps, bits: int, rows: int, centred: bool) -> None:
     torch.manual_seed(0)
     weight = make_weight(70, 96, bits, 32, whole_zeros=True)
+    if centred:  # such weights have no offsets
+        weight.zeros[:] = 1 << (bits - 1)
     weight.scales[:] = 2.0 ** torch.randint(-2, 2, weight.scales.shape)
-    x = torch.randint(-8, 9, (9, 96)).float()
+    x = torch.randint(-8, 9, (rows, 96)).float()
     assert torch.equal(
         run(ops, x, ops.pack(weight), None, None, None, None), quant_matmul_reference(x, weight)
     )
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 576), (2, 64), (3, 192), (8, 32)])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(ops: NativeOps, bits: int, group: int) -> None:
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(
+    ops: NativeOps, bits: int, group: int, centred: bool
+) -> None:
     torch.manual_seed(1)
     segments = (96, 40, 40)
     weight = make_weight(sum(segments), 576, bits, group)
+    if centred:
+        weight.zeros[:] = 1 << (bits - 1)
     packed, bank = ops.pack(weight, segments), make_bank(weight, segments)
-    x, row, group_row, bias = torch.randn(40, 576), rows_of(40), rows_of(40), torch.randn(sum(segments))
-    alone = torch.cat([run(ops, x[i : i + 1], packed, bias, bank, row[i : i + 1], group_row[i : i + 1])
-                       for i in range(40)])  # fmt: skip
-    for size in (2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 33, 40):
-        pick = torch.randperm(40)[:size]
-        got = run(ops, x[pick], packed, bias, bank, row[pick], group_row[pick])
-        assert torch.equal(got, alone[pick]), size
+    x, row, bias = torch.randn(200, 576), rows_of(200), torch.randn(sum(segments))
+    for groups in (rows_of(200), None):
+
+        def of(pick: Tensor, groups: Tensor | None = groups) -> Tensor:
+            own = None if groups is None else groups[pick]
+            return run(ops, x[pick], packed, bias, bank, row[pick], own)
+
+        alone = torch.cat([of(torch.tensor([i])) for i in range(200)])
+        for size in (2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 33, 40, 64, 65, 192, 193, 200):
+            pick = torch.randperm(200)[:size]
+            assert torch.equal(of(pick), alone[pick]), (groups is None, size)
 
 
 def test_the_base_row_has_the_bits_of_no_bank(ops: NativeOps) -> None:
@@ -177,7 +190,7 @@ def test_a_bank_of_halves_gives_the_bits_of_the_same_values_in_floats(ops: Nativ
         segments,
         *(t.float() for t in (halves.out_scale, halves.in_scale, halves.group_scale) if t is not None),
     )
-    for m in (1, 5, 13, 40):
+    for m in (1, 5, 13, 40, 70):
         x, bias, row, group_row = torch.randn(m, 96), torch.randn(90), rows_of(m), rows_of(m)
         for with_groups in (group_row, None):
             got = run(ops, x, packed, bias, halves, row, with_groups)
