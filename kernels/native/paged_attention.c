@@ -6,16 +6,7 @@
  * output are updated; positions it may not see count as exact zeros. So decode and prefill, alone or among others,
  * give the same bits.
  */
-#include "attention_places.h"
-
-/* Vectors of a register tile beside its 6 rows. */
-#if VL == 16 || defined(__aarch64__)
-#define SCORE_V 4
-#define VALUE_V 4
-#else
-#define SCORE_V 2
-#define VALUE_V 2
-#endif
+#include "attention_tiles.h"
 
 INLINE size_t group_of(const attention *a) { return a->heads / a->kv_heads; }
 
@@ -27,17 +18,23 @@ static size_t rows_per_item(const attention *a)
 
 static size_t floats_per_thread(const attention *a)
 {
-    const size_t rows = rows_per_item(a);
-    return (a->d + 1) * CHUNK + rows * (a->d + CHUNK + a->d_v + VL + 2) + a->d + 64;
+    const size_t rows = rows_per_item(a), pointer = sizeof(uintptr_t) / sizeof(float);
+    const size_t floats = (a->d + 1) * CHUNK + rows * (CHUNK + a->d_v + VL + 2 + pointer) + a->d + 64;
+    return (sizeof(share) / sizeof(float) + floats + 15) / 16 * 16;
+}
+
+static share *share_of(const attention *a, int thread)
+{
+    return (share *)(a->scratch + (size_t)thread * floats_per_thread(a));
 }
 
 static item_memory carve(const attention *a, int thread)
 {
     const size_t rows = rows_per_item(a);
     item_memory m;
-    m.keys = a->scratch + (size_t)thread * floats_per_thread(a);
-    m.query = m.keys + a->d * CHUNK;
-    m.score = m.query + rows * a->d;
+    m.query = (const float **)(share_of(a, thread) + 1);
+    m.keys = (float *)(m.query + rows);
+    m.score = m.keys + a->d * CHUNK;
     m.out = m.score + rows * CHUNK;
     m.sum = m.out + rows * a->d_v;
     m.top = m.sum + rows * VL;
@@ -48,102 +45,20 @@ static item_memory carve(const attention *a, int thread)
     return m;
 }
 
-/* Rows of block `block` when `rows` are dealt evenly to blocks of at most BLOCK_ROWS. */
-INLINE size_t blocks_of(size_t rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
-INLINE size_t start_of(size_t block, size_t rows) { return block * rows / blocks_of(rows); }
-
-static void take_queries(const attention *a, const item *it, item_memory *m)
+/* The queries as they lie, and nothing summed up yet. */
+static void start_rows(const attention *a, const item *it, item_memory *m)
 {
     const size_t group = group_of(a), token = (size_t)a->query_starts[it->sequence] + it->first;
-    for (size_t block = 0; block < blocks_of(it->rows); block++) {
-        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        for (size_t r = 0; r < n; r++) {
-            const size_t row = first + r, head = it->kv_head * group + row % group;
-            const float *from = a->q + (token + row / group) * a->q_token + head * a->q_head;
-            float *to = m->query + first * a->d + r;
-            for (size_t i = 0; i < a->d; i++)
-                to[i * n] = from[i];
+    for (size_t query = 0, row = 0; query < it->queries; query++)
+        for (size_t head = it->kv_head * group; head < (it->kv_head + 1) * group; head++, row++) {
+            m->query[row] = a->q + (token + query) * a->q_token + head * a->q_head;
             m->top[row] = a->sinks ? a->sinks[head] : -__builtin_inff();
             vstore(m->sum + row * VL, vset(0.0f));
             if (a->sinks)
                 m->sum[row * VL] = 1.0f;
-            for (size_t i = 0; i < a->d_v; i++)
-                m->out[row * a->d_v + i] = 0.0f;
+            for (size_t i = 0; i < a->d_v; i += VL)
+                vput(m->out + row * a->d_v + i, vset(0.0f), a->d_v - i);
         }
-    }
-}
-
-/* ---- scores ---- */
-
-/* VL numbers of a cache. */
-INLINE vf cached(const int half, const char *p) { return half ? hload((const uint16_t *)p) : vload((const float *)p); }
-
-INLINE vf cached_part(const int half, const char *p, size_t n)
-{
-    return half ? hpart((const uint16_t *)p, n) : vpart((const float *)p, n);
-}
-
-/* R rows against V vectors of positions; keys[v] + i * feature: feature i of the v-th. */
-INLINE void score_tile(const int half, const int R, const int V, const size_t d, const char *const *keys,
-                       const size_t feature, const float *q, float *score)
-{
-    const char *key[SCORE_V];
-    vf acc[BLOCK_ROWS][SCORE_V];
-    UNROLL for (int v = 0; v < V; v++) key[v] = keys[v];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = vset(0.0f);
-    for (size_t i = 0; i < d; i++, q += R) {
-        vf k[SCORE_V];
-        UNROLL for (int v = 0; v < V; v++)
-        {
-            k[v] = cached(half, key[v]);
-            key[v] += feature;
-        }
-        UNROLL for (int r = 0; r < R; r++)
-        {
-            const vf x = vset(q[r]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] = vfma(x, k[v], acc[r][v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) vstore(score + (size_t)r * CHUNK + v * VL, acc[r][v]);
-}
-
-#define SCORES(name, half, R)                                                                                          \
-    static void name##_##R(const size_t d, const char *const *keys, const size_t feature, const float *q,              \
-                           float *score, size_t vectors)                                                               \
-    {                                                                                                                  \
-        for (; vectors >= SCORE_V; vectors -= SCORE_V, keys += SCORE_V, score += SCORE_V * VL)                         \
-            score_tile(half, R, SCORE_V, d, keys, feature, q, score);                                                  \
-        for (; vectors >= 2; vectors -= 2, keys += 2, score += 2 * VL)                                                 \
-            score_tile(half, R, 2, d, keys, feature, q, score);                                                        \
-        if (vectors)                                                                                                   \
-            score_tile(half, R, 1, d, keys, feature, q, score);                                                        \
-    }
-#define EVERY(make, name, half)                                                                                        \
-    make(name, half, 1) make(name, half, 2) make(name, half, 3) make(name, half, 4) make(name, half, 5)                \
-        make(name, half, 6)
-#define ALL(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
-EVERY(SCORES, scores, 0)
-#if HALVES
-EVERY(SCORES, half_scores, 1)
-#endif
-
-/* q k for the chunk's positions up to `end`, rounded up to whole vectors. */
-static void scores(const attention *a, const item *it, const item_memory *m, const places *p)
-{
-    typedef void (*run)(size_t, const char *const *, size_t, const float *, float *, size_t);
-    static const run table[1 + HALVES][BLOCK_ROWS + 1] = {
-        ALL(scores),
-#if HALVES
-        ALL(half_scores),
-#endif
-    };
-    const int half = a->half && in_lanes(a); /* turned keys are floats */
-    for (size_t block = 0; block < blocks_of(it->rows); block++) {
-        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        table[half][n](a->d, p->lanes, p->feature, m->query + first * a->d, m->score + first * CHUNK,
-                       ((size_t)p->to + VL - 1) / VL);
-    }
 }
 
 /* ---- softmax ---- */
@@ -181,120 +96,124 @@ static void weigh(const attention *a, const item_memory *m, size_t row, int32_t 
     m->shrink[row] = shrink;
 }
 
-/* ---- values ---- */
-
-/* R rows of the output, V vectors of its features, over `n` positions. `features` < V x VL only where V is 1. */
-INLINE void value_tile(const int half, const int R, const int V, const char *const *value, size_t feature,
-                       size_t features, size_t n, const float *weight, const float *shrink, float *out, size_t d_v)
-{
-    const size_t number = half ? sizeof(uint16_t) : sizeof(float);
-    const size_t width = V > 1 ? VL : features;
-    vf acc[BLOCK_ROWS][VALUE_V];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) acc[r][v] =
-            vpart(out + (size_t)r * d_v + v * VL, width) * vset(shrink[r]);
-    for (size_t i = 0; i < n; i++) {
-        vf x[VALUE_V];
-        UNROLL for (int v = 0; v < V; v++) x[v] = cached_part(half, value[i] + (feature + v * VL) * number, width);
-        UNROLL for (int r = 0; r < R; r++)
-        {
-            const vf w = vset(weight[(size_t)r * CHUNK + i]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] = vfma(w, x[v], acc[r][v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) vput(out + (size_t)r * d_v + v * VL, acc[r][v], width);
-}
-
-#define VALUES(name, half, R)                                                                                          \
-    static void name##_##R(const char *const *value, size_t n, const float *weight, const float *shrink, float *out,   \
-                           size_t d_v)                                                                                 \
-    {                                                                                                                  \
-        size_t f = 0;                                                                                                  \
-        for (; f + VALUE_V * VL <= d_v; f += VALUE_V * VL)                                                             \
-            value_tile(half, R, VALUE_V, value, f, VL, n, weight, shrink, out + f, d_v);                               \
-        for (; f < d_v; f += VL)                                                                                       \
-            value_tile(half, R, 1, value, f, smin(VL, d_v - f), n, weight, shrink, out + f, d_v);                      \
-    }
-EVERY(VALUES, values, 0)
-#if HALVES
-EVERY(VALUES, half_values, 1)
-#endif
-
-/* Adds the values at chunk offsets from..to; value[i] belongs to offset from + i. */
-static void values(const attention *a, const item *it, const item_memory *m, const char *const *value, size_t from,
-                   size_t to)
-{
-    typedef void (*run)(const char *const *, size_t, const float *, const float *, float *, size_t);
-    static const run table[1 + HALVES][BLOCK_ROWS + 1] = {
-        ALL(values),
-#if HALVES
-        ALL(half_values),
-#endif
-    };
-    for (size_t block = 0; block < blocks_of(it->rows); block++) {
-        const size_t first = start_of(block, it->rows), n = start_of(block + 1, it->rows) - first;
-        table[a->half][n](value, to - from, m->score + first * CHUNK + from, m->shrink + first,
-                          m->out + first * a->d_v, a->d_v);
-    }
-}
-
 /* ---- one item ---- */
 
-static void attend(const attention *a, const item *it, item_memory *m)
+/* Behind the last key that any row of the item sees, and the first chunk that one does. */
+INLINE int64_t end_of(const item *it) { return it->position + (int64_t)it->queries; }
+
+INLINE int64_t begin_of(const attention *a, const item *it)
+{
+    return a->window && it->position + 1 > a->window ? it->position + 1 - a->window : 0;
+}
+
+static void locate_first(const attention *a, const item *it, const item_memory *m, places *p)
+{
+    const int64_t begin = begin_of(a, it);
+    locate(a, it, m, begin / CHUNK * CHUNK, begin, end_of(it), p);
+}
+
+/* two[turn] has the item's first chunk. Returns which of the two has that of the next one (NULL: none). */
+static int attend(const attention *a, const item *it, const item *next, item_memory *m, places *two, int turn)
 {
     const size_t group = group_of(a);
-    const int64_t end = it->position + (int64_t)it->queries; /* behind the last key that any row sees */
-    const int64_t begin = a->window && it->position + 1 > a->window ? it->position + 1 - a->window : 0;
-    places two[2];
-    int64_t start = begin / CHUNK * CHUNK;
-    locate(a, it, m, start, begin, end, &two[0]);
-    take_queries(a, it, m);
-    for (int turn = 0; start < end; start += CHUNK, turn ^= 1) {
-        const places *p = &two[turn];
-        if (start + CHUNK < end) /* so its loads run while this chunk is computed */
-            locate(a, it, m, start + CHUNK, begin, end, &two[turn ^ 1]);
+    const int64_t end = end_of(it), begin = begin_of(a, it);
+    const int few = it->rows <= BLOCK_ROWS && in_lanes(a); /* keys and values are read once: memory is what takes time */
+    start_rows(a, it, m);
+    for (int64_t start = begin / CHUNK * CHUNK; start < end; start += CHUNK, turn ^= 1) {
+        const places *p = &two[turn], *soon = few ? p : 0;
+        places *after = &two[turn ^ 1];
+        if (start + CHUNK < end)
+            locate(a, it, m, start + CHUNK, begin, end, after);
+        else if (next)
+            locate_first(a, next, m, after);
+        else
+            after = 0;
+        if (few && after)
+            soon = after;
+        else if (after)
+            fetch(a, after, 0, 0);
         turn_keys(a, m, p);
-        scores(a, it, m, p);
-        for (size_t row = 0; row < it->rows; row++) {
-            const int64_t behind = it->position + (int64_t)(row / group) + 1 - start; /* the last offset it sees */
+        scores(a, it, m, p, soon);
+        for (size_t query = 0; query < it->queries; query++) {
+            const int64_t behind = it->position + (int64_t)query + 1 - start; /* the last offset it sees */
             const int64_t first = a->window ? behind - a->window : p->from;
-            weigh(a, m, row, first > p->from ? (int32_t)first : p->from, behind < p->to ? (int32_t)behind : p->to,
-                  p->to);
+            for (size_t row = query * group; row < (query + 1) * group; row++)
+                weigh(a, m, row, first > p->from ? (int32_t)first : p->from, behind < p->to ? (int32_t)behind : p->to,
+                      p->to);
         }
-        values(a, it, m, p->value, (size_t)p->from, (size_t)p->to);
+        values(a, it, m, p, soon);
+        if (few && after)
+            fetch(a, after, vectors_of(p), values_of(p));
     }
     const size_t token = (size_t)a->query_starts[it->sequence] + it->first;
-    for (size_t row = 0; row < it->rows; row++) {
-        const float sum = hsum(vload(m->sum + row * VL));
-        float *to = a->out + ((token + row / group) * a->heads + it->kv_head * group + row % group) * a->d_v;
-        for (size_t i = 0; i < a->d_v; i++)
-            to[i] = m->out[row * a->d_v + i] / sum;
-    }
+    for (size_t query = 0, row = 0; query < it->queries; query++)
+        for (size_t head = it->kv_head * group; head < (it->kv_head + 1) * group; head++, row++) {
+            const vf sum = vset(hsum(vload(m->sum + row * VL)));
+            float *to = a->out + ((token + query) * a->heads + head) * a->d_v;
+            for (size_t i = 0; i < a->d_v; i += VL)
+                vput(to + i, vpart(m->out + row * a->d_v + i, a->d_v - i) / sum, a->d_v - i);
+        }
+    return turn;
 }
 
 /* ---- threads and entry ---- */
 
+INLINE size_t items_of(const attention *a, size_t sequence)
+{
+    const size_t new = (size_t)(a->query_starts[sequence + 1] - a->query_starts[sequence]);
+    const size_t queries = rows_per_item(a) / group_of(a);
+    return new <= queries ? (new > 0) * a->kv_heads : (new + queries - 1) / queries * a->kv_heads;
+}
+
+/* Where a thread is among the items: `before` of them belong to earlier sequences. */
+typedef struct {
+    size_t sequence, before;
+} walk;
+
+static void find(const attention *a, walk *w, size_t index, item *it)
+{
+    const size_t group = group_of(a), queries = rows_per_item(a) / group;
+    if (index < w->before)
+        *w = (walk){0};
+    for (size_t items; index >= w->before + (items = items_of(a, w->sequence)); w->sequence++)
+        w->before += items;
+    const uint32_t own = (uint32_t)(index - w->before), heads = (uint32_t)a->kv_heads;
+    const size_t new = (size_t)(a->query_starts[w->sequence + 1] - a->query_starts[w->sequence]);
+    *it = (item){.sequence = w->sequence, .kv_head = own % heads, .first = own / heads * queries};
+    it->queries = smin(queries, new - it->first);
+    it->rows = it->queries * group;
+    it->position = (int64_t)a->seq_lens[w->sequence] - (int64_t)(new - it->first);
+}
+
+/* Takes an item that nobody has; 0 when there is none. `from`: whose items, this thread's own at first. */
+static int take(const attention *a, int part, int parts, int *from, walk *w, item *it)
+{
+    for (; *from < parts; ++*from) {
+        share *of = share_of(a, (part + *from) % parts);
+        const size_t index = __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED);
+        if (index < of->end) {
+            find(a, w, index, it);
+            return 1;
+        }
+    }
+    return 0;
+}
+
 static void work(void *data, int part, int parts)
 {
     const attention *a = data;
-    const size_t group = group_of(a), queries = rows_per_item(a) / group;
     item_memory m = carve(a, part);
-    (void)parts;
-    /* Items are dealt as parts ask for them: which part takes one changes nothing in its result. */
-    size_t mine = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED), index = 0;
-    for (size_t s = 0; s < a->seqs; s++) {
-        const size_t new = (size_t)(a->query_starts[s + 1] - a->query_starts[s]);
-        for (size_t first = 0; first < new; first += queries)
-            for (size_t head = 0; head < a->kv_heads; head++, index++) {
-                if (index != mine)
-                    continue;
-                item it = {.sequence = s, .kv_head = head, .first = first, .queries = smin(queries, new - first)};
-                it.rows = it.queries * group;
-                it.position = (int64_t)a->seq_lens[s] - (int64_t)(new - first);
-                attend(a, &it, &m);
-                mine = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED);
-            }
+    item items[2];
+    places two[2];
+    walk w = {0};
+    int from = 0, turn = 0, more = take(a, part, parts, &from, &w, &items[0]);
+    if (more) {
+        locate_first(a, &items[0], &m, &two[0]);
+        fetch(a, &two[0], 0, 0);
+    }
+    for (int at = 0; more; at ^= 1) {
+        more = take(a, part, parts, &from, &w, &items[at ^ 1]); /* early, so that what it reads is on its way */
+        turn = attend(a, &items[at], more ? &items[at ^ 1] : 0, &m, two, turn);
     }
 }
 
@@ -311,12 +230,12 @@ EXPORT int64_t peqa_attention_scratch(int64_t threads, int64_t heads, int64_t kv
  * softcap 0: none; sinks [heads] or NULL. */
 EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, float *out, const float *q,
                                  int64_t q_token, int64_t q_head, const void *keys, const void *values,
-                                 int64_t key_block, int64_t value_block, int64_t half, const int32_t *block_tables, int64_t table_stride, const int32_t *query_starts,
-                                 const int32_t *seq_lens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d,
-                                 int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
-                                 float softcap, const float *sinks)
+                                 int64_t key_block, int64_t value_block, int64_t half, const int32_t *block_tables,
+                                 int64_t table_stride, const int32_t *query_starts, const int32_t *seq_lens,
+                                 int64_t seqs, int64_t heads, int64_t kv_heads, int64_t d, int64_t d_v,
+                                 int64_t block_size, int64_t layout, float scaling, int64_t window, float softcap,
+                                 const float *sinks)
 {
-    size_t next = 0;
     attention a = {.scratch = scratch, .out = out, .q = q, .keys = keys, .values = values, .sinks = sinks};
     a.block_tables = block_tables;
     a.query_starts = query_starts;
@@ -333,8 +252,13 @@ EXPORT void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratc
     a.scaling = scaling;
     a.softcap = softcap;
     a.window = window;
-    a.next = &next;
     a.half = half != 0;
     a.at = strides_of(layout, half, key_block, value_block, a.block_size, a.kv_heads, a.d, a.d_v);
+    size_t items = 0;
+    for (size_t i = 0; i < a.seqs; i++)
+        items += items_of(&a, i);
+    for (int64_t i = 0; i < threads; i++)
+        *share_of(&a, (int)i) = (share){.next = items * (size_t)i / (size_t)threads,
+                                       .end = items * (size_t)(i + 1) / (size_t)threads};
     pool_run(pool, (int)threads, work, &a);
 }

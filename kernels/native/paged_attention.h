@@ -22,8 +22,15 @@ typedef struct {
     kv_strides at;
     float scaling, softcap;
     int64_t window;
-    size_t *next; /* the next work item that no thread has taken */
 } attention;
+
+/* A thread's work items, in a line of its own: those before `next` are taken. It begins with the sequences whose queries
+ * it has made, so what they read of this step lies in its own caches, and goes on with what others have left. Which
+ * thread takes an item changes nothing in its result. */
+typedef struct {
+    size_t next, end;
+    char rest[LINE - 2 * sizeof(size_t)];
+} share;
 
 INLINE vf vselect(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 

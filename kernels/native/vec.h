@@ -310,15 +310,25 @@ INLINE void ihsums(const vi v[4], int32_t to[4])
 
 INLINE float hmax(vf v)
 {
+#if VL == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float top = v[0];
     for (int i = 1; i < VL; i++)
         top = v[i] > top ? v[i] : top;
     return top;
+#endif
 }
 
 /* Sum of the lanes, always in the same order. */
 INLINE float hsum(vf v)
 {
+#if VL == 16
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lane[VL];
     for (int i = 0; i < VL; i++)
         lane[i] = v[i];
@@ -326,6 +336,7 @@ INLINE float hsum(vf v)
         for (int i = 0; i < step; i++)
             lane[i] += lane[i + step];
     return lane[0];
+#endif
 }
 
 INLINE size_t smin(size_t a, size_t b) { return a < b ? a : b; }
