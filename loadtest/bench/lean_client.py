@@ -1,4 +1,4 @@
-"""A client that costs next to nothing: with ten times too many requests, others would take the server's cores."""
+"""A client that costs next to nothing: on the server's own machine, others would take its cores."""
 
 from __future__ import annotations
 

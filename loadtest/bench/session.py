@@ -7,7 +7,7 @@ from pathlib import Path
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.client import Answer, CompletionClient, Target
 from peqa_loadtest.report import Summary
-from peqa_loadtest.run import calibrate, run_plan
+from peqa_loadtest.run import Completes, calibrate, run_plan
 from peqa_loadtest.swap import put_set
 from peqa_loadtest.workload import PromptWriter, plan_requests
 
@@ -46,8 +46,12 @@ class Session:
         concurrency: int,
         requests: int,
         prompts_of: dict[str, list[str]] | None = None,
+        client: Completes | None = None,
     ) -> list[Answer]:
-        """Send `requests` requests, `concurrency` at a time, tasks in equal shares and random order."""
+        """Send `requests` requests, `concurrency` at a time, tasks in equal shares and random order.
+
+        `client`: another than the session's own.
+        """
         first = self.take_numbers(requests)
         plan = plan_requests(
             tasks,
@@ -58,7 +62,7 @@ class Session:
             first_number=first,
             prompts_of=prompts_of,
         )
-        return await run_plan(self.client, plan, self.output_tokens, concurrency)
+        return await run_plan(client or self.client, plan, self.output_tokens, concurrency)
 
     async def put_tasks(self, names: list[str], files: list[Path]) -> None:
         """Upload a set per task, files in turn."""

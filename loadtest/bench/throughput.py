@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import mean
 
 from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.lean_client import LeanClient
 from peqa_loadtest.bench.offline import OfflineBench, value_of
 from peqa_loadtest.bench.session import Session, failures, gaps, rate
 from peqa_loadtest.report import percentile
@@ -31,13 +32,15 @@ async def throughput(
     micros, offline_rates = [], []
     waits: dict[int, list[float]] = {count: [] for count in served}
     failed = 0
+    client = LeanClient(session.client)
     for _ in range(rounds):
         there = offline.figures("machine", "streams")
         micros.append(value_of(there, MACHINE_ROW))
         offline_rates.append(value_of(there, OFFLINE_ROW))
         for count, rates in served.items():
-            await session.load(tasks, count, count)  # warm-up: rows written, connections open
-            answers = await session.load(tasks, count, max(LEAST_REQUESTS, requests_per_stream * count))
+            await session.load(tasks, count, count, client=client)  # warm-up: rows written
+            requests = max(LEAST_REQUESTS, requests_per_stream * count)
+            answers = await session.load(tasks, count, requests, client=client)
             failed += failures(answers)
             rates.append(rate(answers))
             waits[count] += gaps(answers)
