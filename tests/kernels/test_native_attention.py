@@ -177,6 +177,27 @@ def test_strides_and_numbers_of_threads(ops: NativeOps) -> None:
     assert not results[0].isnan().any()
 
 
+@pytest.mark.parametrize("layout", [TOKENS_FIRST, HEADS_FIRST])
+def test_threads_take_what_others_have_left(ops: NativeOps, layout: int) -> None:
+    """Sequences as unlike as they come, one with no new token, in more and in fewer threads than there are items."""
+    torch.manual_seed(4)
+    lengths, new = [300, 1, 2, 130, 77, 9], [1, 1, 2, 100, 0, 1]
+    cache = Cache(lengths, 2, 64, 64, 16, layout)
+    q, starts = torch.randn(sum(new), 6, 64), starts_of(new)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 40):
+            torch.set_num_threads(threads)
+            results.append(ops.paged_attention(q, cache.keys, cache.values, cache.tables, starts, lens, 0.125))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    want = paged_attention_reference(q, cache.keys, cache.values, cache.tables, starts, lens, 0.125)
+    torch.testing.assert_close(results[0], want, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("block_size", [16, 6])
 def test_fp16_caches_give_the_bits_of_fp32_caches_with_the_same_numbers(
     ops: NativeOps, block_size: int
