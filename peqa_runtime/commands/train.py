@@ -78,7 +78,7 @@ def train(
     ] = None,
     schedule: Annotated[
         Literal["cosine", "linear", "constant"] | None,
-        typer.Option(help="Decay of the learning rate. Default: cosine.", envvar="PEQA_SCHEDULE"),
+        typer.Option(help="Decay of the learning rate. Default: linear.", envvar="PEQA_SCHEDULE"),
     ] = None,
     warmup: Annotated[
         int | None, typer.Option(help="Steps of warm-up. Default: 20.", envvar="PEQA_WARMUP")
@@ -101,6 +101,10 @@ def train(
             envvar="PEQA_CHECKPOINT_ACTIVATIONS",
         ),
     ] = False,
+    beta2: Annotated[
+        float | None,
+        typer.Option(help="Of AdamW's mean of squared gradients. Default: 0.95.", envvar="PEQA_BETA2"),
+    ] = None,
     clip: Annotated[float, typer.Option(help="Largest norm of a task's gradient.", envvar="PEQA_CLIP")] = 1.0,
     patience: Annotated[
         int,
@@ -189,6 +193,7 @@ def train(
         warmup,
         batch,
         accumulate,
+        beta2,
         {
             "clip": clip,
             "seed": seed,

@@ -13,7 +13,9 @@ from peqa_runtime.errors import InvalidData
 
 Compute = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
-OPTIONS = MappingProxyType({"learning_rate": "--lr", "warmup_steps": "--warmup", "batch_rows": "--batch"})
+OPTIONS = MappingProxyType(
+    {"learning_rate": "--lr", "warmup_steps": "--warmup", "batch_rows": "--batch", "beta2": "--beta2"}
+)
 """What `peqa train` calls settings that it does not call by their name."""
 LEARNING_RATES = MappingProxyType(dict.fromkeys(SCALE_KINDS, 1e-2))
 """Default per kind, per step on the relative scale: the best of each in the sweep that docs/results.md records.
@@ -24,6 +26,8 @@ LEARNING_RATES = MappingProxyType(dict.fromkeys(SCALE_KINDS, 1e-2))
 class TuneConfig:
     """Settings of a run; AdamW without weight decay. The learning rate is per step on the relative scale.
 
+    `beta2`: of AdamW's mean of squared gradients; runs are a few hundred steps, and 0.999 remembers the first of them.
+
     A step takes `batch_rows` rows of each task, cut into `accumulate` parts that are computed one after the other.
     `patience`: stop after so many held-out losses in a row without a better one (0 = never).
     `distill` is the teacher's share of the loss (0 = none), its KL divergence at `temperature`.
@@ -32,10 +36,11 @@ class TuneConfig:
     kind: ScaleKind = "channel"
     steps: int = 500
     learning_rate: float = 1e-2
-    schedule: Schedule = "cosine"
+    schedule: Schedule = "linear"
     warmup_steps: int = 20
     batch_rows: int = 16
     accumulate: int = 1
+    beta2: float = 0.95
     clip: float = 1.0
     seed: int = 0
     compute: Compute = "auto"
@@ -55,6 +60,7 @@ class TuneConfig:
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("batch_rows", self.batch_rows >= 1, "at least 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch_rows, "between 1 and the rows of a step"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
             ("clip", self.clip > 0, "above 0"),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
             ("check_every", self.check_every >= 1, "at least 1"),
@@ -74,10 +80,11 @@ class Recipe:
 
     epochs: float = 1.0
     text_epochs: float = 1.0
-    schedule: Schedule = "cosine"
+    schedule: Schedule = "linear"
     warmup_steps: int = 20
     batch_rows: int = 16
     accumulate: int = 1
+    beta2: float = 0.95
     per_channel_base: bool = False  # refuse a base of groups
 
 
@@ -86,7 +93,7 @@ RECIPES = MappingProxyType(
         "default": Recipe(),
         # The setting of arXiv 2305.14152 as it is quoted: one scale a row, AdamW, linear decay, 128 rows a step, 3
         # epochs of instructions, 15 of wikitext-2. Its rates, one a model, are for the raw scale: none is built in.
-        "peqa-paper": Recipe(3.0, 15.0, "linear", 0, 128, 16, per_channel_base=True),
+        "peqa-paper": Recipe(3.0, 15.0, "linear", 0, 128, 16, 0.999, per_channel_base=True),
     }
 )
 
@@ -104,6 +111,7 @@ class Wanted:
     warmup_steps: int | None = None
     batch_rows: int | None = None
     accumulate: int | None = None
+    beta2: float | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, rows: int, *, text: bool = False) -> TuneConfig:
@@ -125,6 +133,7 @@ class Wanted:
             warmup_steps=recipe.warmup_steps if self.warmup_steps is None else self.warmup_steps,
             batch_rows=batch_rows,
             accumulate=accumulate,
+            beta2=recipe.beta2 if self.beta2 is None else self.beta2,
             **self.others,
         )
 

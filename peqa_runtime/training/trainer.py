@@ -256,6 +256,7 @@ def _arguments(
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=min(config.warmup_steps, config.steps),
         weight_decay=0.0,
+        adam_beta2=config.beta2,
         max_grad_norm=0.0,  # each task's own: `ClipEachTask`
         optim="adamw_torch",
         bf16=fast_compute_dtype(device, config.compute) == torch.bfloat16,

@@ -190,7 +190,9 @@ def test_threads_take_what_others_have_left(ops: NativeOps, layout: int) -> None
         results = []
         for threads in (1, 2, 3, 40):
             torch.set_num_threads(threads)
-            results.append(ops.paged_attention(q, cache.keys, cache.values, cache.tables, starts, lens, 0.125))
+            results.append(
+                ops.paged_attention(q, cache.keys, cache.values, cache.tables, starts, lens, 0.125)
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)

@@ -23,7 +23,7 @@ from peqa_runtime.bench.tuning.bench import Bench
 from peqa_runtime.bench.tuning.cli import main
 from peqa_runtime.bench.tuning.commands import Ran
 from peqa_runtime.bench.tuning.fetch import SOURCES, Source, fetch
-from peqa_runtime.bench.tuning.plan import FULL, REDUCED, TASKS, WAYS
+from peqa_runtime.bench.tuning.plan import CHOSEN, FULL, REDUCED, TASKS, WAYS, Optimizer
 from peqa_runtime.bench.tuning.render import BEGIN, END, render, text_table
 from peqa_runtime.bench.tuning.store import RowFile
 from peqa_runtime.errors import InvalidData
@@ -135,16 +135,19 @@ def replace_rows(bench: Bench, rows: RowFile) -> Bench:
     return Bench(bench.data, bench.work, bench.base, bench.plan, rows)
 
 
-def test_the_sweep_decides_the_learning_rate(data: Path, tmp_path: Path, scripted: Scripted) -> None:
+def test_the_sweep_decides_the_optimizer(data: Path, tmp_path: Path, scripted: Scripted) -> None:
     rows = RowFile(None)
     bench = Bench(data, tmp_path / "work", tmp_path / "base", replace(FULL, tasks=("intents",)), rows)
     trials = [cell for cell in bench.cells() if "sweep" in cell.names[0]]
-    assert len(trials) == 4 * len(WAYS), "as many trials for each way"
+    counts = {way: sum(f"/{way}/" in cell.names[0] for cell in trials) for way in WAYS}
+    assert len({*counts.values()}) == 1, "as many trials for each way"
+    assert len(trials) == sum(counts.values()) >= 4 * len(WAYS)
     for cell in trials:
         (row,) = cell.measure()
         rows.add([replace(row, value=0.5)] if "channel/lr0.03" in row.name else [row])
-    assert bench._rate(TASKS["intents"], "channel") == 0.03
-    assert bench._rate(TASKS["sql"], "channel") == 1e-2, "the recorded one where none was swept"
+    assert bench._optimizer(TASKS["intents"], "channel") == Optimizer(0.03)
+    assert "--lr 0.03 --schedule cosine --beta2 0.999" in " ".join(scripted.ran)
+    assert bench._optimizer(TASKS["sql"], "channel") == CHOSEN["channel"], "recorded, where none was swept"
 
 
 def test_what_is_missing_or_unknown_is_said(

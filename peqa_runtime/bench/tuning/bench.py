@@ -18,13 +18,15 @@ from peqa_kernels.bench.row import Op, Row
 from peqa_runtime.bench.tuning import cost
 from peqa_runtime.bench.tuning.commands import Ran, run
 from peqa_runtime.bench.tuning.plan import (
+    CHOSEN,
     KINDS,
-    RATES,
     SWEEP_STEPS,
-    SWEPT_RATES,
     TASKS,
     TEXT,
+    TEXT_OPTIMIZER,
+    TRIALS,
     WAYS,
+    Optimizer,
     Plan,
     TaskPlan,
 )
@@ -171,8 +173,8 @@ class Bench:
         output = self.work / "sets" / f"{base}-text{own}-{seed}.safetensors"
         trained = self._peqa(
             *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
-            *("--kind", kind, "--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5, "--lr", RATES[kind]),
-            *("--check-every", 25, "--seed", seed),
+            *("--kind", kind, "--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5),
+            *(*TEXT_OPTIMIZER[kind].options, "--check-every", 25, "--seed", seed),
         )
         ran = self._eval_text(base, "--scale-set", output)
         note = trained.report
@@ -200,25 +202,24 @@ class Bench:
     def _sweep(self) -> Iterator[Cell]:
         for task in (TASKS[name] for name in self.plan.tasks):
             for way in WAYS:
-                for rate in SWEPT_RATES[way]:
-                    name = f"tuning/sweep/{task.name}/{way}/lr{rate:g}"
-                    yield Cell((name,), partial(self._trial, task, way, rate, name))
+                for trial in TRIALS[way]:
+                    name = f"tuning/sweep/{task.name}/{way}/{trial.name}"
+                    yield Cell((name,), partial(self._trial, task, way, trial, name))
 
-    def _trial(self, task: TaskPlan, way: str, rate: float, name: str) -> list[Row]:
-        ran = self._train(
-            task, way, 0, rate, SWEEP_STEPS, self.work / "sweep" / f"{task.name}-{way}-{rate:g}.safetensors"
-        )
+    def _trial(self, task: TaskPlan, way: str, trial: Optimizer, name: str) -> list[Row]:
+        output = self.work / "sweep" / f"{task.name}-{way}-{trial.name}.safetensors"
+        ran = self._train(task, way, 0, trial, SWEEP_STEPS, output)
         return [self._row(name, ran.report["held_out_loss"], "nats", "<=", ran, seed=0, steps=SWEEP_STEPS)]
 
-    def _rate(self, task: TaskPlan, way: str) -> float:
-        """The rate with the lowest held-out loss in the rows' own sweep, or the recorded one."""
+    def _optimizer(self, task: TaskPlan, way: str) -> Optimizer:
+        """The settings with the lowest held-out loss in the rows' own sweep, or the recorded ones."""
         losses = {
-            rate: self.rows.value(name)
-            for rate in SWEPT_RATES[way]
-            if self.rows.has([name := f"tuning/sweep/{task.name}/{way}/lr{rate:g}"])
+            trial: self.rows.value(name)
+            for trial in TRIALS[way]
+            if self.rows.has([name := f"tuning/sweep/{task.name}/{way}/{trial.name}"])
         }
         return (
-            min(losses, key=lambda rate: losses[rate]) if len(losses) == len(SWEPT_RATES[way]) else RATES[way]
+            min(losses, key=lambda trial: losses[trial]) if len(losses) == len(TRIALS[way]) else CHOSEN[way]
         )
 
     def _tasks(self) -> Iterator[Cell]:
@@ -233,7 +234,14 @@ class Bench:
             yield Cell(names, partial(self._gains, task))
 
     def _train(
-        self, task: TaskPlan, way: str, seed: int, rate: float, steps: int, output: Path, *more: object
+        self,
+        task: TaskPlan,
+        way: str,
+        seed: int,
+        optimizer: Optimizer,
+        steps: int,
+        output: Path,
+        *more: object,
     ) -> Ran:
         train, held_out = split_rows(self.data, self.work, task)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +250,7 @@ class Bench:
             held_out,
             "--steps",
             steps,
-            "--lr",
-            f"{rate:g}",
+            *optimizer.options,
             "--batch",
             16,
             "--warmup",
@@ -270,14 +277,14 @@ class Bench:
     def _tuned(self, task: TaskPlan, way: str, seed: int, name: str) -> list[Row]:
         test, answers = self.data / task.folder / "test.jsonl", self._answers(task, way, seed)
         answers.parent.mkdir(parents=True, exist_ok=True)
-        steps, rate = max(1, round(task.steps * self.plan.task_steps)), self._rate(task, way)
+        steps, optimizer = max(1, round(task.steps * self.plan.task_steps)), self._optimizer(task, way)
         output = self.work / "sets" / f"{task.name}-{way}-{seed}.safetensors"
         if way == "lora":
             asked: tuple[object, ...] = ("--test", test, *self._questions(task), "--predictions", answers)
-            trained = ran = self._train(task, way, seed, rate, steps, output, *asked)
+            trained = ran = self._train(task, way, seed, optimizer, steps, output, *asked)
             size, count = ran.report["bytes"], ran.report["parameters"]
         else:
-            trained = self._train(task, way, seed, rate, steps, output)
+            trained = self._train(task, way, seed, optimizer, steps, output)
             asked = ("--scale-set", output, *self._questions(task), "--predictions", answers)
             ran = self._peqa("eval", self.base, test, *asked)
             size, count = trained.report["bytes"], trained.report["parameters"]
@@ -289,7 +296,7 @@ class Bench:
             "seed": seed,
             "steps": steps,
         }
-        facts |= {"learning_rate": rate, "bytes_per_task": size, "parameters": count}
+        facts |= {"learning_rate": optimizer.learning_rate, "bytes_per_task": size, "parameters": count}
         facts |= {"peak_bytes": trained.peak_bytes, "held_out_loss": trained.report["held_out_loss"]}
         facts |= {"seconds_per_step": trained.report["seconds"] / steps, "train_command": trained.command}
         return [self._row(name, report[task.key], "%", ">=", ran, **facts)]

@@ -108,7 +108,9 @@ def tune_lora(
         seed=config.seed,
     )
     batches = StepBatches([data.examples], [plan], tunable.eos_token_id)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=0.0
+    )
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(
         schedule,
@@ -212,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = TuneConfig(
             steps=given.steps,
             learning_rate=given.lr,
+            schedule=given.schedule,
+            beta2=given.beta2,
             batch_rows=given.batch,
             warmup_steps=given.warmup,
             check_every=given.check_every,
@@ -246,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check-every", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
+    parser.add_argument("--beta2", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quiet", action="store_true")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.settings import LEARNING_RATES
+from peqa_runtime.training.settings import LEARNING_RATES, Schedule
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,55 @@ TASKS = MappingProxyType(
         "sql": TaskPlan("sql", "wikisql", "exact-match", 200, "dev.jsonl", ("--ignore-case",)),
         # Rows without any slot would be right for an answer that never finds one.
         "slots": TaskPlan("slots", "restaurant8k-slots", "exact-match", 200, "", ("--filter-nonempty",)),
-        "intents": TaskPlan("intents", "banking77", "exact-match", 200),
+        # All rows once.
+        "intents": TaskPlan("intents", "banking77", "exact-match", 612),
         "e2e": TaskPlan("e2e", "e2e-nlg", "bleu", 200),
         "gsm8k": TaskPlan("gsm8k", "gsm8k", "final-number", 200, max_tokens=512),
     }
 )
 KINDS = ("channel", "channel+input", "group")
 WAYS = (*KINDS, "lora")
-SWEPT_RATES = MappingProxyType(
-    {way: (1e-3, 3e-3, 1e-2, 3e-2) if way != "lora" else (1e-3, 2e-3, 4e-3, 8e-3) for way in WAYS}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW's settings that are swept; the defaults are transformers' own."""
+
+    learning_rate: float
+    schedule: Schedule = "cosine"
+    beta2: float = 0.999
+
+    @property
+    def name(self) -> str:
+        """What its trial is called: the rate, and what differs from the defaults."""
+        schedule = "" if self.schedule == "cosine" else f"-{self.schedule}"
+        return f"lr{self.learning_rate:g}{schedule}" + ("" if self.beta2 == 0.999 else f"-beta{self.beta2:g}")
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """As the commands take them."""
+        return ("--lr", f"{self.learning_rate:g}", "--schedule", self.schedule, "--beta2", f"{self.beta2:g}")
+
+
+_RATES = MappingProxyType({**LEARNING_RATES, "lora": 4e-3})
+_AROUND = MappingProxyType({way: (1, 3, 10, 30) if way != "lora" else (1, 2, 4, 8) for way in WAYS})
+TRIALS = MappingProxyType(
+    {
+        way: (
+            *(Optimizer(thousandths / 1000) for thousandths in _AROUND[way]),
+            Optimizer(_RATES[way], "linear"),
+            Optimizer(_RATES[way], "linear", 0.95),
+        )
+        for way in WAYS
+    }
 )
-"""As many trials for LoRA as for each kind of set, around where each is known to work."""
-RATES = MappingProxyType({**LEARNING_RATES, "lora": 4e-3})
+"""As many for LoRA as for each kind of set: rates around where each is known to work, then decay and memory of the
+best of these."""
+CHOSEN = MappingProxyType(
+    {way: Optimizer(_RATES[way], "linear", 0.95 if way != "lora" else 0.999) for way in WAYS}
+)
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
+TEXT_OPTIMIZER = MappingProxyType({str(kind): Optimizer(rate) for kind, rate in LEARNING_RATES.items()})
 SWEEP_STEPS = 60
 TEXT = "wikitext-2"
 GROUP = 64

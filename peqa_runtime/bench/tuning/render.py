@@ -149,7 +149,9 @@ def _sweep(rows: Sequence[dict[str, Any]]) -> str:
         found.setdefault((task, way), []).append(f"{rate.removeprefix('lr')}: {row['value']:.4f}")
     lines = [(task, way, " · ".join(losses)) for (task, way), losses in found.items()]
     return _table(
-        "Learning rates: held-out loss after the sweep's steps", ("task", "way", "rate: loss"), lines
+        "Trials: held-out loss after the sweep's steps",
+        ("task", "way", "rate, and what differs from cosine decay and beta2 0.999: loss"),
+        lines,
     )
 
 
