@@ -21,7 +21,7 @@ typedef struct {
     int64_t position;                         /* of the first query */
 } item;
 
-/* Where the keys and values of one chunk lie. Places that the chunk does not have repeat one that it has. */
+/* Where the keys and values of one chunk lie. Places that the chunk does not have repeat one that it has, or are zeros. */
 typedef struct {
     const char *lanes[CHUNK / VL]; /* VL positions' keys each, one behind the other; `feature` bytes to the next feature */
     const char *key[CHUNK];        /* of each position, where they are not ready in lanes */

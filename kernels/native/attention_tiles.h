@@ -61,7 +61,7 @@ INLINE void score_tile(const int half, const int R, const int V, const size_t d,
 
 #define SCORES(name, half, ahead, R)                                                                                   \
     static void name##_##R(const size_t d, const char *const *keys, const char *const *next, const size_t feature,     \
-                           const float *const *q, float *score, size_t vectors)                                               \
+                           const float *const *q, float *score, size_t vectors)                                        \
     {                                                                                                                  \
         size_t v = 0;                                                                                                  \
         for (; v + SCORE_V <= vectors; v += SCORE_V)                                                                   \
@@ -82,7 +82,7 @@ EVERY(SCORES, half_scores, 1, 0)
 EVERY(SCORES, half_scores_ahead, 1, 1)
 #endif
 
-/* q k for the chunk's positions up to `end`, rounded up to whole vectors. */
+/* q k for the chunk's positions up to `to`, rounded up to whole vectors. */
 static void scores(const attention *a, const item *it, const item_memory *m, const places *p, const places *next)
 {
     typedef void (*run)(size_t, const char *const *, const char *const *, size_t, const float *const *, float *,

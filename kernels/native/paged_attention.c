@@ -98,7 +98,7 @@ static void weigh(const attention *a, const item_memory *m, size_t row, int32_t 
 
 /* ---- one item ---- */
 
-/* Behind the last key that any row of the item sees, and the first chunk that one does. */
+/* Behind the last key that any row of the item sees, and the first one that one does. */
 INLINE int64_t end_of(const item *it) { return it->position + (int64_t)it->queries; }
 
 INLINE int64_t begin_of(const attention *a, const item *it)
@@ -185,18 +185,15 @@ static void find(const attention *a, walk *w, size_t index, item *it)
     it->position = (int64_t)a->seq_lens[w->sequence] - (int64_t)(new - it->first);
 }
 
-/* Takes an item that nobody has; 0 when there is none. `from`: whose items, this thread's own at first. */
-static int take(const attention *a, int part, int parts, int *from, walk *w, item *it)
+/* Takes an item of thread `of` that nobody has; 0 when there is none. */
+static int take(const attention *a, int of, walk *w, item *it)
 {
-    for (; *from < parts; ++*from) {
-        share *of = share_of(a, (part + *from) % parts);
-        const size_t index = __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED);
-        if (index < of->end) {
-            find(a, w, index, it);
-            return 1;
-        }
-    }
-    return 0;
+    share *items = share_of(a, of);
+    const size_t index = __atomic_fetch_add(&items->next, 1, __ATOMIC_RELAXED);
+    if (index >= items->end)
+        return 0;
+    find(a, w, index, it);
+    return 1;
 }
 
 static void work(void *data, int part, int parts)
@@ -206,14 +203,19 @@ static void work(void *data, int part, int parts)
     item items[2];
     places two[2];
     walk w = {0};
-    int from = 0, turn = 0, more = take(a, part, parts, &from, &w, &items[0]);
-    if (more) {
-        locate_first(a, &items[0], &m, &two[0]);
-        fetch(a, &two[0], 0, 0);
-    }
-    for (int at = 0; more; at ^= 1) {
-        more = take(a, part, parts, &from, &w, &items[at ^ 1]); /* early, so that what it reads is on its way */
-        turn = attend(a, &items[at], more ? &items[at ^ 1] : 0, &m, two, turn);
+    for (int i = 0, turn = 0; i < parts; i++) {
+        const int of = (part + i) % parts, own = i == 0;
+        int more = take(a, of, &w, &items[0]);
+        for (int at = 0, ready = 0; more; at ^= 1) {
+            if (!ready) {
+                locate_first(a, &items[at], &m, &two[turn]);
+                fetch(a, &two[turn], 0, 0);
+            }
+            /* Its own it takes early, so that what they read is on its way; of others' only what it begins now. */
+            ready = own && take(a, of, &w, &items[at ^ 1]);
+            turn = attend(a, &items[at], ready ? &items[at ^ 1] : 0, &m, two, turn);
+            more = own ? ready : take(a, of, &w, &items[at ^ 1]);
+        }
     }
 }
 

@@ -24,9 +24,9 @@ typedef struct {
     int64_t window;
 } attention;
 
-/* A thread's work items, in a line of its own: those before `next` are taken. It begins with the sequences whose queries
- * it has made, so what they read of this step lies in its own caches, and goes on with what others have left. Which
- * thread takes an item changes nothing in its result. */
+/* A thread's work items, in a line of its own: those before `next` are taken. Where rows are taken apart (decoder.c) these
+ * are mostly the sequences whose queries it has made, and what they read of this step lies in its own caches. Then it
+ * goes on with what others have left. Which thread takes an item changes nothing in its result. */
 typedef struct {
     size_t next, end;
     char rest[LINE - 2 * sizeof(size_t)];

@@ -27,17 +27,21 @@ class LeanClient:
         body = json.dumps(self._like.body(task, prompt, max_tokens)).encode()
         head = f"POST /v1/completions HTTP/1.0\r\nHost: {self._host}\r\nContent-Length: {len(body)}\r\n\r\n"
         try:
-            reader, writer = await asyncio.open_connection(self._host, self._port)
-            try:
-                answer.sent = time.perf_counter()
-                writer.write(head.encode() + body)
-                await _read(reader, answer)
-            finally:
-                writer.close()
+            async with asyncio.timeout(self._like.target.timeout):
+                await self._exchange(head.encode() + body, answer)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             answer.failure = Failure(None, f"{type(error).__name__}: {error}")
         answer.finished = time.perf_counter()
         return answer
+
+    async def _exchange(self, request: bytes, answer: Answer) -> None:
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            answer.sent = time.perf_counter()
+            writer.write(request)
+            await _read(reader, answer)
+        finally:
+            writer.close()
 
 
 async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:

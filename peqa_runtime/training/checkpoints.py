@@ -18,6 +18,7 @@ from peqa_runtime.scales.atomic_file import write_atomic
 
 MASTERS = "scales.safetensors"
 RUN_FILE = "run.json"
+_EARLIER = {"beta2": 0.999}  # settings that a run has which was begun before they could be chosen
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -45,7 +46,11 @@ def prepare_folder(folder: Path, fingerprint: Mapping[str, Any], *, resume: bool
             before = json.loads((folder / RUN_FILE).read_text())
         except (OSError, ValueError):
             before = {}
-        changed = sorted(key for key in wanted.keys() | before.keys() if wanted.get(key) != before.get(key))
+        changed = sorted(
+            key
+            for key in wanted.keys() | before.keys()
+            if wanted.get(key) != before.get(key, _EARLIER.get(key))
+        )
         if changed:
             raise InvalidData(
                 f"{folder} holds a run with other settings ({', '.join(changed)}); "

@@ -154,6 +154,23 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert resumed.note["held_out_loss"] == expected.note["held_out_loss"]
 
 
+def test_the_optimizers_memory_is_the_configs(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """The same run twice ends alike, one with another memory of gradients elsewhere."""
+    sets = [
+        run(
+            tiny_base,
+            TrainingFiles("answers", rows, tmp_path / f"{i}.safetensors"),
+            replace(CONFIG, beta2=beta2),
+        )
+        for i, beta2 in enumerate((0.9, 0.9, 0.999))
+    ]
+    revisions = [done.scale_set.revision for done in sets]
+    assert revisions[0] == revisions[1] != revisions[2]
+    assert [done.scale_set.note["beta2"] for done in sets] == [0.9, 0.9, 0.999]
+    with pytest.raises(InvalidData, match="beta2 must be at least 0 and below 1, got 1"):
+        replace(CONFIG, beta2=1.0)
+
+
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     assert prepare_folder(folder, {"steps": 3, "lr": 0.1}, resume=None) is None
@@ -167,6 +184,16 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     assert prepare_folder(folder, {"steps": 5, "lr": 0.1}, resume=False) is None
     with pytest.raises(InvalidData, match="nothing to resume"):
         prepare_folder(folder, {"steps": 5, "lr": 0.1}, resume=True)
+
+
+def test_a_run_from_before_a_setting_was_there_is_gone_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    assert prepare_folder(folder, {"steps": 3}, resume=None) is None
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    with pytest.raises(InvalidData, match=r"other settings \(beta2\)"):
+        prepare_folder(folder, {"steps": 3, "beta2": 0.95}, resume=None)
+    assert prepare_folder(folder, {"steps": 3, "beta2": 0.999}, resume=None) == folder / "checkpoint-2"
 
 
 def test_scales_stay_in_the_range_that_servers_accept() -> None:

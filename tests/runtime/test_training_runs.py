@@ -324,6 +324,7 @@ def test_zero_codes_and_rows_that_no_scale_moves_are_found(tunable: TunableModel
 def test_the_papers_recipe_wants_one_scale_a_row(tunable: TunableModel) -> None:
     config = Wanted("peqa-paper").config(1000)
     assert (config.kind, config.schedule, config.batch_rows, config.steps) == ("channel", "linear", 128, 24)
+    assert (config.beta2, Wanted("peqa-paper", beta2=0.9).config(1000).beta2) == (0.999, 0.9)
     assert Wanted("peqa-paper", batch_rows=8).config(16, text=True).steps == 30
     with pytest.raises(InvalidData, match="--group-size -1"):
         refuse_groups(tunable)

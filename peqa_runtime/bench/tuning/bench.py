@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,8 @@ class Bench:
             "seed": seed,
             "steps": steps,
         }
-        facts |= {"learning_rate": optimizer.learning_rate, "bytes_per_task": size, "parameters": count}
+        facts |= asdict(optimizer)
+        facts |= {"bytes_per_task": size, "parameters": count}
         facts |= {"peak_bytes": trained.peak_bytes, "held_out_loss": trained.report["held_out_loss"]}
         facts |= {"seconds_per_step": trained.report["seconds"] / steps, "train_command": trained.command}
         return [self._row(name, report[task.key], "%", ">=", ran, **facts)]

@@ -223,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         parameters = with_lora(tunable)
         result = tune_lora(tunable, parameters, config, data, held_out, progress=not given.quiet)
-        report = asdict(result) | {"steps": config.steps, "learning_rate": config.learning_rate}
+        settings = ("steps", "learning_rate", "schedule", "beta2")
+        report = asdict(result) | {name: getattr(config, name) for name in settings}
         if given.test:
             report |= _measure(tunable, given)
     except (PeqaError, OSError) as error:

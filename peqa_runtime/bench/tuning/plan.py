@@ -33,7 +33,7 @@ TASKS = MappingProxyType(
         "sql": TaskPlan("sql", "wikisql", "exact-match", 200, "dev.jsonl", ("--ignore-case",)),
         # Rows without any slot would be right for an answer that never finds one.
         "slots": TaskPlan("slots", "restaurant8k-slots", "exact-match", 200, "", ("--filter-nonempty",)),
-        # All rows once.
+        # All rows once, unless `task_steps` says otherwise.
         "intents": TaskPlan("intents", "banking77", "exact-match", 612),
         "e2e": TaskPlan("e2e", "e2e-nlg", "bleu", 200),
         "gsm8k": TaskPlan("gsm8k", "gsm8k", "final-number", 200, max_tokens=512),
@@ -75,12 +75,13 @@ TRIALS = MappingProxyType(
         for way in WAYS
     }
 )
-"""As many for LoRA as for each kind of set: rates around where each is known to work, then decay and memory of the
-best of these."""
+"""As many for LoRA as for each kind of set: rates around where each is known to work, then linear decay and a
+shorter memory at the best of these."""
 CHOSEN = MappingProxyType(
     {way: Optimizer(_RATES[way], "linear", 0.95 if way != "lora" else 0.999) for way in WAYS}
 )
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
+# As the recorded rows have it, so that new ones can be held against them.
 TEXT_OPTIMIZER = MappingProxyType({str(kind): Optimizer(rate) for kind, rate in LEARNING_RATES.items()})
 SWEEP_STEPS = 60
 TEXT = "wikitext-2"
