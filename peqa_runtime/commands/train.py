@@ -103,7 +103,7 @@ def train(
     ] = False,
     beta2: Annotated[
         float | None,
-        typer.Option(help="Of AdamW's mean of squared gradients. Default: 0.95.", envvar="PEQA_BETA2"),
+        typer.Option(help="Of AdamW's mean of squared gradients. Default: by kind.", envvar="PEQA_BETA2"),
     ] = None,
     clip: Annotated[float, typer.Option(help="Largest norm of a task's gradient.", envvar="PEQA_CLIP")] = 1.0,
     patience: Annotated[

@@ -18,13 +18,15 @@ OPTIONS = MappingProxyType({"learning_rate": "--lr", "warmup_steps": "--warmup",
 LEARNING_RATES = MappingProxyType(dict.fromkeys(SCALE_KINDS, 1e-2))
 """Default per kind, per step on the relative scale: the best of each in the sweep that docs/results.md records.
 `--auto` finds the one for a base and its data."""
+BETA2 = MappingProxyType(dict.fromkeys(SCALE_KINDS, 0.999) | {"channel": 0.95})
+"""Default per kind, of AdamW's mean of squared gradients: the best of each in the same sweep."""
 
 
 @dataclass(frozen=True)
 class TuneConfig:
     """Settings of a run; AdamW without weight decay. The learning rate is per step on the relative scale.
 
-    `beta2`: of AdamW's mean of squared gradients; runs are a few hundred steps, and 0.999 remembers the first of them.
+    `beta2` is of AdamW's mean of squared gradients.
 
     A step takes `batch_rows` rows of each task, cut into `accumulate` parts that are computed one after the other.
     `patience`: stop after so many held-out losses in a row without a better one (0 = never).
@@ -82,7 +84,7 @@ class Recipe:
     warmup_steps: int = 20
     batch_rows: int = 16
     accumulate: int = 1
-    beta2: float = 0.95
+    beta2: float | None = None  # by kind
     per_channel_base: bool = False  # refuse a base of groups
 
 
@@ -132,7 +134,7 @@ class Wanted:
             warmup_steps=recipe.warmup_steps if self.warmup_steps is None else self.warmup_steps,
             batch_rows=batch_rows,
             accumulate=accumulate,
-            beta2=recipe.beta2 if self.beta2 is None else self.beta2,
+            beta2=next(beta2 for beta2 in (self.beta2, recipe.beta2, BETA2[kind]) if beta2 is not None),
             **self.others,
         )
 

@@ -325,6 +325,7 @@ def test_the_papers_recipe_wants_one_scale_a_row(tunable: TunableModel) -> None:
     config = Wanted("peqa-paper").config(1000)
     assert (config.kind, config.schedule, config.batch_rows, config.steps) == ("channel", "linear", 128, 24)
     assert (config.beta2, Wanted("peqa-paper", beta2=0.9).config(1000).beta2) == (0.999, 0.9)
+    assert [Wanted(kind=kind).config(1000).beta2 for kind in ("channel", "group")] == [0.95, 0.999]
     assert Wanted("peqa-paper", batch_rows=8).config(16, text=True).steps == 30
     with pytest.raises(InvalidData, match="--group-size -1"):
         refuse_groups(tunable)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.settings import LEARNING_RATES, Schedule
+from peqa_runtime.training.settings import BETA2, LEARNING_RATES, Schedule
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Optimizer:
 
 
 _RATES = MappingProxyType({**LEARNING_RATES, "lora": 4e-3})
+_BETA2 = MappingProxyType({**BETA2, "lora": 0.999})
 _AROUND = MappingProxyType({way: (1, 3, 10, 30) if way != "lora" else (1, 2, 4, 8) for way in WAYS})
 TRIALS = MappingProxyType(
     {
@@ -77,9 +78,7 @@ TRIALS = MappingProxyType(
 )
 """As many for LoRA as for each kind of set: rates around where each is known to work, then linear decay and a
 shorter memory at the best of these."""
-CHOSEN = MappingProxyType(
-    {way: Optimizer(_RATES[way], "linear", 0.95 if way != "lora" else 0.999) for way in WAYS}
-)
+CHOSEN = MappingProxyType({way: Optimizer(rate, "linear", _BETA2[way]) for way, rate in _RATES.items()})
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
 # As the recorded rows have it, so that new ones can be held against them.
 TEXT_OPTIMIZER = MappingProxyType({str(kind): Optimizer(rate) for kind, rate in LEARNING_RATES.items()})
