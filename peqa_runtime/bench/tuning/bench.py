@@ -23,7 +23,6 @@ from peqa_runtime.bench.tuning.plan import (
     SWEEP_STEPS,
     TASKS,
     TEXT,
-    TEXT_OPTIMIZER,
     TRIALS,
     WAYS,
     Optimizer,
@@ -174,7 +173,7 @@ class Bench:
         trained = self._peqa(
             *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
             *("--kind", kind, "--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5),
-            *(*TEXT_OPTIMIZER[kind].options, "--check-every", 25, "--seed", seed),
+            *(*CHOSEN[kind].options, "--check-every", 25, "--seed", seed),
         )
         ran = self._eval_text(base, "--scale-set", output)
         note = trained.report

@@ -80,8 +80,6 @@ TRIALS = MappingProxyType(
 shorter memory at the best of these."""
 CHOSEN = MappingProxyType({way: Optimizer(rate, "linear", _BETA2[way]) for way, rate in _RATES.items()})
 """Fixed from the recorded sweep (`--only sweep`), for runs that do not sweep."""
-# As the recorded rows have it, so that new ones can be held against them.
-TEXT_OPTIMIZER = MappingProxyType({str(kind): Optimizer(rate) for kind, rate in LEARNING_RATES.items()})
 SWEEP_STEPS = 60
 TEXT = "wikitext-2"
 GROUP = 64
