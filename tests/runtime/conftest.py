@@ -1,4 +1,4 @@
-"""Models of the runtime's tests: a tiny base for tuning, and a fake model of a few lines for the engine.
+"""Models of the runtime's tests: tiny bases, and a fake model of a few lines for the engine.
 
 The fake's next token depends on everything the engine must get right. Its "hidden state" at a position is a weighted
 sum over the tokens before it, read back from the KV cache, and over the scales of each token's bank row; so a wrong
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import TaskRegistry
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; helpers are shared by name
+
+from quantize_cases import Make, quantize_options
 
 END = "<end>"
 GROUP = 32
@@ -301,3 +304,49 @@ def _write_codes(model: PreTrainedModel, source: Path, folder: Path, embedding_b
                     writer.add_codes(module, quantize_rtn(tensor, spec.of(module).bits, GROUP))
                 else:
                     writer.add_float(name, tensor)
+
+
+@pytest.fixture
+def store_folder(tmp_path: Path) -> Path:
+    """Where a scale store is to lie; nothing is there yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9000 random words. Do not write into it."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    rng = random.Random(0)
+    words = [
+        "the",
+        "cat",
+        "and",
+        "dog",
+        "sat",
+        "on",
+        "mat",
+        "then",
+        "they",
+        "ran",
+        "into",
+        "another",
+        "house",
+        "over",
+    ]
+    file.write_text(" ".join(rng.choice(words) for _ in range(9000)))
+    return file
+
+
+@pytest.fixture
+def make_base(tiny_hf_folder: Path, calibration_text: Path, tmp_path: Path) -> Make:
+    """Quantize into `tmp_path / name`: `make_base(name, method, bits, group_size, source=folder, **options)`."""
+
+    def quantize(name: str, method: str, bits: int = 3, group_size: int = 32, **changes: Any) -> Path:
+        source = changes.pop("source", tiny_hf_folder)
+        quantize_folder(
+            source, tmp_path / name, bits, group_size, method,  # type: ignore[arg-type]
+            options=quantize_options(calibration_text, **changes), progress=False,
+        )  # fmt: skip
+        return tmp_path / name
+
+    return quantize
