@@ -4,9 +4,28 @@
 
 #include "tile.h"
 
-/* One block of one panel as pairs, [pairs][PANEL], or as quads. */
+/* One block of the inputs: its chains are equally long, and its groups follow each other. */
+typedef struct {
+    size_t block, k0, chain, chains, units /* of a chain */, group;
+} block_place;
+
+INLINE block_place place_block(const cuts *c, size_t block)
+{
+    const size_t chain = block * c->block_chains;
+    return (block_place){
+        .block = block,
+        .k0 = chain_start(c, chain),
+        .chain = chain,
+        .chains = smin(c->block_chains, c->chains - chain),
+        .units = chain_length(c, chain) / UNIT,
+        .group = chain / c->group_chains,
+    };
+}
+
+/* One block of one panel: codes as pairs, [pairs][PANEL], or as quads; the scales and offsets of its chains. */
 typedef struct {
     int32_t pair[CHAIN / 2][PANEL] __attribute__((aligned(64)));
+    scale_lanes scale[CHAIN / UNIT];
 } unpacked;
 
 INLINE void unpack(const int bits, const int32_t *from, size_t units, unpacked *to)
@@ -65,11 +84,21 @@ INLINE void unpack_bytes(const int bits, const int32_t *from, size_t units, unpa
         }
 }
 
-INLINE void unpack_block(const job *j, size_t panel, size_t k0, size_t length, unpacked *to)
+INLINE void unpack_scales(const job *j, size_t panel, const block_place *b, unpacked *to)
 {
-    const size_t units = length / UNIT;
-    const int32_t *from =
-        j->w->codes + (panel * j->c.kp + k0) / UNIT * (size_t)j->w->bits * PANEL;
+    for (size_t i = 0; i < b->chains; i++)
+        for (size_t lane = 0; lane < PANEL; lane += VL) {
+            vstore(to->scale[i].scale + lane, base_load(j, j->w->scales, panel, b->group + i, lane));
+            if (j->w->offsets)
+                vstore(to->scale[i].offset + lane, base_load(j, j->w->offsets, panel, b->group + i, lane));
+        }
+}
+
+INLINE void unpack_block(const job *j, size_t panel, const block_place *b, unpacked *to)
+{
+    const size_t units = b->chains * b->units;
+    const int32_t *from = j->w->codes + (panel * j->c.kp + b->k0) / UNIT * (size_t)j->w->bits * PANEL;
+    unpack_scales(j, panel, b, to);
     if (in_bytes(j->w))
         switch (j->w->bits) {
         case 2: unpack_bytes(2, from, units, to); return;
@@ -85,14 +114,17 @@ INLINE void unpack_block(const job *j, size_t panel, size_t k0, size_t length, u
     }
 }
 
-/* The integer sums of one chain of unpacked codes. */
+/* The integer sums of one chain of unpacked codes. What lies `ahead` words further on, the next stripe's activations, is
+ * asked for line by line beside the work. */
 INLINE void chain_of_words(const int R, const int V, const int bytes, const int32_t *word, const int32_t *xp,
-                           size_t units, vi (*part)[MAX_V])
+                           const size_t ahead, size_t units, vi (*part)[MAX_V])
 {
     const int words = bytes ? QUADS : PAIRS;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) part[r][v] = iset(0);
     for (; units > 0; units--, xp += (R - 1) * words)
-        for (int p = 0; p < words; p += 4)
+        for (int p = 0; p < words; p += 4) {
+            UNROLL for (int line = 0; line < R; line += 4)
+                __builtin_prefetch(xp + ahead + line * 16 + p * 3, 0, 3);
             UNROLL for (int i = 0; i < 4; i++, word += PANEL, xp++)
             {
                 vi q[MAX_V];
@@ -104,24 +136,18 @@ INLINE void chain_of_words(const int R, const int V, const int bytes, const int3
                         bytes ? idot_bytes(part[r][v], q[v], x) : idot(part[r][v], q[v], x);
                 }
             }
+        }
 }
 
-/* One block of the inputs: its chains are equally long, and its groups follow each other. */
-typedef struct {
-    size_t block, k0, chain, chains, units /* of a chain */, group;
-} block_place;
-
-INLINE block_place place_block(const cuts *c, size_t block)
+/* Asks for one of `shares` of a block of a panel: of its codes' lines, and of its groups' scales and offsets. */
+INLINE void fetch_share(const job *j, size_t panel, const block_place *b, size_t share, size_t shares)
 {
-    const size_t chain = block * c->block_chains;
-    return (block_place){
-        .block = block,
-        .k0 = chain_start(c, chain),
-        .chain = chain,
-        .chains = smin(c->block_chains, c->chains - chain),
-        .units = chain_length(c, chain) / UNIT,
-        .group = chain / c->group_chains,
-    };
+    const size_t bits = (size_t)j->w->bits, bytes = b->chains * b->units * UNIT * PANEL * bits / 8;
+    const char *codes = (const char *)j->w->codes + (panel * j->c.kp + b->k0) * PANEL * bits / 8;
+    for (size_t i = share * 64; i < bytes; i += shares * 64)
+        __builtin_prefetch(codes + i, 0, 2);
+    for (size_t i = share; i < b->chains; i += shares)
+        fetch_scales(j, panel, b->group + i);
 }
 
 /* One stripe's part of the packed activations. */
@@ -129,6 +155,7 @@ typedef struct {
     size_t row, rows;
     const int32_t *x, *counts;
     const float *steps;
+    size_t ahead; /* words from x to the next stripe's */
 } stripe_place;
 
 INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
@@ -142,6 +169,7 @@ INLINE stripe_place place_stripe(const job *j, size_t panel, size_t stripe)
         .x = j->in.x + first * input_words(j->w, &j->c),
         .counts = j->in.counts + first * j->c.chains,
         .steps = j->in.steps + first * j->c.blocks,
+        .ahead = (stripe_start(stripe + 1, j->rows) - row) * input_words(j->w, &j->c),
     };
 }
 
@@ -154,7 +182,7 @@ INLINE void many_tile(const int R, const int V, const int bytes, const int ends,
     const int32_t *word = codes->pair[0] + lane;
     if (ends == END_LATE) {
         vi part[ROWS_MAX][MAX_V];
-        chain_of_words(R, V, bytes, word, x, b->units, part);
+        chain_of_words(R, V, bytes, word, x, s->ahead, b->units, part);
         end_plain_chain(R, V, s->steps + b->block * (size_t)R, part, total);
         return;
     }
@@ -162,10 +190,10 @@ INLINE void many_tile(const int R, const int V, const int bytes, const int ends,
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = vset(0.0f);
     for (size_t i = 0; i < b->chains; i++, counts += R) {
         vi part[ROWS_MAX][MAX_V];
-        chain_of_words(R, V, bytes, word, x, b->units, part);
+        chain_of_words(R, V, bytes, word, x, s->ahead, b->units, part);
         x += b->units * (size_t)R * words;
         word += b->units * words * PANEL;
-        end_chain(R, V, ends, j, s->row, panel, b->group + i, lane, counts, part, sum);
+        end_chain(R, V, ends, j, s->row, panel, b->group + i, lane, counts, &codes->scale[i], part, sum);
     }
     end_block(R, V, s->steps + b->block * (size_t)R, sum, total);
 }

@@ -146,7 +146,7 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
     stripe_place place[PASS_STRIPES];
     unpacked codes;
     const run_many *const table = many_rows[in_bytes(j->w)][ends_of(j)];
-    const size_t stripes = stripe_count(j->rows), words = in_bytes(j->w) ? QUADS : PAIRS;
+    const size_t stripes = stripe_count(j->rows);
     for (size_t stripe = 0; stripe < stripes; stripe++) {
         clear(ROWS_MAX, TILE_V, &total[stripe]);
         place[stripe] = place_stripe(j, panel, stripe);
@@ -156,15 +156,10 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
     }
     for (size_t block = 0; block < j->c.blocks; block++) {
         const block_place b = place_block(&j->c, block);
-        const size_t length = b.chains * b.units * UNIT;
-        unpack_block(j, panel, b.k0, length, &codes);
-        fetch_panel(j, panel + 1, b.group, b.k0, length);
+        unpack_block(j, panel, &b, &codes);
         for (size_t stripe = 0; stripe < stripes; stripe++) {
             const stripe_place *s = &place[stripe];
-            /* The next stripe's activations lie far from this one's. */
-            if (stripe + 1 < stripes)
-                for (size_t i = 0; i < length / UNIT * words * s[1].rows; i += 16)
-                    __builtin_prefetch(s[1].x + b.k0 / UNIT * words * s[1].rows + i, 0, 3);
+            fetch_share(j, panel + 1, &b, stripe, stripes);
             if (block + 1 == j->c.blocks)
                 fetch_result(j, s->row, s->rows, panel, lane);
             table[s->rows - 1](j, &codes, panel, lane, s, &b, &total[stripe]);

@@ -104,18 +104,27 @@ INLINE vf add_term(const int offsets, vf scale, vf offset, vi part, vi count, vf
     return vfma(scale, ifloat(part + count), sum);
 }
 
-/* Adds a chain's integers to the block's sums under their group's scales; counts[r] is the row's own number of the
- * chain, see packed_rows. A factor of one gives the bits that no factor gives. */
+/* A group's scales and offsets of one panel in fp32. */
+typedef struct {
+    float scale[PANEL] __attribute__((aligned(64))), offset[PANEL] __attribute__((aligned(64)));
+} scale_lanes;
+
+/* Adds a chain's integers to the block's sums under their group's scales, which lie in `at_hand` or are read from the
+ * weight; counts[r] is the row's own number of the chain, see packed_rows. A factor of one gives the bits that no factor
+ * gives. */
 INLINE void end_chain(const int R, const int V, const int ends, const job *j, size_t row, size_t panel, size_t group,
-                      size_t lane, const int32_t *counts, vi (*part)[MAX_V], vf (*sum)[MAX_V])
+                      size_t lane, const int32_t *counts, const scale_lanes *at_hand, vi (*part)[MAX_V],
+                      vf (*sum)[MAX_V])
 {
     const int offsets = ends == END_TASK ? j->w->offsets != 0 : ends == END_OFFSET;
     vf scale[MAX_V], offset[MAX_V];
     UNROLL for (int v = 0; v < V; v++)
     {
         const size_t at = lane + (size_t)(v * VL);
-        scale[v] = base_load(j, j->w->scales, panel, group, at);
-        offset[v] = offsets ? base_load(j, j->w->offsets, panel, group, at) : vset(0.0f);
+        scale[v] = at_hand ? vload(at_hand->scale + at) : base_load(j, j->w->scales, panel, group, at);
+        offset[v] = !offsets ? vset(0.0f)
+                    : at_hand ? vload(at_hand->offset + at)
+                              : base_load(j, j->w->offsets, panel, group, at);
     }
     UNROLL for (int r = 0; r < R; r++)
     {
@@ -243,14 +252,10 @@ INLINE void fetch_result(const job *j, size_t row, size_t rows, size_t panel, si
             __builtin_prefetch(to + i, 1, 3);
 }
 
-/* Asks for `length` inputs from k0 on of one panel: its codes, scales and offsets. */
-INLINE void fetch_panel(const job *j, size_t panel, size_t group, size_t k0, size_t length)
+/* Asks for a group's scales and offsets of one panel. */
+INLINE void fetch_scales(const job *j, size_t panel, size_t group)
 {
-    const size_t bits = (size_t)j->w->bits, bytes = j->w->half ? 2 : 4;
-    const char *codes = (const char *)j->w->codes + (panel * j->c.kp + k0) * PANEL * bits / 8;
-    const size_t at = (panel * (size_t)j->w->groups + group) * PANEL * bytes;
-    for (size_t i = 0; i < length * PANEL * bits / 8; i += 64)
-        __builtin_prefetch(codes + i, 0, 2);
+    const size_t bytes = j->w->half ? 2 : 4, at = (panel * (size_t)j->w->groups + group) * PANEL * bytes;
     for (size_t i = 0; i < PANEL * bytes; i += 64) {
         __builtin_prefetch((const char *)j->w->scales + at + i, 0, 2);
         if (j->w->offsets)

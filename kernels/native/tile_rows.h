@@ -182,9 +182,10 @@ static void multiply_tiles(tiles *t, const job *j, size_t panel)
         const block_place b = place_block(&j->c, block);
         const size_t length = b.chains * b.units * UNIT;
         unpack_quads(j, panel, b.k0, length, &codes);
-        fetch_panel(j, panel + 1, b.group, b.k0, length);
-        for (size_t stripe = 0; stripe < stripes; stripe++)
+        for (size_t stripe = 0; stripe < stripes; stripe++) {
+            fetch_share(j, panel + 1, &b, stripe, stripes);
             add_tile_block(t, j, &codes, panel, &place[stripe], &b, &total[stripe]);
+        }
     }
     for (size_t stripe = 0; stripe < stripes; stripe++)
         end_tile_rows(j, panel, &place[stripe], &total[stripe]);
