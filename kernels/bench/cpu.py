@@ -5,6 +5,7 @@ Activations are fp32, as the engine has them on a CPU; those of the bf16 peers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from peqa_kernels import native
 from peqa_kernels.bench.case import Case
 from peqa_kernels.bench.machine import Machine, rotation_bytes
 from peqa_kernels.bench.model_step import Model, ModelStep
@@ -25,6 +27,7 @@ from peqa_kernels.bench.weights import (
     dense,
     dense_rotation,
     ours,
+    random_weight,
     rotation,
     task_rows,
 )
@@ -38,6 +41,8 @@ PREFILL_SHARE = 0.95
 MIXED_TASKS = 32
 MIXED_COST = 1.03
 FP32 = 4  # bytes
+PANEL, CHAIN = 32, 128  # outputs and inputs of a register tile, at most
+TILE_ROUNDS = 20_000
 CPU = torch.device("cpu")
 
 
@@ -98,7 +103,7 @@ def _linear(
 
     what = f"{shape.name}/{shape.format}"
     sizes = _Sizes(shape.flops, lambda rows, tasks: shape.step_bytes(rows, tasks, activation=FP32))
-    rows, rate = _prefill(what, sizes, run, linear, machine, timer)
+    rows, rate = _prefill(what, sizes, run, linear, _tile(shape), machine, timer)
     for count in plan.rows:
         x = torch.randn(count, shape.in_features).bfloat16()
         ways = [run(count, 1), Way("linear", linear(count)), Way("int4pack", pack.calls(x))]
@@ -123,9 +128,9 @@ def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]
     )
     what = f"{model.name}-step"
     run, linear = partial(step.ours, head=False), partial(step.dense, head=False)
-    rows, _ = _prefill(
-        what, blocks, run, linear, machine, timer
-    )  # prefill needs the head for its last token only
+    tile = _tile(model.linears[0])
+    # prefill needs the head for its last token only
+    rows, _ = _prefill(what, blocks, run, linear, tile, machine, timer)
     whole = timer.compare(f"F.linear at {PREFILL_ROWS} rows", Way("linear", step.dense(PREFILL_ROWS)))
     rate = sizes.flops(PREFILL_ROWS) / whole["linear"].median
     for count in plan.rows:
@@ -145,23 +150,51 @@ class _Sizes:
     moved: Callable[[int, int], int]  # bytes of (rows, tasks)
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """A register tile that finds all it reads in the first cache level; `flops`: of a call."""
+
+    call: Call
+    flops: float
+
+
+def _tile(shape: Shape) -> _Tile | None:
+    """Of a weight of that format; None where products go another way."""
+    ops = native.load()
+    if ops is None:
+        return None
+    inputs = math.lcm(shape.group_size or CHAIN, CHAIN)
+    weight = ops.pack(random_weight(replace(shape, segments=(PANEL,), in_features=inputs), CPU))
+    products = ops.tile_products(weight, TILE_ROUNDS)
+    return _Tile(partial(ops.tile_products, weight, TILE_ROUNDS), 2.0 * products) if products else None
+
+
 def _prefill(
     what: str,
     sizes: _Sizes,
     run: Callable[[int, int], Way],
     linear: Callable[[int], list[Call]],
+    tile: _Tile | None,
     machine: Machine,
     timer: Timer,
 ) -> tuple[list[Row], float]:
-    """The prefill row, and F.linear's rate there in flop/s."""
+    """The prefill row and what its ratio could be at most, and F.linear's rate there in flop/s."""
     count = PREFILL_ROWS
-    times = timer.compare(f"{count} rows", run(count, 1), Way("linear", linear(count)))
+    ways = [run(count, 1), Way("linear", linear(count))]
+    if tile is not None:
+        ways.append(Way("tile", [tile.call]))
+    times = timer.compare(f"{count} rows", *ways)
     rate = sizes.flops(count) / times["linear"].median
     facts = _facts(sizes, count, 1, times["ours"], machine)
     facts["peer_us"] = times["linear"].median * 1e6
     ratio = times["linear"].median / times["ours"].median
     name = f"cpu/prefill/{what}/{count}-rows/vs-linear-bf16"
-    return [Row(name, ratio, "x", ">=", PREFILL_SHARE, facts)], rate
+    rows = [Row(name, ratio, "x", ">=", PREFILL_SHARE, facts)]
+    if tile is not None:
+        found = {"device": machine.name, "gflops": tile.flops / times["tile"].median / 1e9}
+        name = f"cpu/ceiling/{what}/tile-in-first-cache/vs-linear-bf16"
+        rows.append(Row(name, found["gflops"] * 1e9 / rate, "x", ">=", None, found))
+    return rows, rate
 
 
 def _decode(

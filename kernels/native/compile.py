@@ -23,6 +23,7 @@ from types import ModuleType
 SOURCES = (
     "pack_rows.c",
     "quant_matmul.c",
+    "tile_rate.c",
     "paged_attention.c",
     "block_tables.c",
     "decoder.c",

@@ -20,7 +20,7 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 9  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 10  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
@@ -91,6 +91,9 @@ class NativeOps:
             *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
         )
         self._matmul.restype = None
+        self._tile_products = self.function(
+            "peqa_tile_products", c_int64, c_void_p, c_void_p, c_int64, c_int64
+        )
         self._first_outside = self.function("peqa_first_outside", c_int64, c_void_p, c_int64, c_int64)
         halves = self._library.peqa_halves
         halves.restype = c_int64
@@ -197,6 +200,15 @@ class NativeOps:
             None if group_row is None else group_row.data_ptr(),
         )
         return y
+
+    def tile_products(self, packed: PackedWeight, rounds: int) -> int:
+        """Multiply one register tile of many rows by the first inputs of `packed`, `rounds` times on each thread.
+
+        All of it lies in the first cache level. Returns how many products that were; 0 for a build with matrix tiles,
+        which has no such tile.
+        """
+        threads = torch.get_num_threads()
+        return int(self._tile_products(packed.pointer, self._pool.at_least(threads), threads, rounds))
 
     def _check_rows(self, name: str, row: Tensor, bank: Tensor) -> None:
         limit = bank.shape[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from peqa_kernels import native
 from peqa_kernels.bench import cpu
 from peqa_kernels.bench.case import Case
 from peqa_kernels.bench.machine import Machine
@@ -56,12 +57,16 @@ def run(cases: list[Case], timer: Any, machine: Machine = MACHINE) -> dict[str, 
     return {row.name: row for row in rows}
 
 
+_ops = native.load()
+HAS_TILE = _ops is not None and _ops.isa.name != "amx"
+
 CPU_NAMES = [
     *(
         f"cpu/{kind}"
         for what in ("64x256/int4-channel", "64x256/int4-g64", "tiny-step")
         for kind in (
             f"prefill/{what}/512-rows/vs-linear-bf16",
+            *((f"ceiling/{what}/tile-in-first-cache/vs-linear-bf16",) if HAS_TILE else ()),
             *(
                 f"decode/{what}/{rows}-rows/vs-{peer}"
                 for rows in (1, 8, 32)

@@ -195,3 +195,15 @@ def test_a_bank_of_halves_gives_the_bits_of_the_same_values_in_floats(ops: Nativ
         for with_groups in (group_row, None):
             got = run(ops, x, packed, bias, halves, row, with_groups)
             assert torch.equal(got, run(ops, x, packed, bias, floats, row, with_groups))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_tile_says_how_many_products_it_made(ops: NativeOps, group: int) -> None:
+    packed = ops.pack(make_weight(32, 128, 4, group))
+    made = ops.tile_products(packed, 3)
+    if ops.isa.name == "amx":
+        assert made == 0
+        return
+    assert made > 0
+    assert made % (3 * torch.get_num_threads() * 128) == 0
+    assert ops.tile_products(packed, 6) == 2 * made
