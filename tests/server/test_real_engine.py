@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -385,15 +386,13 @@ def test_the_engine_says_what_its_tasks_are_at(real: Real) -> None:
     queued = sum(
         float(row.split()[-1]) for row in text.splitlines() if row.startswith("peqa_queue_seconds_count")
     )
-    with real.client.stream(
-        "POST",
-        "/v1/completions",
-        json={"prompt": "the cat", "task": "two", "max_tokens": 200, "ignore_eos": True, "stream": True},
-    ) as answer:
-        next(answer.iter_lines())
-        running, waiting = real.services.engine.tasks_in_work()
-        assert (dict(running), dict(waiting)) == ({"two": 1}, {})
-    wait_until(lambda: real.services.engine.tasks_in_work() == ({}, {}))
+    engine = real.services.engine
+    # Read while it runs, not after its first token: by then the little model may be at its last one.
+    answer = threading.Thread(target=partial(real.complete, task="two", max_tokens=400))
+    answer.start()
+    wait_until(lambda: engine.tasks_in_work() == ({"two": 1}, {}))
+    answer.join()
+    wait_until(lambda: engine.tasks_in_work() == ({}, {}))
     after = {name: real.metric(f"peqa_engine_{name}_total") for name in before}
     assert after["set_hits"] == before["set_hits"] + 1
     assert after["row_writes"] >= before["row_writes"]
