@@ -99,7 +99,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 def test_a_run_measures_what_is_missing_and_keeps_the_rest(
     data: Path, tmp_path: Path, scripted: Scripted
 ) -> None:
-    plan = replace(REDUCED, parts=("perplexity", "tasks"), methods=("rtn",))
+    plan = replace(REDUCED, parts=("perplexity", "tasks"), methods=("rtn",), tasks=("sql",))
     rows = RowFile(tmp_path / "rows.json")
     bench = Bench(data, tmp_path / "work", tmp_path / "base", plan, rows)
     for cell in bench.cells():
@@ -153,7 +153,7 @@ def test_the_sweep_decides_the_optimizer(data: Path, tmp_path: Path, scripted: S
 def test_what_is_missing_or_unknown_is_said(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "wikisql" / "test.jsonl").unlink()
+    (data / "restaurant8k-slots" / "test.jsonl").unlink()
     base = str(tmp_path)
     for arguments, message in (
         (["run", str(data), "--base", base, "--work", base], "test.jsonl is missing: `python -m"),
@@ -170,7 +170,7 @@ def test_what_is_missing_or_unknown_is_said(
 
 def test_tables_stand_between_the_marks(data: Path, tmp_path: Path, scripted: Scripted) -> None:
     plan = replace(REDUCED, parts=("perplexity", "sweep", "tasks"), methods=("rtn",), seeds=(0,))
-    plan = replace(plan, text_kinds=("channel", "group"))
+    plan = replace(plan, text_kinds=("channel", "group"), tasks=("sql",))
     rows = RowFile(None)
     for cell in Bench(data, tmp_path / "w", tmp_path / "b", plan, rows).cells():
         rows.add(cell.measure())

@@ -37,8 +37,13 @@ def run(module: str, *arguments: object) -> Ran:
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", module, *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()  # whoever stops the benchmark alone stops its command too, which keeps its checkpoints
+        process.wait()
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     shown = " ".join(["peqa" if module == "peqa_runtime" else f"python -m {module}", *map(_short, words)])
     if process.returncode:

@@ -122,12 +122,11 @@ REDUCED = Plan(
     (4, 3),
     (GROUP,),
     ("rtn", "gptq"),
-    ("sql",),
+    ("slots",),  # the one whose rows are shortest
     (0,),
     40,
     300,
     100_000,
-    task_steps=0.4,
 )
 FULL = Plan(
     PARTS,
