@@ -7,6 +7,8 @@ import functools
 import hashlib
 import http.server
 import json
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,10 +20,10 @@ import torch
 
 from peqa_kernels.bench.row import Row
 from peqa_runtime.bench.tuning import bench as bench_module
-from peqa_runtime.bench.tuning import convert, cost
+from peqa_runtime.bench.tuning import commands, convert, cost
 from peqa_runtime.bench.tuning.bench import Bench
 from peqa_runtime.bench.tuning.cli import main
-from peqa_runtime.bench.tuning.commands import Ran
+from peqa_runtime.bench.tuning.commands import Ran, run
 from peqa_runtime.bench.tuning.fetch import SOURCES, Source, fetch
 from peqa_runtime.bench.tuning.plan import CHOSEN, FULL, REDUCED, TASKS, WAYS, Optimizer
 from peqa_runtime.bench.tuning.render import BEGIN, END, render, text_table
@@ -133,6 +135,29 @@ def test_a_run_measures_what_is_missing_and_keeps_the_rest(
 
 def replace_rows(bench: Bench, rows: RowFile) -> Bench:
     return Bench(bench.data, bench.work, bench.base, bench.plan, rows)
+
+
+def test_a_stopped_benchmark_stops_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(real(*arguments, **options))
+        return started[0]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.subprocess, "Popen", start, raising=True)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("http.server", 0)  # which would go on for ever
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_the_sweep_decides_the_optimizer(data: Path, tmp_path: Path, scripted: Scripted) -> None:
