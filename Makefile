@@ -4,8 +4,9 @@
 #   make lint    ruff and mypy
 #   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
 #   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
-#   make bench-tuning DATA=DIR [OUT=FILE] [FULL=1]   tuned sets against LoRA and the float model, about an hour on two
-#                cores; rows that FILE has are kept. `python -m peqa_runtime.bench.tuning fetch DIR` gets the data
+#   make bench-tuning DATA=DIR [OUT=FILE] [DOCUMENT=FILE] [FULL=1]   tuned sets against LoRA and the float model, one to
+#                two hours on two cores; rows that OUT has are kept, DOCUMENT gets its tables anew.
+#                `python -m peqa_runtime.bench.tuning fetch DIR` gets the data
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +17,7 @@ ARGS ?=
 OUT ?=
 FULL ?=
 DATA ?=
+DOCUMENT ?=
 PEQA_HOME ?= $(CURDIR)/.peqa
 export PEQA_HOME
 TORCH_VERSION ?= 2.13.0
@@ -62,8 +64,8 @@ bench-engine: $(STAMP)
 bench-tuning: $(STAMP_BENCH)
 	@test -n "$(DATA)" || { echo "Say where the data is: make bench-tuning DATA=DIR" \
 	  "($(BIN)/python -m peqa_runtime.bench.tuning fetch DIR gets it)" >&2; exit 2; }
-	$(BIN)/python -m peqa_runtime.bench.tuning run $(DATA) --document docs/results.md \
-	  $(if $(OUT),--out $(OUT)) $(if $(FULL),--full) $(ARGS)
+	$(BIN)/python -m peqa_runtime.bench.tuning run $(DATA) $(if $(OUT),--out $(OUT)) \
+	  $(if $(DOCUMENT),--document $(DOCUMENT)) $(if $(FULL),--full) $(ARGS)
 
 setup: $(STAMP)
 setup-dev: $(STAMP_DEV)

@@ -66,10 +66,11 @@ MaxModelLen = Annotated[
     ),
 ]
 MaxSequences = Annotated[
-    int | None, typer.Option(help="Choices computed at once.", envvar="PEQA_MAX_SEQUENCES", min=1)
+    int | None,
+    typer.Option(help="Choices computed at once. Default: 64.", envvar="PEQA_MAX_SEQUENCES", min=1),
 ]
 MaxBatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens of one step.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
+    int | None, typer.Option(help="Tokens of one step. Default: 512.", envvar="PEQA_MAX_BATCH_TOKENS", min=1)
 ]
 MaxWait = Annotated[
     float | None,
@@ -80,11 +81,16 @@ MaxWait = Annotated[
     ),
 ]
 MaxWaiting = Annotated[
-    int | None, typer.Option(help="Waiting choices before a 429.", envvar="PEQA_MAX_WAITING", min=1)
+    int | None,
+    typer.Option(help="Waiting choices before a 429. Default: 1024.", envvar="PEQA_MAX_WAITING", min=1),
 ]
 MaxWaitingTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens of waiting prompts before a 429.", envvar="PEQA_MAX_WAITING_TOKENS", min=1),
+    typer.Option(
+        help="Tokens of waiting prompts before a 429. Default: 1048576.",
+        envvar="PEQA_MAX_WAITING_TOKENS",
+        min=1,
+    ),
 ]
 UsePrefixCache = Annotated[
     bool,
@@ -130,10 +136,12 @@ KVBlocks = Annotated[
 ]
 TaskRows = Annotated[
     int | None,
-    typer.Option(help="Tasks on the device at once, the base included.", envvar="PEQA_TASK_ROWS", min=1),
+    typer.Option(
+        help="Tasks on the device at once, the base included. Default: 64.", envvar="PEQA_TASK_ROWS", min=1
+    ),
 ]
 GroupRows = Annotated[
-    int | None, typer.Option(help="Likewise, of kind 'group'.", envvar="PEQA_GROUP_ROWS", min=1)
+    int | None, typer.Option(help="Likewise, of kind 'group'. Default: 4.", envvar="PEQA_GROUP_ROWS", min=1)
 ]
 HostCache = Annotated[
     float | None,

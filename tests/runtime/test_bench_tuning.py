@@ -185,6 +185,7 @@ def test_what_is_missing_or_unknown_is_said(
         (["run", str(data), "--base", base, "--work", base, "--only", "speed"], "no part 'speed': use cost,"),
         (["run", str(data), "--base", base, "--work", base, "--bits", "4,x"], "--bits takes numbers"),
         (["render", str(tmp_path / "none.json"), "x.md"], "no such file"),
+        (["run", str(data), "--document", str(data / "wikitext-2" / "test.raw.txt")], "must hold the lines"),
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err

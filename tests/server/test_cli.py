@@ -69,6 +69,15 @@ def test_verbs_are_all_there() -> None:
     assert names >= {f"peqa {verb}" for verb in verbs | tasks}
 
 
+def test_help_tells_the_defaults_that_the_engine_has() -> None:
+    serve = next(command for name, command in commands() if name == "peqa serve")
+    config = EngineConfig()
+    for parameter in serve.params:
+        default = getattr(config, parameter.name, None)
+        if parameter.default is None and default is not None:
+            assert f"Default: {int(default)}." in parameter.help, parameter.name
+
+
 def test_tasks_push_ls_pull_rollback_rm(server: Live, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes(b"SET mine")

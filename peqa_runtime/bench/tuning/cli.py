@@ -13,7 +13,7 @@ from peqa_kernels.bench.report import Progress
 from peqa_runtime.bench.tuning.bench import Bench
 from peqa_runtime.bench.tuning.fetch import fetch
 from peqa_runtime.bench.tuning.plan import FULL, REDUCED, Plan
-from peqa_runtime.bench.tuning.render import render, text_table
+from peqa_runtime.bench.tuning.render import around_tables, render, text_table
 from peqa_runtime.bench.tuning.store import RowFile
 from peqa_runtime.errors import InvalidData, PeqaError
 
@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace) -> None:
+    if given.document is not None:
+        around_tables(given.document)  # refused before hours are spent, not after
     home = Path(os.environ.get("PEQA_HOME") or "~/.peqa").expanduser()
     work = given.work or home / "bench-tuning"
     rows = RowFile(given.out or work / "rows.json")

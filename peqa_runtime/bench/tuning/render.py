@@ -23,13 +23,7 @@ def text_table(rows: Rows) -> str:
 def render(rows: Rows, document: Path) -> None:
     """Replace what stands between the marks of `document`, or begin it. `InvalidData` where a mark is missing."""
     listed = list(rows)
-    text = document.read_text(encoding="utf-8") if document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InvalidData(
-            f"{document} must hold the lines {BEGIN!r} and {END!r} once each: the tables go between them"
-        )
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    before, after = around_tables(document)
     tables = "\n\n".join(
         part
         for part in (_bars(listed), _perplexity(listed), _tasks(listed), _sweep(listed), _cost(listed))
@@ -38,6 +32,17 @@ def render(rows: Rows, document: Path) -> None:
     staged = document.with_name(f".{document.name}.{os.getpid()}")
     staged.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
     os.replace(staged, document)
+
+
+def around_tables(document: Path) -> tuple[str, str]:
+    """What stands before and after the marks of `document`, or of one to be made; `InvalidData` where one is missing."""
+    text = document.read_text(encoding="utf-8") if document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InvalidData(
+            f"{document} must hold the lines {BEGIN!r} and {END!r} once each: the tables go between them"
+        )
+    before, rest = text.split(BEGIN)
+    return before, rest.split(END)[1]
 
 
 def _of(rows: Sequence[dict[str, Any]], part: str) -> list[dict[str, Any]]:
