@@ -35,7 +35,7 @@ def render(rows: Rows, document: Path) -> None:
 
 
 def around_tables(document: Path) -> tuple[str, str]:
-    """What stands before and after the marks of `document`, or of one to be made; `InvalidData` where one is missing."""
+    """What stands before and after the marks of `document`, or of one to be made; `InvalidData` where one lacks."""
     text = document.read_text(encoding="utf-8") if document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InvalidData(
