@@ -105,7 +105,7 @@ def test_a_run_measures_what_is_missing_and_keeps_the_rest(
     rows = RowFile(tmp_path / "rows.json")
     bench = Bench(data, tmp_path / "work", tmp_path / "base", plan, rows)
     for cell in bench.cells():
-        found = cell.measure()
+        found = cell.rows()
         assert tuple(row.name for row in found) == cell.names
         rows.add(found)
     assert rows.value("tuning/perplexity/4bit/tuned-against-float") == 1.0
@@ -125,12 +125,30 @@ def test_a_run_measures_what_is_missing_and_keeps_the_rest(
         "peak_bytes",
     } <= tuned.keys()
     again = RowFile(tmp_path / "rows.json")
-    assert all(again.has(cell.names) for cell in replace_rows(bench, again).cells())
-    del again.rows["tuning/task/sql/channel/seed0"]
-    left = [cell.names for cell in bench.cells() if not again.has(cell.names)]
-    assert left == [("tuning/task/sql/channel/seed0",)]
+    assert all(cell.is_done(again) for cell in replace_rows(bench, again).cells())
+    del again.rows["tuning/perplexity/float/before"]
+    left = [cell.names for cell in replace_rows(bench, again).cells() if not cell.is_done(again)]
+    assert left == [("tuning/perplexity/float/before",)]
     same_rows = [line for line in scripted.ran if "--eval" in line and "sql" in line]
     assert len({line.split("--eval ")[1].split(" ")[0] for line in same_rows}) == 1
+
+
+def test_other_settings_measure_anew_and_the_goals_with_them(
+    data: Path, tmp_path: Path, scripted: Scripted
+) -> None:
+    plan = replace(REDUCED, parts=("tasks",), tasks=("sql",))
+    rows = RowFile(None)
+    for cell in Bench(data, tmp_path / "work", tmp_path / "base", plan, rows).cells():
+        rows.add(cell.rows())
+    scripted.values = {**scripted.values, "lora": 46.0}
+    measured = []
+    for cell in Bench(data, tmp_path / "w", tmp_path / "b", replace(plan, task_steps=2.0), rows).cells():
+        if not cell.is_done(rows):
+            measured.append(cell.names)
+            rows.add(cell.rows())
+    assert ("tuning/task/sql/base",) not in measured, "which no training changes"
+    assert {names[0].split("/")[3] for names in measured} == {*WAYS, "channel-gain-of-lora"}
+    assert rows.value("tuning/task/sql/channel-gain-of-lora") == 1.0
 
 
 def replace_rows(bench: Bench, rows: RowFile) -> Bench:
@@ -199,7 +217,7 @@ def test_tables_stand_between_the_marks(data: Path, tmp_path: Path, scripted: Sc
     plan = replace(plan, text_kinds=("channel", "group"), tasks=("sql",))
     rows = RowFile(None)
     for cell in Bench(data, tmp_path / "w", tmp_path / "b", plan, rows).cells():
-        rows.add(cell.measure())
+        rows.add(cell.rows())
     facts = {"date": "2026-01-01", "device": "d", "command": "c"}
     rows.add([Row("tuning/cost/peak-memory-against-lora", 0.5, "x", "<=", 1.0, facts)])
     document = tmp_path / "results.md"

@@ -16,7 +16,8 @@ import torch
 from peqa_kernels.bench.machine import device_name
 from peqa_kernels.bench.row import Op, Row
 from peqa_runtime.bench.tuning import cost
-from peqa_runtime.bench.tuning.commands import Ran, run
+from peqa_runtime.bench.tuning.cell import Cell
+from peqa_runtime.bench.tuning.commands import Ran, run, shown_as
 from peqa_runtime.bench.tuning.plan import (
     CHOSEN,
     KINDS,
@@ -38,14 +39,6 @@ from peqa_runtime.training.metrics import metric_named
 PEQA = "peqa_runtime"
 LORA = "peqa_runtime.bench.tuning.lora"
 TEXT_WINDOW = 512
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Something to measure: the rows that it will give, and how to get them."""
-
-    names: tuple[str, ...]
-    measure: Callable[[], list[Row]]
 
 
 @dataclass
@@ -134,15 +127,20 @@ class Bench:
         ]
         for base in bases:
             name = f"tuning/perplexity/{base}"
-            yield Cell((f"{name}/before",), partial(self._before, base, f"{name}/before"))
+            windows = {"windows": self.plan.windows}
+            yield Cell(
+                (f"{name}/before",), partial(self._before, base, f"{name}/before"), partial(dict, windows)
+            )
             for kind in self.plan.text_kinds:
                 for seed in self.plan.seeds:
                     own = f"{name}/{_after(kind)}/seed{seed}"
-                    yield Cell((own,), partial(self._after, base, own, seed, kind))
+                    tuned = windows | {"text_tokens": self.plan.text_tokens, **asdict(CHOSEN[kind])}
+                    yield Cell((own,), partial(self._after, base, own, seed, kind), partial(dict, tuned))
         for bits, limit in ((4, 1.05), (3, 1.15)):
             for kind in self.plan.text_kinds if bits in self.plan.bits else ():
                 own = f"tuning/perplexity/{bits}bit/tuned-against-float{_after(kind).removeprefix('after')}"
-                yield Cell((own,), partial(self._against_float, own, bits, limit, _after(kind)))
+                of = partial(self._tuned_text, bits, _after(kind))
+                yield Cell((own,), partial(self._against_float, own, bits, limit, of), of)
 
     def _base(self, name: str) -> Path:
         """The base of this name, quantized now if it is not there yet. `float` is the imported one."""
@@ -150,12 +148,19 @@ class Bench:
             return self.base
         folder = self.work / "bases" / name
         if not (folder / "config.json").is_file():
-            bits, group, method = name.split("-", 2)
-            options = [] if method == "rtn" else ["--calibration", self.data / TEXT / "valid.raw.txt"]
-            size = -1 if group == "row" else int(group.removeprefix("g"))
-            arguments = ("--bits", bits.removesuffix("bit"), "--group-size", size, "--method", method)
-            self._peqa("quantize", self.base, "-o", folder, *arguments, *options)
+            self._peqa(*self._quantize(name))
         return folder
+
+    def _quantize(self, name: str) -> tuple[object, ...]:
+        """The command's words that make the base of this name."""
+        bits, group, method = name.split("-", 2)
+        options = [] if method == "rtn" else ["--calibration", self.data / TEXT / "valid.raw.txt"]
+        size = -1 if group == "row" else int(group.removeprefix("g"))
+        sizes = ("--bits", bits.removesuffix("bit"), "--group-size", size, "--method", method)
+        return ("quantize", self.base, "-o", self.work / "bases" / name, *sizes, *options)
+
+    def _made_by(self, name: str) -> dict[str, str]:
+        return {} if name == "float" else {"base_command": shown_as(PEQA, *self._quantize(name))}
 
     def _eval_text(self, base: str, *more: object) -> Ran:
         limit = () if self.plan.windows is None else ("--limit", self.plan.windows)
@@ -164,7 +169,8 @@ class Bench:
 
     def _before(self, base: str, name: str) -> list[Row]:
         ran = self._eval_text(base)
-        return [self._row(name, ran.report["perplexity"], "", "<=", ran, tokens=ran.report["tokens"])]
+        facts = {"tokens": ran.report["tokens"], **self._made_by(base)}
+        return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
 
     def _after(self, base: str, name: str, seed: int, kind: str) -> list[Row]:
         train, held_out = split_text(self.data, self.work, self.plan.text_tokens)
@@ -178,6 +184,7 @@ class Bench:
         ran = self._eval_text(base, "--scale-set", output)
         note = trained.report
         facts = {"seed": seed, "train_tokens": note["tokens"], "train_command": trained.command}
+        facts |= self._made_by(base)
         facts |= {
             "train_seconds": note["seconds"],
             "peak_bytes": trained.peak_bytes,
@@ -185,16 +192,22 @@ class Bench:
         }
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
 
-    def _against_float(self, name: str, bits: int, limit: float, after: str) -> list[Row]:
-        """The best base of these bits, tuned, over the float model tuned the same way."""
+    def _tuned_text(self, bits: int, after: str) -> dict[str, float]:
+        """Mean perplexity of `float` and of each base of these bits, tuned in this way."""
         tuned: dict[str, list[float]] = {}
         for row in self.rows.rows.values():
-            if f"/{after}/" in row["name"]:
-                tuned.setdefault(row["name"].split("/")[2], []).append(row["value"])
-        means = {base: sum(values) / len(values) for base, values in tuned.items()}
-        own = {base: mean for base, mean in means.items() if base.startswith(f"{bits}bit")}
-        best = min(own, key=lambda base: own[base])
-        return [self._row(name, own[best] / means["float"], "x", "<=", None, limit, base=best)]
+            base = row["name"].split("/")[2]
+            if f"/{after}/" in row["name"] and base.startswith(("float", f"{bits}bit")):
+                tuned.setdefault(base, []).append(row["value"])
+        return {base: sum(values) / len(values) for base, values in tuned.items()}
+
+    def _against_float(
+        self, name: str, bits: int, limit: float, tuned: Callable[[], dict[str, float]]
+    ) -> list[Row]:
+        """The best base of these bits, tuned, over the float model tuned the same way."""
+        means = tuned()
+        best = min((base for base in means if base != "float"), key=lambda base: means[base])
+        return [self._row(name, means[best] / means["float"], "x", "<=", None, limit, base=best)]
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +216,10 @@ class Bench:
             for way in WAYS:
                 for trial in TRIALS[way]:
                     name = f"tuning/sweep/{task.name}/{way}/{trial.name}"
-                    yield Cell((name,), partial(self._trial, task, way, trial, name))
+                    yield Cell((name,), partial(self._trial, task, way, trial, name), self._sweep_settings)
+
+    def _sweep_settings(self) -> dict[str, Any]:
+        return {"steps": SWEEP_STEPS}
 
     def _trial(self, task: TaskPlan, way: str, trial: Optimizer, name: str) -> list[Row]:
         output = self.work / "sweep" / f"{task.name}-{way}-{trial.name}.safetensors"
@@ -224,13 +240,27 @@ class Bench:
     def _tasks(self) -> Iterator[Cell]:
         for task in (TASKS[name] for name in self.plan.tasks):
             name = f"tuning/task/{task.name}"
-            yield Cell((f"{name}/base",), partial(self._untuned, task, f"{name}/base"))
+            rows = {"test_rows": self.plan.test_rows}
+            yield Cell((f"{name}/base",), partial(self._untuned, task, f"{name}/base"), partial(dict, rows))
             for way in WAYS:
                 for seed in self.plan.seeds:
                     own = f"{name}/{way}/seed{seed}"
-                    yield Cell((own,), partial(self._tuned, task, way, seed, own))
+                    settings = partial(self._task_settings, task, way)
+                    yield Cell((own,), partial(self._tuned, task, way, seed, own), settings)
             names = (f"{name}/channel-gain-of-lora", f"{name}/best-gain-of-lora")
-            yield Cell(names, partial(self._gains, task))
+            yield Cell(names, partial(self._gains, task), partial(self._exact, task))
+
+    def _task_settings(self, task: TaskPlan, way: str) -> dict[str, Any]:
+        steps = self._steps(task)
+        return {"test_rows": self.plan.test_rows, "steps": steps, **asdict(self._optimizer(task, way))}
+
+    def _steps(self, task: TaskPlan) -> int:
+        return max(1, round(task.steps * self.plan.task_steps))
+
+    def _exact(self, task: TaskPlan) -> dict[str, float]:
+        """The values that gains are made of, by row."""
+        names = [f"{way}/seed{seed}" for way in WAYS for seed in self.plan.seeds]
+        return {name: self.rows.value(f"tuning/task/{task.name}/{name}") for name in ("base", *names)}
 
     def _train(
         self,
@@ -276,7 +306,7 @@ class Bench:
     def _tuned(self, task: TaskPlan, way: str, seed: int, name: str) -> list[Row]:
         test, answers = self.data / task.folder / "test.jsonl", self._answers(task, way, seed)
         answers.parent.mkdir(parents=True, exist_ok=True)
-        steps, optimizer = max(1, round(task.steps * self.plan.task_steps)), self._optimizer(task, way)
+        steps, optimizer = self._steps(task), self._optimizer(task, way)
         output = self.work / "sets" / f"{task.name}-{way}-{seed}.safetensors"
         if way == "lora":
             asked: tuple[object, ...] = ("--test", test, *self._questions(task), "--predictions", answers)

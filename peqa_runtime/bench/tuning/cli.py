@@ -45,11 +45,12 @@ def _measure(given: argparse.Namespace) -> None:
     rows = RowFile(given.out or work / "rows.json")
     base = given.base or _demo_base(home)
     bench = Bench(given.data, work, base, _plan(given), rows, given.device)
-    left = [cell for cell in bench.cells() if not rows.has(cell.names)]
-    progress = Progress(len(left), sys.stderr)
-    for cell in left:
+    cells = bench.cells()
+    progress = Progress(len(cells), sys.stderr)
+    for cell in cells:
         progress.case(cell.names[0])
-        rows.add(cell.measure())
+        if not cell.is_done(rows):
+            rows.add(cell.rows())
     progress.end()
     print(text_table(rows.rows.values()))
     if given.document is not None:

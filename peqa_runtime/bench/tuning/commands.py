@@ -45,12 +45,18 @@ def run(module: str, *arguments: object) -> Ran:
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    shown = " ".join(["peqa" if module == "peqa_runtime" else f"python -m {module}", *map(_short, words)])
+    shown = shown_as(module, *arguments)
     if process.returncode:
         raise CommandFailed(f"`{shown}` ended with status {process.returncode}")
     lines = [line for line in output.splitlines() if line.startswith("{")]
     report = json.loads(lines[-1]) if lines else {}
     return Ran(shown, report, time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+def shown_as(module: str, *arguments: object) -> str:
+    """A command as a table has it."""
+    program = "peqa" if module == "peqa_runtime" else f"python -m {module}"
+    return " ".join([program, *(_short(str(argument)) for argument in arguments)])
 
 
 def _short(word: str) -> str:

@@ -94,12 +94,14 @@ def _perplexity(rows: Sequence[dict[str, Any]]) -> str:
                 _mean(before),
                 _mean(after if when else []),
                 str(last.get("train_tokens", "")),
+                str(last["tokens"]),
                 _seeds(after if when else []),
             )
-            command = f"`{last.get('train_command', last['command'])}`"
-            lines.append((base, *shown, last["date"], last["device"], command))
-    head = ("base", "tuned", "before", "after", "tuned on tokens", "seeds", "date", "hardware", "command")
-    return _table("Perplexity, wikitext-2 raw test, context 1024", head, lines)
+            commands = (last.get("base_command"), last.get("train_command"), last["command"])
+            lines.append((base, *shown, last["date"], last["device"], _commands(*commands)))
+    head = ("base", "tuned", "before", "after", "tuned on tokens", "read on tokens", "seeds")
+    where = ("date", "hardware", "commands")
+    return _table("Perplexity, wikitext-2 raw test, context 1024", (*head, *where), lines)
 
 
 def _tasks(rows: Sequence[dict[str, Any]]) -> str:
@@ -119,7 +121,10 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
                 pace,
                 f"{row['learning_rate']:g}",
             )
-        command = row.get("train_command", row["command"])
+        commands = (
+            row.get("train_command"),
+            row["command"] if row.get("train_command") != row["command"] else None,
+        )
         lines.append(
             (
                 task,
@@ -130,7 +135,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
                 str(row.get("seed", "")),
                 row["date"],
                 row["device"],
-                f"`{command}`",
+                _commands(*commands),
             )
         )
     head = (
@@ -144,7 +149,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
         "s per step",
         "lr",
     )
-    return _table("Tasks", (*head, "seed", "date", "hardware", "command"), lines)
+    return _table("Tasks", (*head, "seed", "date", "hardware", "commands"), lines)
 
 
 def _sweep(rows: Sequence[dict[str, Any]]) -> str:
@@ -188,6 +193,11 @@ def _mean(rows: Sequence[dict[str, Any]]) -> str:
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(str(row["seed"]) for row in rows)
+
+
+def _commands(*commands: str | None) -> str:
+    """In the order in which they are run."""
+    return "<br>".join(f"`{command}`" for command in commands if command)
 
 
 def _size(count: float) -> str:

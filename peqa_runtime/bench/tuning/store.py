@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ class RowFile:
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidData(f"{path} holds no rows of a benchmark ({error}); name another --out") from None
 
-    def has(self, names: Sequence[str]) -> bool:
-        """Whether all of these were measured."""
-        return all(name in self.rows for name in names)
+    def has(self, names: Sequence[str], settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether all of these were measured, with these settings where some are named."""
+        found = [self.rows.get(name) for name in names]
+        return all(row is not None and settings in (None, row.get("settings", {})) for row in found)
 
     def value(self, name: str) -> float:
         """A measured value."""
