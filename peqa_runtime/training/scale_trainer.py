@@ -19,6 +19,7 @@ from peqa_runtime.training.batches import TokenBatch
 from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
 from peqa_runtime.training.distill import Teacher, divergence
 from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.token_losses import token_losses
 from peqa_runtime.training.tuning import TunableModel, logits_at, set_scales, tuned_scales
 
 
@@ -75,11 +76,12 @@ class ScaleTrainer(Trainer):
     def _losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """[loss tokens]."""
         share = self.config.distill
-        teacher = self.teacher.logits(inputs) if self.teacher is not None and share else None
-        logits = logits_at(model, inputs["input_ids"], inputs["positions"], inputs.get("position_ids"))
-        losses = functional.cross_entropy(logits, inputs["targets"], reduction="none")
-        if teacher is None:
-            return losses
+        ids, positions, targets = inputs["input_ids"], inputs["positions"], inputs["targets"]
+        if self.teacher is None or not share:
+            return token_losses(self.tunable, model, ids, positions, targets, inputs.get("position_ids"))
+        teacher = self.teacher.logits(inputs)
+        logits = logits_at(model, ids, positions, inputs.get("position_ids"))
+        losses = functional.cross_entropy(logits, targets, reduction="none")
         return (1 - share) * losses + share * divergence(logits, teacher, self.config.temperature)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -105,8 +107,8 @@ class ScaleTrainer(Trainer):
             for given in batches[self.args.process_index :: self.args.world_size]:
                 batch = given.to(self.args.device)
                 self.tunable.parts.parts = ((task, batch.input_ids.numel()),)
-                logits = logits_at(self.model, batch.input_ids, batch.positions, batch.position_ids)
-                totals[0] += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
+                where = (batch.input_ids, batch.positions, batch.targets, batch.position_ids)
+                totals[0] += token_losses(self.tunable, self.model, *where).sum().item()
                 totals[1] += len(batch.targets)
         loss, count = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
         return float(loss / count)

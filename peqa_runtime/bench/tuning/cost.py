@@ -27,6 +27,7 @@ from peqa_runtime.bench.tuning.lora import with_lora
 from peqa_runtime.training.attention import tuning_attention
 from peqa_runtime.training.batches import StepBatches
 from peqa_runtime.training.data import Example
+from peqa_runtime.training.token_losses import token_losses
 from peqa_runtime.training.tuning import (
     TunableModel,
     fast_compute_dtype,
@@ -60,8 +61,14 @@ def prepare(base: Path, way: str, *, rows: int, tokens: int, device: str = "auto
         attention = nullcontext() if way == LORA else tuning_attention(tunable.model)
         amp = torch.autocast(tunable.model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         with attention, amp:
-            logits = logits_at(tunable.model, batch["input_ids"], batch["positions"])
-        loss = (functional.cross_entropy(logits, batch["targets"], reduction="none") * batch["weights"]).sum()
+            where = (batch["input_ids"], batch["positions"])
+            if way == OURS:
+                losses = token_losses(tunable, tunable.model, *where, batch["targets"])
+            else:
+                losses = functional.cross_entropy(
+                    logits_at(tunable.model, *where), batch["targets"], reduction="none"
+                )
+        loss = (losses * batch["weights"]).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
