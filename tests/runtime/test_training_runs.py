@@ -31,6 +31,7 @@ from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of
 from peqa_runtime.training.scale_trainer import ScaleTrainer
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.trainer import tune
+from peqa_runtime.training.token_losses import has_plain_head
 from peqa_runtime.training.tuning import (
     TunableModel,
     drop_scales,
@@ -137,6 +138,7 @@ def test_checkpointed_activations_are_computed_again(
     tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = TrainingFiles("t", rows("t", 8), tmp_path / "t.safetensors")
+    assert has_plain_head(tunable)  # the trainer asks the model this once
     layer = tunable.model.model.layers[1].mlp
     forward, calls = layer.forward, []
     monkeypatch.setattr(layer, "forward", lambda *args: (calls.append(1), forward(*args))[1])
