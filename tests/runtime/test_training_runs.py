@@ -30,8 +30,8 @@ from peqa_runtime.training.logprobs import token_logprobs
 from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of, train_files
 from peqa_runtime.training.scale_trainer import ScaleTrainer
 from peqa_runtime.training.settings import TuneConfig, Wanted
-from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.token_losses import has_plain_head
+from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.tuning import (
     TunableModel,
     drop_scales,
