@@ -135,10 +135,8 @@ def _softmax_losses(logits: Tensor, targets: Tensor, losses: Tensor, slope: Tens
     step = max(1, _AT_ONCE // logits.shape[1])
     for first in range(0, len(targets), step):
         some = slice(first, first + step)
-        z, places = logits[some].float(), targets[some, None]
-        log_sum = z.logsumexp(-1, keepdim=True)
-        losses[some] = (log_sum - z.gather(1, places))[:, 0]
+        found, places = logits[some].log_softmax(-1, dtype=torch.float32), targets[some, None]
+        losses[some] = -found.gather(1, places)[:, 0]
         if slope is not None:
-            z = (z - log_sum).exp_()
-            z.scatter_add_(1, places, z.new_full(places.shape, -1.0))
-            slope[some] = z
+            found.exp_().scatter_add_(1, places, found.new_full(places.shape, -1.0))
+            slope[some] = found
