@@ -23,6 +23,7 @@ from peqa_runtime.training.distill import load_teacher
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
 from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.tensorboard import summary_writer
 from peqa_runtime.training.trainer import TaskData, TuneResult, tune
 from peqa_runtime.training.tuning import TunableModel
 
@@ -125,6 +126,8 @@ def train_files(
     """
     config = config_of(0)  # settings are checked before time is spent
     _check_together(files, config, teacher)
+    if tensorboard is not None:
+        summary_writer()
     process = PartialState(cpu=tunable.model.device.type == "cpu")
     say = say if process.is_main_process else lambda line: None
     tasks = [TaskData(f.task, *read_training_data(tunable, f, config.seed)) for f in files]
