@@ -63,38 +63,54 @@ def sweep(
 
     Trials that an interrupted sweep has finished are not repeated. Raises as `train_files` does.
     """
-    kinds: tuple[ScaleKind, ...] = (wanted.kind,) if wanted.kind else get_args(ScaleKind)
-    rates = (wanted.learning_rate,) if wanted.learning_rate else RATES
     config = wanted.config(0, text=text)
     tasks = [_slice(tunable, given, config) for given in files]
-    rows = max(len(task.train.examples) for task in tasks)
-    config = replace(
-        wanted.config(rows, text=text), distill=0.0, patience=0, warmup_steps=min(config.warmup_steps, 10)
-    )
-    config = replace(config, steps=min(config.steps, SLICE_STEPS), check_every=SLICE_STEPS)
+    configs = _configs(wanted, max(len(task.train.examples) for task in tasks), text)
     folder = checkpoints_of(files).with_suffix(".sweep")
-    fingerprint = {
-        **asdict(config),
+    data = {
         "data": [file_digest(given.data) for given in files],
         "max_tokens": [row_limit(tunable, given) for given in files],
         "base_digest": tunable.manifest.base_digest,
     }
     process = PartialState(cpu=tunable.model.device.type == "cpu")
     file = folder / "trials.json"
-    done = _finished(file, fingerprint)
-    settings = [(kind, rate) for kind in kinds for rate in rates]
-    for kind, rate in tqdm(settings, desc="trials", disable=not (progress and process.is_main_process)):
-        if any((trial.kind, trial.learning_rate) == (kind, rate) for trial in done):
+    done = _finished(file)
+    keys = [_key({**data, **asdict(config)}) for config in configs]
+    planned = list(zip(keys, configs, strict=True))
+    for key, config in tqdm(planned, desc="trials", disable=not (progress and process.is_main_process)):
+        if key in done:
             continue
-        done.append(_try(tunable, replace(config, kind=kind, learning_rate=rate), tasks, folder, fingerprint))
+        done[key] = _try(tunable, config, tasks, folder, json.loads(key))
         if process.is_main_process:
-            _write(file, fingerprint, done)
+            _write(file, done)
         process.wait_for_everyone()
-    tried = [t for t in done if (t.kind, t.learning_rate) in settings]
+    tried = [done[key] for key in keys]
     if process.is_main_process:
         _tell(tried, say)
         shutil.rmtree(folder, ignore_errors=True)
     return tried
+
+
+def _configs(wanted: Wanted, rows: int, text: bool) -> list[TuneConfig]:
+    """Settings of the trials: each has those of the run that would follow if it won, but is short."""
+    kinds: tuple[ScaleKind, ...] = (wanted.kind,) if wanted.kind else get_args(ScaleKind)
+    rates = (wanted.learning_rate,) if wanted.learning_rate else RATES
+    runs = [
+        replace(wanted, kind=kind, learning_rate=rate).config(rows, text=text)
+        for kind in kinds
+        for rate in rates
+    ]
+    return [
+        replace(
+            run,
+            steps=min(run.steps, SLICE_STEPS),
+            warmup_steps=min(run.warmup_steps, 10),
+            check_every=SLICE_STEPS,
+            patience=0,
+            distill=0.0,
+        )
+        for run in runs
+    ]
 
 
 def _slice(tunable: TunableModel, files: TrainingFiles, config: TuneConfig) -> TaskData:
@@ -132,18 +148,21 @@ def _try(
     return Trial(config.kind, config.learning_rate, loss, base, config.steps, round(results[0].seconds, 1))
 
 
-def _finished(file: Path, fingerprint: dict[str, Any]) -> list[Trial]:
+def _key(settings: dict[str, Any]) -> str:
+    """What a trial is known by."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _finished(file: Path) -> dict[str, Trial]:
+    """Trials by their key; none where the file cannot be read."""
     try:
-        found = json.loads(file.read_text())
-        if found["of"] != json.loads(json.dumps(fingerprint)):
-            return []
-        return [Trial(**trial) for trial in found["trials"]]
+        return {_key(entry["of"]): Trial(**entry["trial"]) for entry in json.loads(file.read_text())}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
-def _write(file: Path, fingerprint: dict[str, Any], trials: Sequence[Trial]) -> None:
-    kept = {"of": fingerprint, "trials": [asdict(trial) for trial in trials]}
+def _write(file: Path, trials: dict[str, Trial]) -> None:
+    kept = [{"of": json.loads(key), "trial": asdict(trial)} for key, trial in trials.items()]
     with disk_full_named(file):
         write_atomic(file, json.dumps(kept).encode(), durable=False)
 

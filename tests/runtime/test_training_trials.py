@@ -1,0 +1,107 @@
+"""The trials of `peqa train --auto`: what they run, what is kept of them, and what they choose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peqa_runtime.errors import InvalidData
+from peqa_runtime.training import auto
+from peqa_runtime.training.auto import Trial, best_of, sweep
+from peqa_runtime.training.run import TrainingFiles
+from peqa_runtime.training.settings import TuneConfig, Wanted
+from peqa_runtime.training.trainer import tune
+from peqa_runtime.training.tuning import TunableModel, load_tunable
+
+Rows = Callable[[str, int], Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tunable(tiny_base: Path) -> TunableModel:
+    return load_tunable(tiny_base, device="cpu")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    def write(word: str, count: int) -> Path:
+        file = tmp_path / f"{word}.jsonl"
+        pairs = ({"prompt": f"{i} is" + "?" * (i % 5), "completion": f"{word} {i % 3}"} for i in range(count))
+        file.write_text("\n".join(map(json.dumps, pairs)))
+        return file
+
+    return write
+
+
+def test_a_sweep_tries_all_on_a_slice_and_goes_on_where_it_stopped(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [TrainingFiles("t", rows("t", 40), tmp_path / "t.safetensors")]
+    wanted = Wanted(steps=3, batch_rows=4, others={"compute": "float32"})
+    monkeypatch.setattr("peqa_runtime.training.auto.RATES", (1e-3, 3e-2))
+    calls: list[str] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["folder"].name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return tune(*args, **kwargs)
+
+    monkeypatch.setattr("peqa_runtime.training.auto.tune", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tunable, files, wanted, progress=False)
+    told: list[str] = []
+    trials = sweep(tunable, files, wanted, progress=False, say=told.append)
+    assert calls[:3] + calls[4:] == [
+        f"{kind}-{rate}" for kind in ("channel", "channel+input", "group") for rate in ("0.001", "0.03")
+    ]
+    assert len(told) == 7
+    best = best_of(trials)
+    assert told[1].endswith("*")
+    assert f"{best.loss:.4f}" in told[1]
+    assert best.loss < best.base_loss
+    assert list(tmp_path.glob("*.sweep")) == []
+    with pytest.raises(InvalidData, match="every trial diverged"):
+        best_of([Trial("channel", 1.0, float("inf"), 1.0, 3, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "beta2"),
+    [
+        (Wanted(), {"channel": 0.95, "channel+input": 0.999, "group": 0.999}),
+        (Wanted(beta2=0.9), {"channel": 0.9, "channel+input": 0.9, "group": 0.9}),
+    ],
+)
+def test_a_trial_has_the_settings_of_the_run_that_it_stands_for(
+    tunable: TunableModel,
+    rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Wanted,
+    beta2: dict[str, float],
+) -> None:
+    """But for what makes it short."""
+    tried: list[TuneConfig] = []
+
+    def noted(tunable: TunableModel, config: TuneConfig, *args: Any, **kwargs: Any) -> Any:
+        tried.append(config)
+        return tune(tunable, replace(config, steps=1), *args, **kwargs)
+
+    monkeypatch.setattr(auto, "tune", noted)
+    wanted = replace(wanted, learning_rate=2e-2, batch_rows=4, schedule="cosine", others={"clip": 0.5})
+    sweep(tunable, [TrainingFiles("t", rows("t", 12), tmp_path / "t.safetensors")], wanted, progress=False)
+    short = dict.fromkeys(("steps", "warmup_steps", "check_every", "patience"), 0)
+    for config in tried:
+        run = replace(wanted, kind=config.kind).config(12)
+        assert asdict(config) | short == asdict(run) | short
+    assert {config.kind: config.beta2 for config in tried} == beta2
