@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -19,7 +20,16 @@ from peqa_runtime.errors import InvalidData, TrainingDiverged
 from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.training.checkpoints import prepare_folder
 from peqa_runtime.training.data import EncodedData, file_digest, split_held_out
-from peqa_runtime.training.run import Say, TrainingFiles, checkpoints_of, read_training_data, row_limit
+from peqa_runtime.training.distill import Teacher
+from peqa_runtime.training.run import (
+    Say,
+    TrainingFiles,
+    check_together,
+    checkpoints_of,
+    open_teacher,
+    read_training_data,
+    row_limit,
+)
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.trainer import TaskData, tune
 from peqa_runtime.training.tuning import TunableModel
@@ -56,18 +66,22 @@ def sweep(
     wanted: Wanted,
     *,
     text: bool = False,
+    teacher: str | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> list[Trial]:
     """Try every kind (or the wanted one) at every rate (or the wanted one) on a seeded slice, and say the table.
 
-    Trials that an interrupted sweep has finished are not repeated. Raises as `train_files` does.
+    `teacher` is that of the run: trials learn from it too, and are ranked by cross-entropy on held-out rows all the
+    same. Trials that an interrupted sweep has finished are not repeated. Raises as `train_files` does.
     """
     config = wanted.config(0, text=text)
+    check_together(files, config, teacher)
     tasks = [_slice(tunable, given, config) for given in files]
     configs = _configs(wanted, max(len(task.train.examples) for task in tasks), text)
     folder = checkpoints_of(files).with_suffix(".sweep")
     data = {
+        "teacher": teacher,
         "data": [file_digest(given.data) for given in files],
         "max_tokens": [row_limit(tunable, given) for given in files],
         "base_digest": tunable.manifest.base_digest,
@@ -76,14 +90,17 @@ def sweep(
     file = folder / "trials.json"
     done = _finished(file)
     keys = [_key({**data, **asdict(config)}) for config in configs]
-    planned = list(zip(keys, configs, strict=True))
-    for key, config in tqdm(planned, desc="trials", disable=not (progress and process.is_main_process)):
-        if key in done:
-            continue
-        done[key] = _try(tunable, config, tasks, folder, json.loads(key))
+    todo = [(key, config) for key, config in zip(keys, configs, strict=True) if key not in done]
+    loaded = open_teacher(teacher, tunable) if todo else None
+    quiet = not (progress and process.is_main_process)
+    before = len(keys) - len(todo)
+    for key, config in tqdm(todo, desc="trials", initial=before, total=len(keys), disable=quiet):
+        done[key] = _try(tunable, config, tasks, loaded, folder, json.loads(key))
         if process.is_main_process:
             _write(file, done)
         process.wait_for_everyone()
+    del loaded
+    gc.collect()  # the trials' trainers hold the teacher in cycles, and the run loads it anew
     tried = [done[key] for key in keys]
     if process.is_main_process:
         _tell(tried, say)
@@ -107,7 +124,6 @@ def _configs(wanted: Wanted, rows: int, text: bool) -> list[TuneConfig]:
             warmup_steps=min(run.warmup_steps, 10),
             check_every=SLICE_STEPS,
             patience=0,
-            distill=0.0,
         )
         for run in runs
     ]
@@ -132,6 +148,7 @@ def _try(
     tunable: TunableModel,
     config: TuneConfig,
     tasks: Sequence[TaskData],
+    teacher: Teacher | None,
     folder: Path,
     fingerprint: dict[str, Any],
 ) -> Trial:
@@ -140,7 +157,7 @@ def _try(
         prepare_folder(own, fingerprint, resume=False)
     PartialState().wait_for_everyone()
     try:
-        results = tune(tunable, config, tasks, folder=own, progress=False)
+        results = tune(tunable, config, tasks, folder=own, teacher=teacher, progress=False)
     except TrainingDiverged:
         return Trial(config.kind, config.learning_rate, math.inf, math.nan, config.steps, 0.0)
     loss = sum(result.held_out_loss or 0.0 for result in results) / len(results)

@@ -19,7 +19,7 @@ from peqa_runtime.errors import InvalidData, StoreError
 from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
-from peqa_runtime.training.distill import load_teacher
+from peqa_runtime.training.distill import Teacher, load_teacher
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
 from peqa_runtime.training.settings import TuneConfig
@@ -125,7 +125,7 @@ def train_files(
     `TrainingDiverged`, `StoreError`, `DiskFull`.
     """
     config = config_of(0)  # settings are checked before time is spent
-    _check_together(files, config, teacher)
+    check_together(files, config, teacher)
     if tensorboard is not None:
         summary_writer()
     process = PartialState(cpu=tunable.model.device.type == "cpu")
@@ -151,7 +151,7 @@ def train_files(
         tasks,
         folder=folder,
         resume_from=checkpoint,
-        teacher=load_teacher(None if teacher == OWN_BASE else Path(teacher), tunable) if teacher else None,
+        teacher=open_teacher(teacher, tunable),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -167,7 +167,8 @@ def train_files(
     return finished
 
 
-def _check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None) -> None:
+def check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None) -> None:
+    """Refuse tasks and settings that do not go together, with `InvalidData`."""
     if len({given.task for given in files}) < len(files) or len({given.output for given in files}) < len(
         files
     ):
@@ -182,6 +183,13 @@ def _check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher:
         raise InvalidData(
             "stopping early needs held-out rows: give a file of them or a fraction to split off"
         )
+
+
+def open_teacher(teacher: str | None, tunable: TunableModel) -> Teacher | None:
+    """The teacher that `train_files` is given by name. Raises as `load_teacher` does."""
+    if not teacher:
+        return None
+    return load_teacher(None if teacher == OWN_BASE else Path(teacher), tunable)
 
 
 def _tell(files: TrainingFiles, task: TaskData, limit: int, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from peqa_runtime.cli import app
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.training import auto
 from peqa_runtime.training.auto import Trial, best_of, sweep
-from peqa_runtime.training.run import TrainingFiles
+from peqa_runtime.training.run import TrainingFiles, open_teacher
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.tuning import TunableModel, load_tunable
@@ -105,3 +108,37 @@ def test_a_trial_has_the_settings_of_the_run_that_it_stands_for(
         run = replace(wanted, kind=config.kind).config(12)
         assert asdict(config) | short == asdict(run) | short
     assert {config.kind: config.beta2 for config in tried} == beta2
+
+
+def test_trials_learn_from_the_runs_teacher_and_are_ranked_by_rows(
+    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base as the whole loss teaches nothing, which held-out rows show."""
+    files = [TrainingFiles("t", rows("t", 40), tmp_path / "t.safetensors")]
+    wanted = Wanted(kind="channel", learning_rate=2e-2, steps=6, batch_rows=4)
+    (alone,) = sweep(tunable, files, wanted, progress=False)
+    taught = replace(wanted, others={"distill": 1.0, "compute": "float32"})
+    opened: list[weakref.ref[Any]] = []
+
+    def noted(*args: Any) -> Any:
+        teacher = open_teacher(*args)
+        opened.append(weakref.ref(teacher))
+        return teacher
+
+    monkeypatch.setattr(auto, "open_teacher", noted)
+    (trial,) = sweep(tunable, files, taught, teacher="base", progress=False)
+    assert trial.base_loss == pytest.approx(alone.base_loss, rel=1e-3)
+    assert alone.loss < 0.95 * alone.base_loss
+    assert trial.loss > 0.99 * trial.base_loss
+    assert [teacher() for teacher in opened] == [None], "the run loads its own"
+    with pytest.raises(InvalidData, match="belong together"):
+        sweep(tunable, files, taught, progress=False)
+
+
+def test_the_command_gives_its_teacher_to_the_trials(tiny_base: Path, rows: Rows, tmp_path: Path) -> None:
+    given = ["train", tiny_base, rows("t", 40), "--task", "t", "-o", tmp_path / "t.safetensors", "--auto"]
+    given += ["--kind", "channel", "--lr", "2e-2", "--steps", 6, "--batch", 4, "-q", "--json"]
+    given += ["--teacher", "base", "--distill", 1, "--compute", "float32"]
+    shown = CliRunner().invoke(app, list(map(str, given)), catch_exceptions=False)
+    (trial,) = json.loads(shown.stdout)["trials"]
+    assert trial["loss"] > 0.99 * trial["base_loss"]
