@@ -222,7 +222,16 @@ def train(
     trials: list[dict[str, Any]] = []
     try:
         if auto:
-            tried = sweep(tunable, files, wanted, text=text, teacher=teacher, progress=not quiet, say=say)
+            tried = sweep(
+                tunable,
+                files,
+                wanted,
+                text=text,
+                teacher=teacher,
+                resume=resume,
+                progress=not quiet,
+                say=say,
+            )
             wanted = replace(wanted, kind=best_of(tried).kind, learning_rate=best_of(tried).learning_rate)
             trials = [asdict(trial) for trial in tried]
         runs = train_files(

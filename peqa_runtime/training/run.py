@@ -75,6 +75,11 @@ def checkpoints_of(files: Sequence[TrainingFiles]) -> Path:
     return files[0].output.with_name(f"{name}.checkpoints")
 
 
+def trials_of(files: Sequence[TrainingFiles]) -> Path:
+    """Folder of what `--auto` tried, beside the output."""
+    return checkpoints_of(files).with_suffix(".sweep")
+
+
 def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:
     """Most tokens of a row, window of plain text."""
     return min(1024, tunable.max_tokens) if files.max_tokens is None else files.max_tokens
@@ -121,8 +126,8 @@ def train_files(
 
     `teacher`: a model folder to learn from, or `base` for the base itself (`config.distill` is its share of the loss).
     `resume`: None goes on with an unfinished run of the same settings, if there is one; True demands one; False starts
-    anew. Checkpoints are removed when the sets are saved. Raises `InvalidData`, `TrainingInterrupted`,
-    `TrainingDiverged`, `StoreError`, `DiskFull`.
+    anew. Checkpoints, and the trials before the run, are removed when the sets are saved. Raises `InvalidData`,
+    `TrainingInterrupted`, `TrainingDiverged`, `StoreError`, `DiskFull`.
     """
     config = config_of(0)  # settings are checked before time is spent
     check_together(files, config, teacher)
@@ -138,7 +143,7 @@ def train_files(
     zeros = count_zero_codes(tunable)
     _warn_of_zeros(zeros, say)
     folder = checkpoints_of(files)
-    fingerprint = _fingerprint(tunable, files, config, teacher)
+    fingerprint = fingerprint_of(tunable, files, config, teacher)
     checkpoint = prepare_folder(folder, fingerprint, resume=resume) if process.is_main_process else None
     process.wait_for_everyone()
     if not process.is_main_process:
@@ -163,7 +168,8 @@ def train_files(
         _tell_outcome(run, config, say)
     process.wait_for_everyone()
     if process.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        for done in (folder, trials_of(files)):
+            shutil.rmtree(done, ignore_errors=True)
     return finished
 
 
@@ -229,7 +235,7 @@ def _warn_of_zeros(zeros: ZeroCodes, say: Say) -> None:
         say(f"{len(zeros.dead_rows)} rows hold zeros only, so their scales stay as they are ({shown})")
 
 
-def _fingerprint(
+def fingerprint_of(
     tunable: TunableModel, files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be gone on with."""
