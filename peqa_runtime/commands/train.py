@@ -176,6 +176,7 @@ def train(
     from peqa_runtime.training.auto import best_of, sweep
     from peqa_runtime.training.run import TrainingFiles, train_files
     from peqa_runtime.training.settings import RECIPES, Wanted
+    from peqa_runtime.training.tensorboard import summary_writer
     from peqa_runtime.training.trainer import TrainingInterrupted
     from peqa_runtime.training.tuning import load_tunable, refuse_groups
 
@@ -212,6 +213,8 @@ def train(
         for name, path, where, own in _pairs(task, data, output, held_out or [])
     ]
     wanted.config(0, text=text)  # settings are checked before time is spent
+    if tensorboard is not None:
+        summary_writer()  # and so is its package
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     if RECIPES[recipe].per_channel_base:
@@ -219,7 +222,16 @@ def train(
     trials: list[dict[str, Any]] = []
     try:
         if auto:
-            tried = sweep(tunable, files, wanted, text=text, progress=not quiet, say=say)
+            tried = sweep(
+                tunable,
+                files,
+                wanted,
+                text=text,
+                teacher=teacher,
+                resume=resume,
+                progress=not quiet,
+                say=say,
+            )
             wanted = replace(wanted, kind=best_of(tried).kind, learning_rate=best_of(tried).learning_rate)
             trials = [asdict(trial) for trial in tried]
         runs = train_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -17,9 +18,19 @@ from peqa_runtime.core import ScaleKind
 from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData, TrainingDiverged
 from peqa_runtime.scales.atomic_file import write_atomic
-from peqa_runtime.training.checkpoints import prepare_folder
-from peqa_runtime.training.data import EncodedData, file_digest, split_held_out
-from peqa_runtime.training.run import Say, TrainingFiles, checkpoints_of, read_training_data, row_limit
+from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
+from peqa_runtime.training.data import EncodedData, split_held_out
+from peqa_runtime.training.distill import Teacher
+from peqa_runtime.training.run import (
+    Say,
+    TrainingFiles,
+    check_together,
+    checkpoints_of,
+    fingerprint_of,
+    open_teacher,
+    read_training_data,
+    trials_of,
+)
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.trainer import TaskData, tune
 from peqa_runtime.training.tuning import TunableModel
@@ -56,45 +67,83 @@ def sweep(
     wanted: Wanted,
     *,
     text: bool = False,
+    teacher: str | None = None,
+    resume: bool | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> list[Trial]:
     """Try every kind (or the wanted one) at every rate (or the wanted one) on a seeded slice, and say the table.
 
-    Trials that an interrupted sweep has finished are not repeated. Raises as `train_files` does.
+    `teacher` is that of the run: trials learn from it too, and are ranked by cross-entropy on held-out rows all the
+    same. Finished trials are kept until `train_files` has saved the sets, so that the same command goes on with the
+    same choice; those of other settings or data do not count. `resume` is that of the run: False removes the trials and
+    the run that are there. Raises as `train_files` does.
     """
-    kinds: tuple[ScaleKind, ...] = (wanted.kind,) if wanted.kind else get_args(ScaleKind)
-    rates = (wanted.learning_rate,) if wanted.learning_rate else RATES
     config = wanted.config(0, text=text)
+    check_together(files, config, teacher)
     tasks = [_slice(tunable, given, config) for given in files]
-    rows = max(len(task.train.examples) for task in tasks)
-    config = replace(
-        wanted.config(rows, text=text), distill=0.0, patience=0, warmup_steps=min(config.warmup_steps, 10)
-    )
-    config = replace(config, steps=min(config.steps, SLICE_STEPS), check_every=SLICE_STEPS)
-    folder = checkpoints_of(files).with_suffix(".sweep")
-    fingerprint = {
-        **asdict(config),
-        "data": [file_digest(given.data) for given in files],
-        "max_tokens": [row_limit(tunable, given) for given in files],
-        "base_digest": tunable.manifest.base_digest,
-    }
-    process = PartialState(cpu=tunable.model.device.type == "cpu")
+    configs = _configs(wanted, max(len(task.train.examples) for task in tasks), text)
+    folder = trials_of(files)
     file = folder / "trials.json"
-    done = _finished(file, fingerprint)
-    settings = [(kind, rate) for kind in kinds for rate in rates]
-    for kind, rate in tqdm(settings, desc="trials", disable=not (progress and process.is_main_process)):
-        if any((trial.kind, trial.learning_rate) == (kind, rate) for trial in done):
-            continue
-        done.append(_try(tunable, replace(config, kind=kind, learning_rate=rate), tasks, folder, fingerprint))
+    process = PartialState(cpu=tunable.model.device.type == "cpu")
+    if resume is False and process.is_main_process:
+        for begun in (folder, checkpoints_of(files)):
+            shutil.rmtree(begun, ignore_errors=True)
+    done = {} if resume is False else _finished(file)
+    shared = fingerprint_of(tunable, files, config, teacher)
+    keys = [_key({**shared, **asdict(config)}) for config in configs]
+    todo = [(key, config) for key, config in zip(keys, configs, strict=True) if key not in done]
+    if todo and resume is not False:
+        _check_nothing_begun(checkpoints_of(files), resume)
+    loaded = open_teacher(teacher, tunable) if todo else None
+    quiet = not (progress and process.is_main_process)
+    before = len(keys) - len(todo)
+    for key, config in tqdm(todo, desc="trials", initial=before, total=len(keys), disable=quiet):
+        own = folder / f"{config.kind}-{config.learning_rate:g}"
+        done[key] = _try(tunable, config, tasks, loaded, own, json.loads(key))
         if process.is_main_process:
-            _write(file, fingerprint, done)
+            _write(file, done)
         process.wait_for_everyone()
-    tried = [t for t in done if (t.kind, t.learning_rate) in settings]
+        if process.is_main_process:
+            shutil.rmtree(own, ignore_errors=True)  # its loss is what is kept of a trial
+    del loaded
+    gc.collect()  # the trials' trainers hold the teacher in cycles, and the run loads it anew
+    tried = [done[key] for key in keys]
     if process.is_main_process:
         _tell(tried, say)
-        shutil.rmtree(folder, ignore_errors=True)
     return tried
+
+
+def _check_nothing_begun(run: Path, resume: bool | None) -> None:
+    """Refuse, before the time of the trials is spent, a run that they did not choose."""
+    if last_checkpoint(run) is not None:
+        raise InvalidData(
+            f"{run} holds a run that trials of these settings and data did not choose; go on as it was begun, "
+            "or give --no-resume to start anew"
+        )
+    if resume:
+        raise InvalidData(f"nothing to resume: {run} holds no complete checkpoint")
+
+
+def _configs(wanted: Wanted, rows: int, text: bool) -> list[TuneConfig]:
+    """Settings of the trials: each has those of the run that would follow if it won, but is short."""
+    kinds: tuple[ScaleKind, ...] = (wanted.kind,) if wanted.kind else get_args(ScaleKind)
+    rates = (wanted.learning_rate,) if wanted.learning_rate else RATES
+    runs = [
+        replace(wanted, kind=kind, learning_rate=rate).config(rows, text=text)
+        for kind in kinds
+        for rate in rates
+    ]
+    return [
+        replace(
+            run,
+            steps=min(run.steps, SLICE_STEPS),
+            warmup_steps=min(run.warmup_steps, 10),
+            check_every=SLICE_STEPS,
+            patience=0,
+        )
+        for run in runs
+    ]
 
 
 def _slice(tunable: TunableModel, files: TrainingFiles, config: TuneConfig) -> TaskData:
@@ -116,15 +165,15 @@ def _try(
     tunable: TunableModel,
     config: TuneConfig,
     tasks: Sequence[TaskData],
+    teacher: Teacher | None,
     folder: Path,
     fingerprint: dict[str, Any],
 ) -> Trial:
-    own = folder / f"{config.kind}-{config.learning_rate:g}"
     if PartialState().is_main_process:
-        prepare_folder(own, fingerprint, resume=False)
+        prepare_folder(folder, fingerprint, resume=False)
     PartialState().wait_for_everyone()
     try:
-        results = tune(tunable, config, tasks, folder=own, progress=False)
+        results = tune(tunable, config, tasks, folder=folder, teacher=teacher, progress=False)
     except TrainingDiverged:
         return Trial(config.kind, config.learning_rate, math.inf, math.nan, config.steps, 0.0)
     loss = sum(result.held_out_loss or 0.0 for result in results) / len(results)
@@ -132,20 +181,23 @@ def _try(
     return Trial(config.kind, config.learning_rate, loss, base, config.steps, round(results[0].seconds, 1))
 
 
-def _finished(file: Path, fingerprint: dict[str, Any]) -> list[Trial]:
+def _key(settings: dict[str, Any]) -> str:
+    """What a trial is known by."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _finished(file: Path) -> dict[str, Trial]:
+    """Trials by their key; none where the file cannot be read."""
     try:
-        found = json.loads(file.read_text())
-        if found["of"] != json.loads(json.dumps(fingerprint)):
-            return []
-        return [Trial(**trial) for trial in found["trials"]]
+        return {_key(entry["of"]): Trial(**entry["trial"]) for entry in json.loads(file.read_text())}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
-def _write(file: Path, fingerprint: dict[str, Any], trials: Sequence[Trial]) -> None:
-    kept = {"of": fingerprint, "trials": [asdict(trial) for trial in trials]}
+def _write(file: Path, trials: dict[str, Trial]) -> None:
+    kept = [{"of": json.loads(key), "trial": asdict(trial)} for key, trial in trials.items()]
     with disk_full_named(file):
-        write_atomic(file, json.dumps(kept).encode(), durable=False)
+        write_atomic(file, json.dumps(kept).encode())
 
 
 def _tell(trials: Sequence[Trial], say: Say) -> None:

@@ -19,10 +19,11 @@ from peqa_runtime.errors import InvalidData, StoreError
 from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
-from peqa_runtime.training.distill import load_teacher
+from peqa_runtime.training.distill import Teacher, load_teacher
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
 from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.tensorboard import summary_writer
 from peqa_runtime.training.trainer import TaskData, TuneResult, tune
 from peqa_runtime.training.tuning import TunableModel
 
@@ -74,6 +75,11 @@ def checkpoints_of(files: Sequence[TrainingFiles]) -> Path:
     return files[0].output.with_name(f"{name}.checkpoints")
 
 
+def trials_of(files: Sequence[TrainingFiles]) -> Path:
+    """Folder of what `--auto` tried, beside the output."""
+    return checkpoints_of(files).with_suffix(".sweep")
+
+
 def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:
     """Most tokens of a row, window of plain text."""
     return min(1024, tunable.max_tokens) if files.max_tokens is None else files.max_tokens
@@ -120,11 +126,13 @@ def train_files(
 
     `teacher`: a model folder to learn from, or `base` for the base itself (`config.distill` is its share of the loss).
     `resume`: None goes on with an unfinished run of the same settings, if there is one; True demands one; False starts
-    anew. Checkpoints are removed when the sets are saved. Raises `InvalidData`, `TrainingInterrupted`,
-    `TrainingDiverged`, `StoreError`, `DiskFull`.
+    anew. Checkpoints, and the trials before the run, are removed when the sets are saved. Raises `InvalidData`,
+    `TrainingInterrupted`, `TrainingDiverged`, `StoreError`, `DiskFull`.
     """
     config = config_of(0)  # settings are checked before time is spent
-    _check_together(files, config, teacher)
+    check_together(files, config, teacher)
+    if tensorboard is not None:
+        summary_writer()
     process = PartialState(cpu=tunable.model.device.type == "cpu")
     say = say if process.is_main_process else lambda line: None
     tasks = [TaskData(f.task, *read_training_data(tunable, f, config.seed)) for f in files]
@@ -135,7 +143,7 @@ def train_files(
     zeros = count_zero_codes(tunable)
     _warn_of_zeros(zeros, say)
     folder = checkpoints_of(files)
-    fingerprint = _fingerprint(tunable, files, config, teacher)
+    fingerprint = fingerprint_of(tunable, files, config, teacher)
     checkpoint = prepare_folder(folder, fingerprint, resume=resume) if process.is_main_process else None
     process.wait_for_everyone()
     if not process.is_main_process:
@@ -148,7 +156,7 @@ def train_files(
         tasks,
         folder=folder,
         resume_from=checkpoint,
-        teacher=load_teacher(None if teacher == OWN_BASE else Path(teacher), tunable) if teacher else None,
+        teacher=open_teacher(teacher, tunable),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -160,11 +168,13 @@ def train_files(
         _tell_outcome(run, config, say)
     process.wait_for_everyone()
     if process.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        for done in (folder, trials_of(files)):
+            shutil.rmtree(done, ignore_errors=True)
     return finished
 
 
-def _check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None) -> None:
+def check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None) -> None:
+    """Refuse tasks and settings that do not go together, with `InvalidData`."""
     if len({given.task for given in files}) < len(files) or len({given.output for given in files}) < len(
         files
     ):
@@ -179,6 +189,13 @@ def _check_together(files: Sequence[TrainingFiles], config: TuneConfig, teacher:
         raise InvalidData(
             "stopping early needs held-out rows: give a file of them or a fraction to split off"
         )
+
+
+def open_teacher(teacher: str | None, tunable: TunableModel) -> Teacher | None:
+    """The teacher that `train_files` is given by name. Raises as `load_teacher` does."""
+    if not teacher:
+        return None
+    return load_teacher(None if teacher == OWN_BASE else Path(teacher), tunable)
 
 
 def _tell(files: TrainingFiles, task: TaskData, limit: int, say: Say) -> None:
@@ -218,7 +235,7 @@ def _warn_of_zeros(zeros: ZeroCodes, say: Say) -> None:
         say(f"{len(zeros.dead_rows)} rows hold zeros only, so their scales stay as they are ({shown})")
 
 
-def _fingerprint(
+def fingerprint_of(
     tunable: TunableModel, files: Sequence[TrainingFiles], config: TuneConfig, teacher: str | None
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be gone on with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from peqa_runtime.cli import app
+from peqa_runtime.errors import InvalidData
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.training.run import TrainingFiles, train_files
+from peqa_runtime.training.settings import TuneConfig
+from peqa_runtime.training.tuning import load_tunable
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +239,26 @@ def test_several_tasks_are_tuned_in_one_run(tiny_base: Path, rows: Path, tmp_pat
     assert shown.stderr.count("held-out loss") == 1
     assert list((tmp_path / "events").glob("events.*"))
     assert not list((tmp_path / "sets").glob("*.sweep"))
+
+
+def test_a_missing_tensorboard_is_noticed_before_any_work(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the base is loaded, or rows are read")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tunable = load_tunable(tiny_base, device="cpu")
+    monkeypatch.setattr("peqa_runtime.training.tuning.load_tunable", worked)
+    monkeypatch.setattr("peqa_runtime.training.run.read_training_data", worked)
+    events, output = tmp_path / "events", tmp_path / "s.safetensors"
+    given = ("train", tiny_base, rows, "--task", "a", "-o", output, "--auto", "--tensorboard", events)
+    assert "pip install tensorboard" in peqa(*given, status=1).stderr
+    with pytest.raises(InvalidData, match="pip install tensorboard"):
+        train_files(
+            tunable, [TrainingFiles("a", rows, output)], lambda rows: TuneConfig(), tensorboard=events
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [rows.name]
 
 
 @pytest.mark.parametrize(

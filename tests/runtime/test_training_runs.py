@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training import scale_trainer as trainer_module
-from peqa_runtime.training.auto import Trial, best_of, sweep
 from peqa_runtime.training.batches import collate
 from peqa_runtime.training.checkpoints import last_checkpoint
 from peqa_runtime.training.data import encode_file
@@ -31,7 +30,6 @@ from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of
 from peqa_runtime.training.scale_trainer import ScaleTrainer
 from peqa_runtime.training.settings import TuneConfig, Wanted
 from peqa_runtime.training.token_losses import has_plain_head
-from peqa_runtime.training.trainer import tune
 from peqa_runtime.training.tuning import (
     TunableModel,
     drop_scales,
@@ -331,35 +329,3 @@ def test_the_papers_recipe_wants_one_scale_a_row(tunable: TunableModel) -> None:
     assert Wanted("peqa-paper", batch_rows=8).config(16, text=True).steps == 30
     with pytest.raises(InvalidData, match="--group-size -1"):
         refuse_groups(tunable)
-
-
-def test_a_sweep_tries_all_on_a_slice_and_goes_on_where_it_stopped(
-    tunable: TunableModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [TrainingFiles("t", rows("t", 40), tmp_path / "t.safetensors")]
-    wanted = Wanted(steps=3, batch_rows=4, others={"compute": "float32"})
-    monkeypatch.setattr("peqa_runtime.training.auto.RATES", (1e-3, 3e-2))
-    calls: list[str] = []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["folder"].name)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return tune(*args, **kwargs)
-
-    monkeypatch.setattr("peqa_runtime.training.auto.tune", counted)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(tunable, files, wanted, progress=False)
-    told: list[str] = []
-    trials = sweep(tunable, files, wanted, progress=False, say=told.append)
-    assert calls[:3] + calls[4:] == [
-        f"{kind}-{rate}" for kind in ("channel", "channel+input", "group") for rate in ("0.001", "0.03")
-    ]
-    assert len(told) == 7
-    best = best_of(trials)
-    assert told[1].endswith("*")
-    assert f"{best.loss:.4f}" in told[1]
-    assert best.loss < best.base_loss
-    assert list(tmp_path.glob("*.sweep")) == []
-    with pytest.raises(InvalidData, match="every trial diverged"):
-        best_of([Trial("channel", 1.0, float("inf"), 1.0, 3, 0.0)])
