@@ -67,7 +67,7 @@ def read_utf8(path: Path) -> str:
         raise InvalidData(f"{path}: no such file") from None
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error}") from error
-    if b"\0" in data[:65536]:
+    if b"\0" in data:
         raise InvalidData(f"{path} is a binary file; UTF-8 text is expected")
     try:
         return data.decode("utf-8-sig")

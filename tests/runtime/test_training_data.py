@@ -215,6 +215,9 @@ def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b"\x7fELF\0\0\1")
     with pytest.raises(InvalidData, match="is a binary file; UTF-8 text is expected"):
         read_rows(tmp_path / "d.jsonl")
+    (tmp_path / "late.txt").write_bytes(b"words " * 20_000 + b"\0")
+    with pytest.raises(InvalidData, match="is a binary file; UTF-8 text is expected"):
+        encode_file(tmp_path / "late.txt", BYTES)
     (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}')
     assert read_rows(tmp_path / "bom.jsonl") == [Row("a", "b", 1)]
 
