@@ -98,6 +98,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused(written(tmp_path / "bad.jsonl", '{"text": "a"}\n{"text": '), "line 2: not JSON")
     refused(written(tmp_path / "odd.jsonl", '{"question": "a"}'), "line 1: a row needs a string as text")
     refused(written(tmp_path / "number.jsonl", '{"text": 3}'), "line 1: a row needs a string as text")
+    refused(written(tmp_path / "half.jsonl", '{"text": "a\\ud800"}'), r"line 1: half a character, \\ud800")
     refused(written(tmp_path / "null.jsonl", '{"text": ""}'), "is empty")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 50)
     refused(tmp_path / "binary.txt", "cannot be read as UTF-8")

@@ -54,8 +54,9 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
         '{"prompt": " a\\n", "completion": "b ", "extra": [1]}',
         "",
         '{"prompt": "c\u2028d", "completion": "é"}',
+        '{"prompt": "\\ud83d\\ude00", "completion": "b"}',
     )
-    assert read_rows(file) == [Row(" a\n", "b ", 1), Row("c\u2028d", "é", 3)]
+    assert read_rows(file) == [Row(" a\n", "b ", 1), Row("c\u2028d", "é", 3), Row("\U0001f600", "b", 4)]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,13 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
         ('{"prompt": "", "completion": "a"}', "line 2: 'prompt' is empty"),
         ("[" * 100_000, "line 2: not JSON"),
+        ('{"prompt": "a\\ud83d", "completion": "b"}', r"line 2: 'prompt' holds half a character, \\ud83d; write"),
+        ('{"prompt": "a", "completion": "\\udc00b"}', r"line 2: 'completion' holds half a character, \\udc00"),
+        ('{"prompt": "a", "completion": "b", "references": ["\\ud800"]}', "line 2: 'references' holds half"),
+        (
+            '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "b"}]}',
+            "line 2: 'content' holds half a character",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:

@@ -132,15 +132,23 @@ def _text(file: Path) -> str:
     return text
 
 
-def _rows(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _rows(file: Path, lines: str) -> Iterator[str]:
+    for number, line in enumerate(lines.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InvalidData(f"{file}, line {number}: not JSON ({error})") from None
-        yield _row_text(row, f"{file}, line {number}")
+        text = _row_text(row, f"{file}, line {number}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can name it, and no tokenizer takes it
+            raise InvalidData(
+                f"{file}, line {number}: half a character, \\u{ord(text[error.start]):04x}; write the whole one, "
+                "or take it out"
+            ) from None
+        yield text
 
 
 def _row_text(row: Any, where: str) -> str:
