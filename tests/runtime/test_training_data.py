@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.batches import collate, plan_batches
+from peqa_runtime.training.batches import BatchPlan, collate, plan_batches
 from peqa_runtime.training.data import encode_file, encode_rows, encode_text, split_held_out
 from peqa_runtime.training.rows import Row, fill_prompt, read_rows
 
@@ -159,8 +160,20 @@ def test_the_plan_covers_every_example_once_an_epoch_and_is_seeded() -> None:
     assert plan == plan_batches(lengths, rows=4, steps=26, seed=3)
     assert plan != plan_batches(lengths, rows=4, steps=26, seed=4)
     assert plan_batches(lengths, rows=4, steps=5, seed=3) == plan[:5]
+    lazy = BatchPlan(lengths, rows=4, steps=26, seed=3)
+    assert (lazy[20], lazy[3], lazy[20], lazy[11:14]) == (plan[20], plan[3], plan[20], plan[11:14])
     padding = sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in plan)
     assert padding < 0.2 * sum(lengths) * 2
+
+
+def test_a_plan_of_a_million_steps_is_made_as_it_goes() -> None:
+    tracemalloc.start()
+    plan = BatchPlan([1 + i % 7 for i in range(50)], rows=4, steps=1_000_000, seed=3)
+    assert len(plan) == 1_000_000
+    assert len({plan[step] for step in range(2000)}) > 1000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2_000_000, "bytes: one epoch at a time"
 
 
 def test_the_held_out_split_is_disjoint_and_seeded() -> None:
