@@ -190,8 +190,8 @@ def _check_methods(
         return None
     if options.calibration is None:
         raise InvalidRequest(
-            f"method {calibrated[0]} needs calibration text: a {', '.join(SUFFIXES)} file, or a folder of them, like "
-            "what the model will read",
+            f"method {calibrated[0]} needs calibration text: a {', '.join(SUFFIXES)} file, or a folder, like what "
+            "the model will read",
             param="calibration",
         )
     grouped = any(plan and plan.method != "rtn" and plan.group_size != PER_CHANNEL for plan in plans.values())

@@ -254,7 +254,9 @@ def test_epochs_become_steps() -> None:
         with pytest.raises(InvalidData, match="epochs must be above 0 and at most 10000"):
             steps_for(0, 16, epochs)
     assert steps_for(1600, 16, 10_000) == 1_000_000
-    with pytest.raises(InvalidData, match="10000 epochs over 1601 rows are 1010000 steps of 16 rows, and a run may"):
+    with pytest.raises(
+        InvalidData, match="10000 epochs over 1601 rows are 1010000 steps of 16 rows, and a run may"
+    ):
         steps_for(1601, 16, 10_000)
 
 

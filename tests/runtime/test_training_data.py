@@ -72,8 +72,14 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
         ('{"prompt": "", "completion": "a"}', "line 2: 'prompt' is empty"),
         ("[" * 100_000, "line 2: not JSON"),
-        ('{"prompt": "a\\ud83d", "completion": "b"}', r"line 2: 'prompt' holds half a character, \\ud83d; write"),
-        ('{"prompt": "a", "completion": "\\udc00b"}', r"line 2: 'completion' holds half a character, \\udc00"),
+        (
+            '{"prompt": "a\\ud83d", "completion": "b"}',
+            r"line 2: 'prompt' holds half a character, \\ud83d; write",
+        ),
+        (
+            '{"prompt": "a", "completion": "\\udc00b"}',
+            r"line 2: 'completion' holds half a character, \\udc00",
+        ),
         ('{"prompt": "a", "completion": "b", "references": ["\\ud800"]}', "line 2: 'references' holds half"),
         (
             '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "b"}]}',
@@ -95,7 +101,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InvalidData, match="UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(InvalidData, match=r"\.jsonl"):
+    with pytest.raises(InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt file of plain text"):
         encode_file(write(tmp_path / "d.csv", "a,b"), BYTES)
     with pytest.raises(InvalidData, match="plain text"):
         encode_file(write(tmp_path / "d.txt", "words"), BYTES, prompt_format="{prompt}!")
