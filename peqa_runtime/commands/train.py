@@ -174,7 +174,7 @@ def train(
     from accelerate import PartialState
 
     from peqa_runtime.training.auto import best_of, sweep
-    from peqa_runtime.training.run import TrainingFiles, train_files
+    from peqa_runtime.training.run import TrainingFiles, refuse_existing, train_files
     from peqa_runtime.training.settings import RECIPES, Wanted
     from peqa_runtime.training.trainer import TrainingInterrupted
     from peqa_runtime.training.tuning import load_tunable, refuse_groups
@@ -212,6 +212,7 @@ def train(
         for name, path, where, own in _pairs(task, data, output, held_out or [])
     ]
     wanted.config(0, text=text)  # settings are checked before time is spent
+    refuse_existing(files, resume=resume)
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     if RECIPES[recipe].per_channel_base:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from peqa_runtime.core import check_task_name
 from peqa_runtime.errors import InvalidData, StoreError
-from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
+from peqa_runtime.scales.scale_set import ScaleSet, check_set_path, refuse_existing_set
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
 from peqa_runtime.training.distill import load_teacher
@@ -72,6 +72,14 @@ def checkpoints_of(files: Sequence[TrainingFiles]) -> Path:
     """Folder of an unfinished run, beside the output; that of several tasks is named after all of them."""
     name = files[0].output.name if len(files) == 1 else "+".join(given.task for given in files)
     return files[0].output.with_name(f"{name}.checkpoints")
+
+
+def refuse_existing(files: Sequence[TrainingFiles], *, resume: bool | None = None) -> None:
+    """Raise `InvalidData` for an output that is there already, unless an unfinished run may have written it."""
+    if resume is not False and last_checkpoint(checkpoints_of(files)) is not None:
+        return
+    for given in files:
+        refuse_existing_set(given.output)
 
 
 def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ def test_held_out_rows_and_long_rows_are_reported(tiny_base: Path, rows: Path, t
     assert "1 rows of more than 40 tokens are left out (lines 13)" in result.stderr
     assert "9 rows (" in result.stderr
     assert "3 held out" in result.stderr
+    output.unlink()
     refused = peqa(*args, "--too-long", "fail", status=1)
     assert "line 13: " in refused.stderr
 
@@ -134,6 +137,44 @@ def test_train_says_what_is_wrong(
     assert message in error
     assert result.stdout == ""
     assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_a_set_that_is_there_is_not_replaced(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """As with bases: the same command again, or another one with the same output, takes nothing away."""
+    one, sets = tmp_path / "one.safetensors", tmp_path / "sets"
+    train = ("train", tiny_base, rows, "--task", "a", "--steps", 1, "-q", "-o", one)
+    peqa(*train)
+    made = one.read_bytes()
+    for more in ((), ("--lr", "2e-2"), ("--auto",), ("--no-resume",)):
+        again = peqa(*train, *more, status=1)
+        assert again.stderr == f"error: {one} exists already; remove it or choose another name\n"
+    assert one.read_bytes() == made
+    sets.mkdir()
+    (sets / "b.safetensors").write_bytes(made)
+    both = ("train", tiny_base, rows, rows, "--task", "a", "--task", "b", "--steps", 1, "-q", "-o", sets)
+    assert f"{sets / 'b.safetensors'} exists already" in peqa(*both, status=1).stderr
+    assert [file.name for file in sets.iterdir()] == ["b.safetensors"]
+
+
+def test_a_run_that_could_not_write_all_its_sets_writes_the_rest(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = tmp_path / "sets"
+    both = ("train", tiny_base, rows, rows, "--task", "a", "--task", "b", "--steps", 1, "-q", "-o", sets)
+    save = ScaleSet.save
+
+    def full(self: ScaleSet, path: Path) -> None:
+        if path.name == "b.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleSet, "save", full)
+        assert "the same command writes them" in peqa(*both, status=1).stderr
+    assert (sets / "a.safetensors").exists()
+    assert "exists already" in peqa(*both, "--no-resume", status=1).stderr
+    peqa(*both)
+    assert {file.name for file in sets.iterdir()} == {"a.safetensors", "b.safetensors"}
 
 
 def test_errors_of_eval_and_generate(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
