@@ -29,11 +29,12 @@ def import_adapter(
     """
     from peqa_runtime.core import check_task_name
     from peqa_runtime.export.ia3 import import_ia3
-    from peqa_runtime.scales.scale_set import check_set_path
+    from peqa_runtime.scales.scale_set import check_set_path, refuse_existing_set
 
     check_set_path(output)
     if task:
         check_task_name(task)
+    refuse_existing_set(output)
     result = import_ia3(adapter, base, task=task)
     output.parent.mkdir(parents=True, exist_ok=True)
     result.save(output)

@@ -45,7 +45,8 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="gptq, blockwise: text (.txt, .jsonl, .parquet or a folder).", envvar="PEQA_CALIBRATION"
+            help="gptq, blockwise: text (.txt, .md, .jsonl, .json, .parquet or a folder).",
+            envvar="PEQA_CALIBRATION",
         ),
     ] = None,
     calibration_windows: Annotated[

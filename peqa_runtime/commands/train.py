@@ -174,7 +174,7 @@ def train(
     from accelerate import PartialState
 
     from peqa_runtime.training.auto import best_of, sweep
-    from peqa_runtime.training.run import TrainingFiles, train_files
+    from peqa_runtime.training.run import TrainingFiles, refuse_existing, train_files
     from peqa_runtime.training.settings import RECIPES, Wanted
     from peqa_runtime.training.tensorboard import summary_writer
     from peqa_runtime.training.trainer import TrainingInterrupted
@@ -215,6 +215,7 @@ def train(
     wanted.config(0, text=text)  # settings are checked before time is spent
     if tensorboard is not None:
         summary_writer()  # and so is its package
+    refuse_existing(files, resume=resume)
     quiet_libraries()
     tunable = load_tunable(base, device=device)
     if RECIPES[recipe].per_channel_base:

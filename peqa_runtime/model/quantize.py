@@ -107,7 +107,7 @@ def quantize_folder(
         spec = _spec(opened, skeleton, plans, default, _note(default, options, calibration))
         spec = replace(spec, model_id=model_id or _model_id(opened, source))
         if calibration is None:
-            with _new_base(destination) as folder:
+            with _new_base(destination, resumes=False) as folder:
                 _write(opened, folder, spec, plans, options, None, progress)
             return _report(plans, [])
         if not skeleton.blocks:
@@ -118,7 +118,7 @@ def quantize_folder(
         BlockRun(skeleton, opened, plans, calibration, settings, bench, device).finish(
             progress=progress, say=say
         )
-        with _new_base(destination) as folder:
+        with _new_base(destination, resumes=True) as folder:
             _write(opened, folder, spec, plans, options, _Finished(bench, skeleton), progress)
         reports = [bench.report(index) for index in range(len(skeleton.blocks))]
         bench.remove()
@@ -132,7 +132,7 @@ def _no_other_run(destination: Path) -> Iterator[None]:
         raise InvalidCheckpoint(f"{destination} exists already; remove it or choose another name")
     run = folder_of_run(destination)
     lock = FileLock(run.with_name(f"{run.name}.lock"), blocking=False)
-    with disk_full_named(destination):
+    with disk_full_named(destination, resumes=False):  # nothing has begun
         destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         with lock:
@@ -147,8 +147,8 @@ def _no_other_run(destination: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _new_base(destination: Path) -> Iterator[Path]:
-    with disk_full_named(destination), one_thread(), staged_folder(destination) as folder:
+def _new_base(destination: Path, *, resumes: bool) -> Iterator[Path]:
+    with disk_full_named(destination, resumes=resumes), one_thread(), staged_folder(destination) as folder:
         yield folder
 
 
@@ -163,7 +163,7 @@ def _opened(source: Path, destination: Path, progress: bool) -> Iterator[FloatSo
     imported = run.with_name(f"{run.name}.imported")
     shutil.rmtree(imported, ignore_errors=True)
     try:
-        with disk_full_named(imported):
+        with disk_full_named(imported, resumes=False):  # decoding a file begins anew
             import_gguf(source, imported / source.stem, progress=progress)
         with open_source(imported / source.stem) as opened:
             yield opened
@@ -190,8 +190,8 @@ def _check_methods(
         return None
     if options.calibration is None:
         raise InvalidRequest(
-            f"method {calibrated[0]} needs calibration text: a {', '.join(SUFFIXES)} file, or a folder of them, like "
-            "what the model will read",
+            f"method {calibrated[0]} needs calibration text: a {', '.join(SUFFIXES)} file, or a folder, like what "
+            "the model will read",
             param="calibration",
         )
     grouped = any(plan and plan.method != "rtn" and plan.group_size != PER_CHANNEL for plan in plans.values())

@@ -173,6 +173,12 @@ def check_set_path(path: Path) -> None:
         raise InvalidData(f"{path} is a folder; name the scale set file to write")
 
 
+def refuse_existing_set(path: Path) -> None:
+    """Raise `InvalidData` where a file is already: a tuned set is hours of work, and bases are not replaced either."""
+    if path.exists():
+        raise InvalidData(f"{path} exists already; remove it or choose another name")
+
+
 def max_file_bytes(manifest: BaseManifest) -> int:
     """Return the size in bytes that no valid scale set file for this base exceeds, whatever its kind."""
     most = max(sum(prod(shape) for shape in expected_shapes(kind, manifest).values()) for kind in SCALE_KINDS)

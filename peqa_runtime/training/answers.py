@@ -85,33 +85,56 @@ def answer_rows(
     """Greedy answers, a batch of like lengths at a time; a batch that `done` (row numbers) holds whole is passed over.
 
     A row is answered until end-of-sequence, or until it is so much longer than the longest reference of its batch that
-    it is beside the point. A prompt that leaves no room in the context raises `InvalidData`.
+    it is beside the point. The rows have gone through `check_rows`. A batch whose longest prompt leaves no room for its
+    longest reference is answered row by row.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(order), batch_rows):
         part = order[start : start + batch_rows]
         if done.issuperset(part):
             continue
-        prompts = [prompt_ids(rows[i], tunable, prompt_format) for i in part]
-        longest = max(len(tunable.encode(text)) for i in part for text in rows[i].good_answers)
-        room = round(longest * metric.room) + 8
-        for i, prompt in zip(part, prompts, strict=True):
-            check_room(tunable, rows[i], len(prompt), longest)
-        room = min(room, tunable.max_tokens - max(map(len, prompts)))
-        answers = greedy(tunable, prompts, max_new_tokens=room)
-        yield [_scored(i, rows[i], answer, metric) for i, answer in zip(part, answers, strict=True)]
+        prompts = {i: prompt_ids(rows[i], tunable, prompt_format) for i in part}
+        longest = {i: max(len(tunable.encode(text)) for text in rows[i].good_answers) for i in part}
+        fits = max(map(len, prompts.values())) + max(longest.values()) <= tunable.max_tokens
+        for together in [part] if fits else [[i] for i in part]:
+            own = [prompts[i] for i in together]
+            room = round(max(longest[i] for i in together) * metric.room) + 8
+            room = min(room, tunable.max_tokens - max(map(len, own)))
+            answers = greedy(tunable, own, max_new_tokens=room)
+            yield [_scored(i, rows[i], answer, metric) for i, answer in zip(together, answers, strict=True)]
 
 
 def _scored(number: int, row: Row, answer: str, metric: Metric) -> Scored:
     return Scored(number, row.line, row.prompt, row.completion, answer, metric.stats(row, answer))
 
 
-def check_room(tunable: TunableModel, row: Row, prompt: int, answer: int) -> None:
-    """Raise `InvalidData` for a row of so many tokens that does not fit the context."""
-    if prompt + answer > tunable.max_tokens:
+def check_rows(
+    tunable: TunableModel, rows: Sequence[Row], metric: Metric, *, prompt_format: str = ""
+) -> None:
+    """Raise `InvalidData` for rows that cannot be asked or measured: before the first answer, not after the others."""
+    too_long: list[tuple[Row, int, int]] = []
+    for row in rows:
+        texts = row.good_answers
+        if metric.asks == "option":
+            texts = row.options
+            if len(texts) < 2 or row.completion not in texts:
+                raise InvalidData(
+                    f"line {row.line}: multiple-choice needs 'options', two or more, with the completion among them"
+                )
+        else:
+            metric.stats(row, "")  # raises for a completion that nothing can be measured against
+        prompt = len(prompt_ids(row, tunable, prompt_format))
+        answer = max(len(tunable.encode(text)) for text in texts)
+        if prompt + answer > tunable.max_tokens:
+            too_long.append((row, prompt, answer))
+    if too_long:
+        row, prompt, answer = too_long[0]
+        others = [str(other.line) for other, _, _ in too_long[1:]]
+        shown = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+        also = f", and {len(others)} more rows do (lines {shown})" if others else ""
         raise InvalidData(
             f"line {row.line}: {prompt} prompt tokens and {answer} of the answer exceed the context "
-            f"of {tunable.max_tokens}"
+            f"of {tunable.max_tokens}{also}; shorten such rows or leave them out"
         )
 
 
@@ -123,17 +146,12 @@ def choose_options(
     prompt_format: str = "",
     done: frozenset[int] = frozenset(),
 ) -> Iterator[list[Scored]]:
-    """The option with the highest mean log-probability per token, a row at a time."""
+    """The option with the highest mean log-probability per token, a row at a time, of rows that `check_rows` passed."""
     for number, row in enumerate(rows):
         if number in done:
             continue
-        if len(row.options) < 2 or row.completion not in row.options:
-            raise InvalidData(
-                f"line {row.line}: multiple-choice needs 'options', two or more, with the completion among them"
-            )
         prompt = prompt_ids(row, tunable, prompt_format)
         examples = [Example((*prompt, *tunable.encode(option)), len(prompt)) for option in row.options]
-        check_room(tunable, row, len(prompt), max(len(e.token_ids) for e in examples) - len(prompt))
         batch = collate(examples, tunable.eos_token_id).to(tunable.model.device)
         with torch.no_grad():
             logits = logits_at(tunable.model, batch.input_ids, batch.positions)

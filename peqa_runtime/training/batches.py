@@ -6,9 +6,11 @@ transformers makes block-diagonal attention: no example sees another (`packing_i
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -41,22 +43,55 @@ class TokenBatch:
         )
 
 
-def plan_batches(lengths: Sequence[int], *, rows: int, steps: int, seed: int) -> list[tuple[int, ...]]:
+class BatchPlan(Sequence[tuple[int, ...]]):
     """Which examples each of `steps` batches holds: every epoch shuffled anew, like lengths together.
 
     Examples are shuffled, sorted by length within pools of 32 batches (so that little is padding), cut into batches of
     `rows`, and the batches shuffled. The plan depends on the arguments only, so a resumed run goes on with it.
+
+    One epoch is in memory at a time, so a long run begins at once. Steps are taken in order: one of an earlier epoch
+    makes all of them anew.
     """
-    assert rows > 0
-    assert lengths
-    rng = random.Random(f"batches {seed}")
-    plan: list[tuple[int, ...]] = []
-    while len(plan) < steps:
-        plan.extend(_plan_epoch(lengths, rows, rng))
-    return plan[:steps]
+
+    def __init__(self, lengths: Sequence[int], *, rows: int, steps: int, seed: int) -> None:
+        assert rows > 0
+        assert lengths
+        self._lengths, self._rows, self._steps, self._seed = lengths, rows, steps, seed
+        self._per_epoch = math.ceil(len(lengths) / rows)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rng = random.Random(f"batches {self._seed}")
+        self._epoch, self._batches = 0, _plan_epoch(self._lengths, self._rows, self._rng)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @overload
+    def __getitem__(self, step: int) -> tuple[int, ...]: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> list[tuple[int, ...]]: ...
+
+    def __getitem__(self, step: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(self._steps))]
+        if not 0 <= step < self._steps:
+            raise IndexError(step)
+        epoch, place = divmod(step, self._per_epoch)
+        if epoch < self._epoch:
+            self._begin()
+        while self._epoch < epoch:
+            self._epoch, self._batches = self._epoch + 1, _plan_epoch(self._lengths, self._rows, self._rng)
+        return self._batches[place]
 
 
-def _plan_epoch(lengths: Sequence[int], rows: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
+def plan_batches(lengths: Sequence[int], *, rows: int, steps: int, seed: int) -> list[tuple[int, ...]]:
+    """All of a `BatchPlan` at once."""
+    return list(BatchPlan(lengths, rows=rows, steps=steps, seed=seed))
+
+
+def _plan_epoch(lengths: Sequence[int], rows: int, rng: random.Random) -> list[tuple[int, ...]]:
     order = list(range(len(lengths)))
     rng.shuffle(order)
     batches: list[tuple[int, ...]] = []
@@ -65,7 +100,7 @@ def _plan_epoch(lengths: Sequence[int], rows: int, rng: random.Random) -> Iterat
         part = sorted(order[start : start + pool], key=lengths.__getitem__)
         batches += [tuple(part[i : i + rows]) for i in range(0, len(part), rows)]
     rng.shuffle(batches)
-    yield from batches
+    return batches
 
 
 def pack_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -150,8 +185,8 @@ class StepBatches(torch.utils.data.Dataset):
         return sum(
             len(examples[i].token_ids) - 1
             for examples, plan in zip(self.tasks, self.plans, strict=True)
-            for batch in plan[:steps]
-            for i in batch
+            for step in range(steps)
+            for i in plan[step]
         )
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:

@@ -18,6 +18,12 @@ from peqa_runtime.errors import TrainingDiverged
 from peqa_runtime.training.tuning import LARGEST_SCALE, SMALLEST_SCALE
 
 
+def base_at_fault(args: TrainingArguments) -> str:
+    """Half a sentence about NaN before the first step."""
+    other = "try --compute float32, or " if args.bf16 else ""
+    return f"under the base's own scales, so no --lr helps: {other}look for what is wrong with the base or the rows"
+
+
 class ClipEachTask(TrainerCallback):
     """Clip each task's gradient by its own norm, as if it were tuned alone; end the run at one that is no number."""
 
@@ -29,8 +35,11 @@ class ClipEachTask(TrainerCallback):
         for parameters in self.tasks:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip).item()
             if not math.isfinite(norm):
+                what = "the loss or its gradient became NaN or infinite at step"
+                if state.global_step == 0:
+                    raise TrainingDiverged(f"{what} 1, {base_at_fault(args)}")
                 raise TrainingDiverged(
-                    f"the loss or its gradient became NaN or infinite at step {state.global_step + 1}; {self.kept()}"
+                    f"{what} {state.global_step + 1}; a lower --lr with --no-resume begins anew; {self.kept()}"
                 )
 
 

@@ -32,6 +32,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def load_masters(checkpoint: Path, task: int) -> dict[str, Tensor]:
+    """The scales of one of a run's tasks, fp32, by their name in a scale set file."""
+    found = load_file(checkpoint / MASTERS)
+    return {name.partition(".")[2]: s for name, s in found.items() if name.startswith(f"{task}.")}
+
+
 def prepare_folder(folder: Path, fingerprint: Mapping[str, Any], *, resume: bool | None) -> Path | None:
     """Checkpoint to go on from, or None for a new run. `resume`: True must, False must not, None if there is one.
 

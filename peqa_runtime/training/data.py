@@ -141,7 +141,7 @@ def encode_file(
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
 ) -> EncodedData:
-    """Examples of a `.jsonl` or `.txt` file; another suffix raises `InvalidData`."""
+    """Examples of a `.jsonl`, `.json` or `.txt` file; another suffix raises `InvalidData`."""
     suffix = Path(path).suffix.lower()
     if suffix == ".txt":
         if prompt_format:
@@ -155,7 +155,7 @@ def encode_file(
             )
         except InvalidData as error:
             raise InvalidData(f"{path}: {error}") from None
-    raise InvalidData(f"{path}: a .jsonl file of rows or a .txt file is expected")
+    raise InvalidData(f"{path}: a .jsonl or .json file of rows, or a .txt file of plain text, is expected")
 
 
 def file_digest(path: Path) -> str:

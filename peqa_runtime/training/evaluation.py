@@ -14,7 +14,14 @@ from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.scales.atomic_file import write_atomic
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.training.answers import Scored, answer_rows, choose_options, sample_rows, window_losses
+from peqa_runtime.training.answers import (
+    Scored,
+    answer_rows,
+    check_rows,
+    choose_options,
+    sample_rows,
+    window_losses,
+)
 from peqa_runtime.training.compare import interval, paired
 from peqa_runtime.training.data import Example, encode_text, file_digest, read_text
 from peqa_runtime.training.metrics import Metric
@@ -53,20 +60,24 @@ def evaluate(
     paired difference (first minus `against`).
 
     `predictions`: a file for the row's answers; beside it what is done is kept, so that an interrupted evaluation goes
-    on. Raises `InvalidData`, `DiskFull`, and `InvalidScaleSet` as `ScaleSet.parse` does.
+    on. What cannot be measured raises before the first answer: `InvalidData`, and `InvalidScaleSet` as `ScaleSet.parse`
+    does. Raises `DiskFull`.
     """
     rows = _rows(tunable, question)
     sets: list[Path | None] = [scale_set]
     if against is not None:
         sets.append(None if against == BASE else Path(against))
+    used = [None if chosen is None else ScaleSet.parse(Path(chosen), tunable.manifest) for chosen in sets]
+    forms = [_form(question, chosen) for chosen in used]
+    if question.metric.asks != "window":
+        _check(tunable, question, rows, forms)
     found: list[list[Scored]] = []
-    used: list[ScaleSet | None] = []
-    for place, chosen in enumerate(sets):
+    for place, (chosen, form) in enumerate(zip(used, forms, strict=True)):
         partial = predictions.with_name(f"{predictions.name}.partial{place or ''}") if predictions else None
-        used.append(_use(tunable, chosen))
+        _use(tunable, chosen)
         offset = place * len(rows)
         moved = None if progress is None else _moved(progress, offset, len(rows) * len(sets))
-        found.append(_ask(tunable, question, rows, used[-1], partial, moved))
+        found.append(_ask(tunable, question, rows, chosen, form, partial, moved))
     report = _report(tunable, question, used, found)
     if predictions is not None:
         _write_predictions(predictions, question.metric, found)
@@ -102,11 +113,25 @@ def _context(tunable: TunableModel, question: Question) -> int:
     return question.context
 
 
-def _use(tunable: TunableModel, scale_set: Path | None) -> ScaleSet | None:
+def _form(question: Question, scale_set: ScaleSet | None) -> str:
+    """The prompt format that is asked for, or else the one that the set notes."""
+    noted = scale_set.prompt_format if scale_set else ""
+    return check_prompt_format(noted if question.prompt_format is None else question.prompt_format)
+
+
+def _check(tunable: TunableModel, question: Question, rows: Sequence[Any], forms: Sequence[str]) -> None:
+    try:
+        for form in dict.fromkeys(forms):
+            check_rows(tunable, rows, question.metric, prompt_format=form)
+    except InvalidData as error:
+        raise InvalidData(f"{question.data}, {error}") from None
+
+
+def _use(tunable: TunableModel, scale_set: ScaleSet | None) -> None:
     if scale_set is None:
         drop_scales(tunable)
-        return None
-    return apply_scale_set(tunable, scale_set)
+    else:
+        apply_scale_set(tunable, scale_set)
 
 
 def _moved(progress: Progress, offset: int, total: int) -> Progress:
@@ -118,14 +143,11 @@ def _ask(
     question: Question,
     rows: Sequence[Any],
     scale_set: ScaleSet | None,
+    form: str,
     partial: Path | None,
     progress: Progress | None,
 ) -> list[Scored]:
     """Every row's answer in order; those that `partial` holds are not asked again."""
-    form = question.prompt_format
-    if form is None:
-        form = scale_set.prompt_format if scale_set else ""
-    form = check_prompt_format(form)
     fingerprint = {
         "data": file_digest(question.data),
         "metric": question.metric.name,

@@ -67,7 +67,7 @@ def read_utf8(path: Path) -> str:
         raise InvalidData(f"{path}: no such file") from None
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error}") from error
-    if b"\0" in data[:65536]:
+    if b"\0" in data:
         raise InvalidData(f"{path} is a binary file; UTF-8 text is expected")
     try:
         return data.decode("utf-8-sig")
@@ -144,7 +144,18 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
         raise InvalidData(f"{where}: {key!r} must be a string, not {type(record[key]).__name__}")
     if not record[key]:
         raise InvalidData(f"{where}: {key!r} is empty")
-    text: str = record[key]
+    return _whole(record[key], key, where)
+
+
+def _whole(text: str, key: str, where: str) -> str:
+    """`text`, unless it holds half a character: JSON can name one, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidData(
+            f"{where}: {key!r} holds half a character, \\u{ord(text[error.start]):04x}; write the whole one, "
+            "or take it out"
+        ) from None
     return text
 
 
@@ -154,7 +165,7 @@ def _texts(record: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
         return ()
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
         raise InvalidData(f"{where}: {key!r} must be a list of texts")
-    return tuple(found)
+    return tuple(_whole(text, key, where) for text in found)
 
 
 def check_prompt_format(prompt_format: str) -> str:

@@ -15,11 +15,12 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from peqa_runtime.core import check_task_name
-from peqa_runtime.errors import InvalidData, StoreError
-from peqa_runtime.scales.scale_set import ScaleSet, check_set_path
+from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
+from peqa_runtime.scales.scale_set import ScaleSet, check_set_path, refuse_existing_set
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
 from peqa_runtime.training.distill import Teacher, load_teacher
+from peqa_runtime.training.diverged import save_before_nan
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
 from peqa_runtime.training.settings import TuneConfig
@@ -80,6 +81,14 @@ def trials_of(files: Sequence[TrainingFiles]) -> Path:
     return checkpoints_of(files).with_suffix(".sweep")
 
 
+def refuse_existing(files: Sequence[TrainingFiles], *, resume: bool | None = None) -> None:
+    """Raise `InvalidData` for an output that is there already, unless an unfinished run may have written it."""
+    if resume is not False and last_checkpoint(checkpoints_of(files)) is not None:
+        return
+    for given in files:
+        refuse_existing_set(given.output)
+
+
 def row_limit(tunable: TunableModel, files: TrainingFiles) -> int:
     """Most tokens of a row, window of plain text."""
     return min(1024, tunable.max_tokens) if files.max_tokens is None else files.max_tokens
@@ -126,8 +135,9 @@ def train_files(
 
     `teacher`: a model folder to learn from, or `base` for the base itself (`config.distill` is its share of the loss).
     `resume`: None goes on with an unfinished run of the same settings, if there is one; True demands one; False starts
-    anew. Checkpoints, and the trials before the run, are removed when the sets are saved. Raises `InvalidData`,
-    `TrainingInterrupted`, `TrainingDiverged`, `StoreError`, `DiskFull`.
+    anew. Checkpoints, and the trials before the run, are removed when the sets are saved; a run whose loss becomes NaN
+    saves its best under another name. Raises `InvalidData`, `TrainingInterrupted`, `TrainingDiverged`, `StoreError`,
+    `DiskFull`.
     """
     config = config_of(0)  # settings are checked before time is spent
     check_together(files, config, teacher)
@@ -150,16 +160,22 @@ def train_files(
         checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    results = tune(
-        tunable,
-        config,
-        tasks,
-        folder=folder,
-        resume_from=checkpoint,
-        teacher=open_teacher(teacher, tunable),
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+    try:
+        results = tune(
+            tunable,
+            config,
+            tasks,
+            folder=folder,
+            resume_from=checkpoint,
+            teacher=open_teacher(teacher, tunable),
+            tensorboard=tensorboard,
+            progress=progress,
+        )
+    except TrainingDiverged as error:
+        if not process.is_main_process:
+            raise
+        told = [str(error), *save_before_nan(tunable, files, config, tasks, folder)]
+        raise TrainingDiverged("; ".join(told)) from error
     finished = [
         _finish(tunable, given, config, task, result, zeros, write=process.is_main_process)
         for given, task, result in zip(files, tasks, results, strict=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerControl
 
 from peqa_runtime.disk_space import full_at, is_full
-from peqa_runtime.errors import StoreError
+from peqa_runtime.errors import StoreError, TrainingDiverged
 from peqa_runtime.training.batches import TokenBatch
-from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint
+from peqa_runtime.training.callbacks import base_at_fault
+from peqa_runtime.training.checkpoints import MASTERS, BestScales, last_checkpoint, load_masters
 from peqa_runtime.training.distill import Teacher, divergence
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.token_losses import token_losses
@@ -90,6 +92,10 @@ class ScaleTrainer(Trainer):
         metrics: dict[str, float] = {}
         for task, (name, batches) in enumerate(self.held_out):
             loss = self._held_out_loss(task, batches)
+            if self.state.global_step == 0 and not math.isfinite(loss):
+                raise TrainingDiverged(
+                    f"{name}: the held-out loss is NaN or infinite {base_at_fault(self.args)}"
+                )
             metrics[f"eval_loss_{name}"] = loss
             scales = detached(tuned_scales(self.model, task))
             self.best.offer(task, loss, self.state.global_step, scales, write=self.args.process_index == 0)
@@ -145,10 +151,8 @@ class ScaleTrainer(Trainer):
         save_file(scales, folder / MASTERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        found = load_file(Path(resume_from_checkpoint) / MASTERS)
         for task in range(self.tasks):
-            own = {n.partition(".")[2]: s for n, s in found.items() if n.startswith(f"{task}.")}
-            set_scales(self.model, own, task)
+            set_scales(self.model, load_masters(Path(resume_from_checkpoint), task), task)
 
 
 def detached(scales: dict[str, nn.Parameter]) -> dict[str, Tensor]:

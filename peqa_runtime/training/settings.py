@@ -20,6 +20,9 @@ LEARNING_RATES = MappingProxyType(dict.fromkeys(SCALE_KINDS, 1e-2))
 `--auto` finds the one for a base and its data."""
 BETA2 = MappingProxyType(dict.fromkeys(SCALE_KINDS, 0.999) | {"channel": 0.95})
 """Default per kind, of AdamW's mean of squared gradients: the best of each in the same sweep."""
+MOST_STEPS = 1_000_000
+MOST_EPOCHS = 10_000
+"""Runs of more are typing errors: at a tenth of a second a step, a million take more than a day."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,13 @@ class TuneConfig:
         """Refuse values that cannot be meant."""
         checks = (
             ("kind", self.kind in SCALE_KINDS, f"one of {', '.join(SCALE_KINDS)}"),
-            ("steps", self.steps >= 1, "at least 1"),
+            ("steps", 1 <= self.steps <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS}"),
             ("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("batch_rows", self.batch_rows >= 1, "at least 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch_rows, "between 1 and the rows of a step"),
             ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
-            ("clip", self.clip > 0, "above 0"),
+            ("clip", 0 < self.clip < math.inf, "above 0 and no infinity"),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
             ("check_every", self.check_every >= 1, "at least 1"),
             ("patience", self.patience >= 0, "at least 0"),
@@ -141,6 +144,12 @@ class Wanted:
 
 def steps_for(rows: int, batch_rows: int, epochs: float) -> int:
     """Optimizer steps that go `epochs` times over `rows`."""
-    if not epochs > 0:
-        raise InvalidData(f"epochs must be above 0, got {epochs}")
-    return max(1, math.ceil(epochs * math.ceil(rows / max(1, batch_rows))))
+    if not 0 < epochs <= MOST_EPOCHS:
+        raise InvalidData(f"epochs must be above 0 and at most {MOST_EPOCHS}, got {epochs}")
+    steps = max(1, math.ceil(epochs * math.ceil(rows / max(1, batch_rows))))
+    if steps > MOST_STEPS:
+        raise InvalidData(
+            f"{epochs:g} epochs over {rows} rows are {steps} steps of {batch_rows} rows, and a run may have "
+            f"{MOST_STEPS}; give fewer epochs, or more rows to a step (--batch)"
+        )
+    return steps

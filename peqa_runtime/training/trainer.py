@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.training.attention import tuning_attention
-from peqa_runtime.training.batches import StepBatches, held_out_batches, plan_batches
+from peqa_runtime.training.batches import BatchPlan, StepBatches, held_out_batches
 from peqa_runtime.training.callbacks import ClipEachTask, KeepPositive, ProgressBar, StopOnSignal
 from peqa_runtime.training.checkpoints import BestScales
 from peqa_runtime.training.data import EncodedData
@@ -137,7 +137,7 @@ def _trainer(
     pad = tunable.eos_token_id
     pack = max(_longest(tasks), 512) if config.pack else 0
     plans = [
-        plan_batches(
+        BatchPlan(
             [len(e.token_ids) for e in task.train.examples],
             rows=config.batch_rows,
             steps=config.steps,

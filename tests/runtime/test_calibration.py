@@ -62,8 +62,19 @@ def test_a_folder_is_all_of_its_text(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     written(tmp_path / "inside" / "b.jsonl", json.dumps({"text": "b" * 40}))
     written(tmp_path / "c.csv", "no")
+    written(tmp_path / "README.md", "no")
+    written(tmp_path / "inside" / "dataset_infos.json", '{"rows": 1}')
     ids = {int(i) for window in read(tmp_path, 2, 40).windows for i in window[0]}
     assert ids == {ord("a"), ord("b"), END}
+
+
+def test_markdown_is_text_and_json_is_rows(tmp_path: Path) -> None:
+    text = read(written(tmp_path / "t.txt", WORDS))
+    assert read(written(tmp_path / "t.md", WORDS)).digest == text.digest
+    rows = [{"text": "a" * 40}, {"prompt": "b" * 20, "completion": "b" * 20}]
+    lines = read(written(tmp_path / "r.jsonl", "\n".join(map(json.dumps, rows))))
+    assert read(written(tmp_path / "array.json", json.dumps(rows, indent=1))).digest == lines.digest
+    assert read(written(tmp_path / "lines.json", "\n".join(map(json.dumps, rows)))).digest == lines.digest
 
 
 def test_parquet_where_pyarrow_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +104,13 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         r"2 windows of 16 tokens, 4 are asked for.*ask for 2 windows",
     )
     refused(written(tmp_path / "tiny.txt", "abc"), "not even one window of 16")
-    refused(written(tmp_path / "t.pdf", "abc"), "calibration text is a .txt, .jsonl, .parquet file")
+    refused(written(tmp_path / "t.pdf", "abc"), r"is a \.txt, \.md, \.jsonl, \.json, \.parquet file")
     refused(written(tmp_path / "zero.txt", "a\0" * 99), "is binary")
     refused(written(tmp_path / "bad.jsonl", '{"text": "a"}\n{"text": '), "line 2: not JSON")
+    refused(written(tmp_path / "bad.json", '[{"text": "a"}, '), "bad.json: not JSON")
     refused(written(tmp_path / "odd.jsonl", '{"question": "a"}'), "line 1: a row needs a string as text")
     refused(written(tmp_path / "number.jsonl", '{"text": 3}'), "line 1: a row needs a string as text")
+    refused(written(tmp_path / "half.jsonl", '{"text": "a\\ud800"}'), r"line 1: half a character, \\ud800")
     refused(written(tmp_path / "null.jsonl", '{"text": ""}'), "is empty")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 50)
     refused(tmp_path / "binary.txt", "cannot be read as UTF-8")

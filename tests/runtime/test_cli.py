@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,7 @@ def test_held_out_rows_and_long_rows_are_reported(tiny_base: Path, rows: Path, t
     assert "1 rows of more than 40 tokens are left out (lines 13)" in result.stderr
     assert "9 rows (" in result.stderr
     assert "3 held out" in result.stderr
+    output.unlink()
     refused = peqa(*args, "--too-long", "fail", status=1)
     assert "line 13: " in refused.stderr
 
@@ -112,6 +115,10 @@ def test_held_out_rows_and_long_rows_are_reported(tiny_base: Path, rows: Path, t
         (["--steps", "0"], "steps must be at least 1"),
         (["--lr", "0"], "learning_rate (--lr) must be above 0"),
         (["--eval-fraction", "0.9"], "fraction must be above 0"),
+        (["--eval-fraction", "nan"], "fraction must be above 0"),
+        (["--epochs", "inf"], "epochs must be above 0 and at most 10000, got inf"),
+        (["--epochs", "1e9"], "epochs must be above 0 and at most 10000, got 1000000000.0"),
+        (["--clip", "inf"], "clip must be above 0 and no infinity, got inf"),
         (["--prompt-format", "no place"], "exactly once"),
         (["--max-tokens", "100000"], "a row may have 2 to 512 tokens"),
         (["-o", "set.bin"], ".safetensors file"),
@@ -135,6 +142,44 @@ def test_train_says_what_is_wrong(
     assert message in error
     assert result.stdout == ""
     assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_a_set_that_is_there_is_not_replaced(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """As with bases: the same command again, or another one with the same output, takes nothing away."""
+    one, sets = tmp_path / "one.safetensors", tmp_path / "sets"
+    train = ("train", tiny_base, rows, "--task", "a", "--steps", 1, "-q", "-o", one)
+    peqa(*train)
+    made = one.read_bytes()
+    for more in ((), ("--lr", "2e-2"), ("--auto",), ("--no-resume",)):
+        again = peqa(*train, *more, status=1)
+        assert again.stderr == f"error: {one} exists already; remove it or choose another name\n"
+    assert one.read_bytes() == made
+    sets.mkdir()
+    (sets / "b.safetensors").write_bytes(made)
+    both = ("train", tiny_base, rows, rows, "--task", "a", "--task", "b", "--steps", 1, "-q", "-o", sets)
+    assert f"{sets / 'b.safetensors'} exists already" in peqa(*both, status=1).stderr
+    assert [file.name for file in sets.iterdir()] == ["b.safetensors"]
+
+
+def test_a_run_that_could_not_write_all_its_sets_writes_the_rest(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = tmp_path / "sets"
+    both = ("train", tiny_base, rows, rows, "--task", "a", "--task", "b", "--steps", 1, "-q", "-o", sets)
+    save = ScaleSet.save
+
+    def full(self: ScaleSet, path: Path) -> None:
+        if path.name == "b.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleSet, "save", full)
+        assert "the same command writes them" in peqa(*both, status=1).stderr
+    assert (sets / "a.safetensors").exists()
+    assert "exists already" in peqa(*both, "--no-resume", status=1).stderr
+    peqa(*both)
+    assert {file.name for file in sets.iterdir()} == {"a.safetensors", "b.safetensors"}
 
 
 def test_errors_of_eval_and_generate(tiny_base: Path, rows: Path, tmp_path: Path) -> None:

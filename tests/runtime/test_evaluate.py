@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peqa_runtime.core import ScaleKind
-from peqa_runtime.errors import InvalidData
+from peqa_runtime.errors import InvalidData, InvalidScaleSet
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
 from peqa_runtime.training import answers as answers_module
@@ -297,6 +297,75 @@ def test_a_prompt_that_does_not_fit_the_context_is_named(tunable: TunableModel, 
         InvalidData, match=r"line 1: \d+ prompt tokens and \d+ of the answer exceed the context of 512"
     ):
         evaluate(tunable, Question(file, metric_named("exact-match")))
+
+
+def test_rows_that_cannot_be_asked_or_measured_are_named_before_the_first_answer(
+    tunable: TunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "greedy", lambda *_, **__: pytest.fail("a row was answered"))
+    monkeypatch.setattr(answers_module, "logits_at", lambda *_, **__: pytest.fail("a row was answered"))
+    good = {"prompt": "a", "completion": "1", "options": ["1", "2"]}
+    long = good | {"prompt": "a b " * 300}
+    random_set(tunable, "channel").save(tmp_path / "s.safetensors")
+    wordy = replace(random_set(tunable, "channel"), prompt_format="a b " * 300 + "{prompt}")
+    wordy.save(tmp_path / "wordy.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
+    for name, bad, against, message in (
+        (
+            "exact-match",
+            long,
+            None,
+            r"line 2: \d+ prompt tokens and 1 of the answer exceed the context of 512; short",
+        ),
+        (
+            "multiple-choice",
+            long,
+            None,
+            r"line 2: \d+ prompt tokens and 1 of the answer exceed the context of 512",
+        ),
+        ("multiple-choice", good | {"options": ["1"]}, None, "line 2: multiple-choice needs 'options'"),
+        ("final-number", good | {"completion": "one"}, None, "line 2: final-number needs a number"),
+        ("slot-f1", good, None, "line 1: slot-f1 needs a JSON object"),
+        (
+            "exact-match",
+            good,
+            "wordy.safetensors",
+            r"line 1: \d+ prompt tokens .* 512, and 1 more rows do \(lines 2\)",
+        ),
+    ):
+        file = write_rows(tmp_path / "r.jsonl", good, bad)
+        with pytest.raises(InvalidData, match=rf"r\.jsonl, {message}"):
+            evaluate(
+                tunable,
+                Question(file, metric_named(name), batch_rows=1),
+                tmp_path / "s.safetensors",
+                against=against and tmp_path / against,
+            )
+    with pytest.raises(InvalidScaleSet):
+        evaluate(
+            tunable, Question(file, metric_named("exact-match")), against=tmp_path / "broken.safetensors"
+        )
+
+
+def test_a_long_prompt_and_a_long_answer_are_not_asked_together(
+    tunable: TunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fits the context; in one batch the long prompt would leave too little room for the long answer."""
+    rows = ({"prompt": "p", "completion": "~" * 400}, {"prompt": "~" * 400, "completion": "c"})
+    asked: list[tuple[int, int]] = []
+
+    def answer(model: TunableModel, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
+        asked.append((max(map(len, prompts)), max_new_tokens))
+        return ["c"] * len(prompts)
+
+    monkeypatch.setattr(answers_module, "greedy", answer)
+    file = write_rows(tmp_path / "r.jsonl", *rows)
+    assert evaluate(tunable, Question(file, metric_named("exact-match")))["correct"] == 1
+    (short, much), (long, little) = asked
+    assert much >= len(tunable.encode("~" * 400))
+    assert little < much
+    assert short + much <= 512
+    assert long + little <= 512
 
 
 def test_what_cannot_be_measured_is_said(tunable: TunableModel, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_the_commands(floats: Path, tiny_base: Path, tmp_path: Path) -> None:
     report = json.loads(peqa("import-adapter", tmp_path / "adapter", *options))
     saved = ScaleSet.parse(file, read_manifest(tiny_base))
     assert report["revision"] == saved.revision
+    assert "exists already" in peqa("import-adapter", tmp_path / "adapter", *options, status=1)
     assert "task name" in peqa(
         "import-adapter", tmp_path, "--base", tiny_base, "-o", file, "--task", "A b", status=1
     )

@@ -86,6 +86,10 @@ def test_a_person_sees_what_was_done(tiny_hf_folder: Path, text: Path, tmp_path:
         (["--method", "gptq", "--calibration", "nothing.txt"], "nothing.txt: no such file"),
         (["--rules", "nothing.json"], "nothing.json: the rules cannot be read"),
         (["--bits", "5"], "bits must be one of"),
+        (
+            ["--method", "blockwise", "--calibration", "TEXT", "--epochs", "1e9"],
+            "epochs must be at most 1000, not 1000000000.0",
+        ),
         (["--scale-lr", "0.1"], "--scale-lr is for --method blockwise"),
         (["--group-size", "48"], "group_size must be one of"),
         (["--device", "tpu"], "device must be auto, cpu"),

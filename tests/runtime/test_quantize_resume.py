@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peqa_runtime.errors import DiskFull
 from peqa_runtime.model import quantize_folder
 from peqa_runtime.model.base_checkpoint import read_spec
+from peqa_runtime.model.base_writer import BaseWriter
 from peqa_runtime.model.quantizers import run as run_module
 from peqa_runtime.model.quantizers import workbench as workbench_module
 from peqa_runtime.model.quantizers.blockwise import TrainingOptions
@@ -144,3 +145,16 @@ def test_full_disks_are_named_and_lose_nothing(
             make_base("base", "gptq")
     assert not (tmp_path / "base").exists()
     assert read_spec(make_base("base", "gptq")).base_digest == whole
+
+
+@pytest.mark.parametrize(("method", "goes_on"), [("rtn", False), ("gptq", True)])
+def test_only_a_method_that_goes_on_is_said_to(
+    make_base: Make, monkeypatch: pytest.MonkeyPatch, method: str, goes_on: bool
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BaseWriter, "add_codes", full)
+    with pytest.raises(DiskFull, match=r"run the same command again") as caught:
+        make_base("base", method, **({} if goes_on else {"calibration": None}))
+    assert str(caught.value).endswith("it goes on where it stopped") == goes_on

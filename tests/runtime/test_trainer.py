@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -220,6 +221,12 @@ def test_bf16_training_multiplies_in_bf16_both_ways(tiny_base: Path, monkeypatch
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 1_000_001}, "steps must be at least 1 and at most 1000000, got 1000001"),
+        *(({"clip": value}, "clip must be above 0 and no infinity") for value in (0.0, math.inf, math.nan)),
+        *(({"beta2": value}, "beta2 must be at least 0 and below 1") for value in (math.inf, math.nan)),
+        *(({"distill": value}, "distill must be between 0 and 1") for value in (math.inf, math.nan)),
+        *(({"temperature": value}, "temperature must be above 0 and") for value in (math.inf, math.nan)),
+        ({"learning_rate": math.inf}, r"learning_rate \(--lr\) must be above 0 and at most 1"),
         ({"learning_rate": 0.0}, r"learning_rate \(--lr\) must be above 0"),
         ({"learning_rate": float("nan")}, r"learning_rate \(--lr\) must be above 0"),
         ({"kind": "rows"}, "kind must be one of channel"),
@@ -243,8 +250,14 @@ def test_contradicting_files_are_refused(tmp_path: Path) -> None:
 def test_epochs_become_steps() -> None:
     assert steps_for(100, 16, 1.0) == 7
     assert steps_for(100, 16, 0.1) == 1
-    with pytest.raises(InvalidData, match="epochs"):
-        steps_for(100, 16, 0.0)
+    for epochs in (0.0, -1.0, math.inf, -math.inf, math.nan, 1e9):
+        with pytest.raises(InvalidData, match="epochs must be above 0 and at most 10000"):
+            steps_for(0, 16, epochs)
+    assert steps_for(1600, 16, 10_000) == 1_000_000
+    with pytest.raises(
+        InvalidData, match="10000 epochs over 1601 rows are 1010000 steps of 16 rows, and a run may"
+    ):
+        steps_for(1601, 16, 10_000)
 
 
 def test_compute_dtype_can_be_forced() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.batches import collate, plan_batches
+from peqa_runtime.training.batches import BatchPlan, collate, plan_batches
 from peqa_runtime.training.data import encode_file, encode_rows, encode_text, split_held_out
 from peqa_runtime.training.rows import Row, fill_prompt, read_rows
 
@@ -54,8 +55,9 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
         '{"prompt": " a\\n", "completion": "b ", "extra": [1]}',
         "",
         '{"prompt": "c\u2028d", "completion": "é"}',
+        '{"prompt": "\\ud83d\\ude00", "completion": "b"}',
     )
-    assert read_rows(file) == [Row(" a\n", "b ", 1), Row("c\u2028d", "é", 3)]
+    assert read_rows(file) == [Row(" a\n", "b ", 1), Row("c\u2028d", "é", 3), Row("\U0001f600", "b", 4)]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,19 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
         ('{"prompt": "", "completion": "a"}', "line 2: 'prompt' is empty"),
         ("[" * 100_000, "line 2: not JSON"),
+        (
+            '{"prompt": "a\\ud83d", "completion": "b"}',
+            r"line 2: 'prompt' holds half a character, \\ud83d; write",
+        ),
+        (
+            '{"prompt": "a", "completion": "\\udc00b"}',
+            r"line 2: 'completion' holds half a character, \\udc00",
+        ),
+        ('{"prompt": "a", "completion": "b", "references": ["\\ud800"]}', "line 2: 'references' holds half"),
+        (
+            '{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "b"}]}',
+            "line 2: 'content' holds half a character",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
@@ -86,7 +101,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InvalidData, match="UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(InvalidData, match=r"\.jsonl"):
+    with pytest.raises(InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt file of plain text"):
         encode_file(write(tmp_path / "d.csv", "a,b"), BYTES)
     with pytest.raises(InvalidData, match="plain text"):
         encode_file(write(tmp_path / "d.txt", "words"), BYTES, prompt_format="{prompt}!")
@@ -151,8 +166,20 @@ def test_the_plan_covers_every_example_once_an_epoch_and_is_seeded() -> None:
     assert plan == plan_batches(lengths, rows=4, steps=26, seed=3)
     assert plan != plan_batches(lengths, rows=4, steps=26, seed=4)
     assert plan_batches(lengths, rows=4, steps=5, seed=3) == plan[:5]
+    lazy = BatchPlan(lengths, rows=4, steps=26, seed=3)
+    assert (lazy[20], lazy[3], lazy[20], lazy[11:14]) == (plan[20], plan[3], plan[20], plan[11:14])
     padding = sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in plan)
     assert padding < 0.2 * sum(lengths) * 2
+
+
+def test_a_plan_of_a_million_steps_is_made_as_it_goes() -> None:
+    tracemalloc.start()
+    plan = BatchPlan([1 + i % 7 for i in range(50)], rows=4, steps=1_000_000, seed=3)
+    assert len(plan) == 1_000_000
+    assert len({plan[step] for step in range(2000)}) > 1000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2_000_000, "bytes: one epoch at a time"
 
 
 def test_the_held_out_split_is_disjoint_and_seeded() -> None:
@@ -215,6 +242,9 @@ def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b"\x7fELF\0\0\1")
     with pytest.raises(InvalidData, match="is a binary file; UTF-8 text is expected"):
         read_rows(tmp_path / "d.jsonl")
+    (tmp_path / "late.txt").write_bytes(b"words " * 20_000 + b"\0")
+    with pytest.raises(InvalidData, match="is a binary file; UTF-8 text is expected"):
+        encode_file(tmp_path / "late.txt", BYTES)
     (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}')
     assert read_rows(tmp_path / "bom.jsonl") == [Row("a", "b", 1)]
 

@@ -176,6 +176,7 @@ class Bench:
         train, held_out = split_text(self.data, self.work, self.plan.text_tokens)
         own = "" if kind == "channel" else f"-{kind}"
         output = self.work / "sets" / f"{base}-text{own}-{seed}.safetensors"
+        output.unlink(missing_ok=True)  # of a benchmark that was stopped before the cell was measured
         trained = self._peqa(
             *("train", self._base(base), train, "--task", "wikitext", "--eval", held_out, "-o", output),
             *("--kind", kind, "--max-tokens", TEXT_WINDOW, "--batch", 4, "--warmup", 5),
@@ -274,6 +275,7 @@ class Bench:
     ) -> Ran:
         train, held_out = split_rows(self.data, self.work, task)
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)  # as above
         same: tuple[object, ...] = (
             "--eval",
             held_out,

@@ -30,6 +30,7 @@ from peqa_runtime.model.quantizers.workbench import HiddenStates
 
 RunBlock = Callable[[Tensor], Tensor]
 """hidden states [1, tokens, D] -> what the block gives for them."""
+_MOST_EPOCHS = 1000  # every block is trained so often: more is a typing error
 _BETAS = (0.9, 0.95)  # short runs: the second moment must have settled within tens of steps
 
 
@@ -55,6 +56,8 @@ class TrainingOptions:
             if not 0 < value < math.inf:
                 option = {"weight_rate": " (--lr)", "scale_rate": " (--scale-lr)"}.get(name, "")
                 raise InvalidRequest(f"{name}{option} must be above 0, not {value}", param=name)
+        if self.epochs > _MOST_EPOCHS:
+            raise InvalidRequest(f"epochs must be at most {_MOST_EPOCHS}, not {self.epochs}", param="epochs")
         if not 0 < self.held_out <= 0.5:
             raise InvalidRequest(
                 f"held_out must be above 0 and at most 0.5, not {self.held_out}", param="held_out"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from peqa_runtime.errors import InvalidData, InvalidRequest
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+_IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # a README.md or a dataset_infos.json beside text is no text
 _LARGEST = 256 << 20  # bytes: the text of all files is held at once
 _PIECE = (
     8  # characters per token that is asked for: a long document is drawn from in pieces of about one window
@@ -96,9 +97,11 @@ def _files(path: Path) -> list[Path]:
         raise InvalidData(f"{path}: no such file or folder")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in _IN_FOLDERS and file.is_file()
+        )
         if not files:
-            raise InvalidData(f"{path} holds no calibration text: no {', '.join(SUFFIXES)} file")
+            raise InvalidData(f"{path} holds no calibration text: no {', '.join(_IN_FOLDERS)} file")
     size = sum(file.stat().st_size for file in files)
     if size > _LARGEST:
         raise InvalidData(
@@ -110,12 +113,14 @@ def _files(path: Path) -> list[Path]:
 def _documents(file: Path) -> list[str]:
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
-        raise InvalidData(f"{file}: calibration text is a {', '.join(SUFFIXES)} file, or a folder of them")
+        raise InvalidData(
+            f"{file}: calibration text is a {', '.join(SUFFIXES)} file, or a folder of {', '.join(_IN_FOLDERS)} files"
+        )
     if suffix == ".parquet":
         found = _parquet(file)
     else:
         text = _text(file)
-        found = [text] if suffix == ".txt" else list(_rows(file, text))
+        found = [text] if suffix in (".txt", ".md") else list(_rows(file, text))
     found = [document for document in found if document.strip()]
     if not found:
         raise InvalidData(f"{file} is empty: it holds no text")
@@ -132,15 +137,34 @@ def _text(file: Path) -> str:
     return text
 
 
-def _rows(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _rows(file: Path, content: str) -> Iterator[str]:
+    for number, row in _records(file, content):
+        text = _row_text(row, f"{file}, line {number}")
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidData(f"{file}, line {number}: not JSON ({error})") from None
-        yield _row_text(row, f"{file}, line {number}")
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can name it, and no tokenizer takes it
+            raise InvalidData(
+                f"{file}, line {number}: half a character, \\u{ord(text[error.start]):04x}; write the whole one, "
+                "or take it out"
+            ) from None
+        yield text
+
+
+def _records(file: Path, content: str) -> Iterator[tuple[int, Any]]:
+    """(number, row): a `.json` file may be one array, everything else is one object a line."""
+    if file.suffix.lower() == ".json" and content.lstrip().startswith("["):
+        yield from enumerate(_parse(content, str(file)), start=1)
+        return
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield number, _parse(line, f"{file}, line {number}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidData(f"{where}: not JSON ({error})") from None
 
 
 def _row_text(row: Any, where: str) -> str:
