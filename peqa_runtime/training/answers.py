@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from peqa_runtime.errors import InvalidData
 from peqa_runtime.training.batches import collate
 from peqa_runtime.training.data import Example, prompt_ids
 from peqa_runtime.training.metrics import Metric, Stats
 from peqa_runtime.training.rows import Row
-from peqa_runtime.training.tuning import TunableModel, logits_at
+from peqa_runtime.training.token_losses import token_losses
+from peqa_runtime.training.tuning import TunableModel
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def choose_options(
         examples = [Example((*prompt, *tunable.encode(option)), len(prompt)) for option in row.options]
         batch = collate(examples, tunable.eos_token_id).to(tunable.model.device)
         with torch.no_grad():
-            logits = logits_at(tunable.model, batch.input_ids, batch.positions)
-        logprobs = -functional.cross_entropy(logits, batch.targets, reduction="none")
+            logprobs = -token_losses(tunable, tunable.model, batch.input_ids, batch.positions, batch.targets)
         means = [logprobs[batch.owners == i].mean().item() for i in range(len(examples))]
         yield [_scored(number, row, row.options[means.index(max(means))], metric)]
 
@@ -169,6 +168,5 @@ def window_losses(
             continue
         batch = collate([example], tunable.eos_token_id).to(tunable.model.device)
         with torch.no_grad():
-            logits = logits_at(tunable.model, batch.input_ids, batch.positions)
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum").item()
-        yield [Scored(number, 0, "", "", "", (loss, float(len(batch.targets))))]
+            losses = token_losses(tunable, tunable.model, batch.input_ids, batch.positions, batch.targets)
+        yield [Scored(number, 0, "", "", "", (losses.sum().item(), float(len(batch.targets))))]

@@ -303,7 +303,7 @@ def test_rows_that_cannot_be_asked_or_measured_are_named_before_the_first_answer
     tunable: TunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers_module, "greedy", lambda *_, **__: pytest.fail("a row was answered"))
-    monkeypatch.setattr(answers_module, "logits_at", lambda *_, **__: pytest.fail("a row was answered"))
+    monkeypatch.setattr(answers_module, "token_losses", lambda *_, **__: pytest.fail("a row was answered"))
     good = {"prompt": "a", "completion": "1", "options": ["1", "2"]}
     long = good | {"prompt": "a b " * 300}
     random_set(tunable, "channel").save(tmp_path / "s.safetensors")
