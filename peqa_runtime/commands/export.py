@@ -33,6 +33,15 @@ def export(
             help="Of floats. Default: hf float32 (exact), gptq float16.", envvar="PEQA_EXPORT_DTYPE"
         ),
     ] = None,
+    gptq_version: Annotated[
+        int | None,
+        typer.Option(
+            help="How gptq stores zeros. Default: 1, which most loaders read, where it can hold them, else 2.",
+            envvar="PEQA_GPTQ_VERSION",
+            min=1,
+            max=2,
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,10 +50,15 @@ def export(
     Example: peqa export bases/smollm2 --scale-set sql.safetensors --format hf -o smollm2-sql
     """
     quiet_libraries()
+    if gptq_version is not None and output_format != "gptq":
+        raise InvalidRequest(
+            f"--gptq-version belongs to --format gptq; leave it out with --format {output_format}",
+            param="gptq-version",
+        )
     if output_format == "ia3":
         _adapter(base, scale_set, output, dtype)
     else:
-        _folder(base, scale_set, output, output_format, dtype, quiet)
+        _folder(base, scale_set, output, output_format, dtype, gptq_version, quiet)
     size = sum(file.stat().st_size for file in output.iterdir())
     report = {"output": str(output), "format": output_format, "bytes": size}
     tell(report, f"{output}: {output_format}, {size_of(size)}", as_json=as_json)
@@ -68,6 +82,7 @@ def _folder(
     output: Path,
     output_format: Literal["hf", "gptq"],
     dtype: Dtype | None,
+    gptq_version: int | None,
     quiet: bool,
 ) -> None:
     from peqa_runtime.export.folder import export_folder
@@ -78,6 +93,7 @@ def _folder(
         output_format,
         scale_set=scale_set,
         dtype=dtype,
+        gptq_version=gptq_version,
         progress=not quiet,
         say=say,
     )

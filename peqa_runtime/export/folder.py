@@ -29,6 +29,7 @@ def export_folder(
     *,
     scale_set: Path | str | None = None,
     dtype: str | None = None,
+    gptq_version: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -36,17 +37,18 @@ def export_folder(
 
     `hf`: floats, decoded from the codes; `dtype` float32 (the default: exact), bfloat16 or float16. `gptq`: the codes
     with merged scales in fp16, as transformers, vLLM and GPTQModel load them; `dtype` of the other tensors, float16 by
-    default. `say` is told what loaders may not take. An interrupted run leaves nothing at `destination`.
+    default; `gptq_version` 1 or 2, by default 1 where it can hold the zeros. `say` is told which loaders take the files
+    and what was rounded. An interrupted run leaves nothing at `destination`.
 
-    Raises `InvalidRequest` for a dtype that does not exist, `InvalidCheckpoint` for a base that the format cannot hold
-    or a `destination` that is there already, `InvalidScaleSet` or `WrongBase` for the set, `DiskFull`.
+    Raises `InvalidRequest` for a dtype or version that does not exist, `InvalidCheckpoint` for a base that the format
+    cannot hold or a `destination` that is there already, `InvalidScaleSet` or `WrongBase` for the set, `DiskFull`.
     """
     name = dtype or ("float32" if format == "hf" else "float16")
     if name not in DTYPES:
         raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}", param="dtype")
     destination = Path(destination)
     with one_thread(), open_merged(Path(base), Path(scale_set) if scale_set else None) as merged:
-        plan = plan_gptq(merged, progress=progress) if format == "gptq" else None
+        plan = plan_gptq(merged, gptq_version, progress=progress) if format == "gptq" else None
         for line in plan.remarks if plan else ():
             say(line)
         with disk_full_named(destination, resumes=False), staged_folder(destination) as folder:

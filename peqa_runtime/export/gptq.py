@@ -1,7 +1,9 @@
 """What of a base fits a GPTQ checkpoint, and its tensors. The layout: see `peqa_runtime.model.importers.gptq`.
 
-Zeros that are all 2 ** (bits - 1) are written as version 1 (sym), which every loader takes; others as "gptq_v2", since
-version 1 cannot hold a zero of 0 and GPTQModel refuses to guess. Merged scales are rounded to fp16.
+Version 1 stores each zero minus one, version 2 ("gptq_v2") as it is. Version 1 is written where it can hold the zeros,
+none of them being 0: most loaders know it alone. Only GPTQModel's own refuses it where zeros are not all
+2 ** (bits - 1) (`sym: false`) and another wrote the file; version 2 is for that loader, and for zeros of 0. Merged
+scales are rounded to fp16.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
-from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.errors import InvalidCheckpoint, InvalidRequest
 from peqa_runtime.export.merged import MergedBase
 from peqa_runtime.model.base_checkpoint import PER_CHANNEL, Precision
 from peqa_runtime.model.importers.words import pack_words
 
+GptqVersion = Literal[1, 2]
 GROUP_SIZES = (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)
 """What loaders know."""
 _WAY_OUT = "use --format hf"
@@ -31,10 +34,12 @@ _LARGEST_LOSS = 2.0**-10
 
 @dataclass(frozen=True)
 class GptqPlan:
-    """`linears`: those that stay codes. `config`: quantization_config. `remarks`: what not every loader takes."""
+    """`linears`: those that stay codes. `version`: how zeros are stored. `config`: quantization_config. `remarks`:
+    which loaders take that, and what is rounded.
+    """
 
     linears: Mapping[str, Precision]
-    symmetric: bool
+    version: GptqVersion
     config: Mapping[str, Any]
     remarks: tuple[str, ...]
 
@@ -42,7 +47,7 @@ class GptqPlan:
         """qweight, qzeros, scales and g_idx of a linear."""
         weight = merged.codes(module)
         assert weight is not None, module
-        zeros = weight.zeros.to(torch.uint8) - (1 if self.symmetric else 0)
+        zeros = weight.zeros.to(torch.uint8) - (1 if self.version == 1 else 0)
         return {
             "qweight": weight.qweight.view(torch.int32).t(),
             "qzeros": pack_words(zeros.t().contiguous(), weight.bits),
@@ -51,12 +56,19 @@ class GptqPlan:
         }
 
 
-def plan_gptq(merged: MergedBase, *, progress: bool) -> GptqPlan:
-    """Check every linear; raises `InvalidCheckpoint` with the way out for what a GPTQ file cannot hold."""
+def plan_gptq(merged: MergedBase, version: int | None = None, *, progress: bool) -> GptqPlan:
+    """Check every linear; `version` None is 1 where it can hold every zero, else 2.
+
+    Raises `InvalidCheckpoint` with the way out for what a GPTQ file cannot hold, `InvalidRequest` for a version that
+    does not exist.
+    """
+    if version not in (None, 1, 2):
+        raise InvalidRequest(f"the GPTQ format has versions 1 and 2, not {version!r}", param="gptq-version")
     linears: dict[str, Precision] = {}
     fractions: list[str] = []
     inputs: list[str] = []
-    symmetric = True
+    at_zero: list[str] = []
+    symmetric, loss = True, 0.0
     for module in tqdm(merged.manifest.linears, "check", disable=not progress):
         weight = merged.codes(module)
         assert weight is not None, module
@@ -64,7 +76,10 @@ def plan_gptq(merged: MergedBase, *, progress: bool) -> GptqPlan:
             inputs.append(module)
         if _has_other_zeros(weight):
             fractions.append(module)
+        if bool((weight.zeros == 0).any()):
+            at_zero.append(module)
         _check_shape(module, weight)
+        loss = max(loss, _loss_of_scales(module, weight))
         symmetric = symmetric and bool((weight.zeros == 1 << (weight.bits - 1)).all())
         linears[module] = _precision(weight, merged.spec)
     if inputs:
@@ -77,10 +92,47 @@ def plan_gptq(merged: MergedBase, *, progress: bool) -> GptqPlan:
             f"{len(fractions)} linears ({fractions[0]}, …) have zero points that are no codes, which a GPTQ file "
             f"cannot hold; {_WAY_OUT}, or quantize with --zeros integer"
         )
-    return _plan(merged, linears, symmetric)
+    if version == 1 and at_zero:
+        raise InvalidCheckpoint(
+            f"{len(at_zero)} linears ({at_zero[0]}, …) have zero points of 0, which version 1 of the GPTQ format "
+            f"cannot hold; leave --gptq-version out, or {_WAY_OUT}"
+        )
+    chosen: GptqVersion = 2 if version == 2 or at_zero else 1
+    remarks = _remarks(chosen, symmetric, at_zero, loss)
+    return _plan(merged, linears, chosen, symmetric, remarks)
 
 
-def _plan(merged: MergedBase, linears: Mapping[str, Precision], symmetric: bool) -> GptqPlan:
+def _remarks(version: GptqVersion, symmetric: bool, at_zero: list[str], loss: float) -> list[str]:
+    """What to know of the zeros and scales before a loader is chosen."""
+    remarks: list[str] = []
+    if version == 2:
+        why = f"{len(at_zero)} linears ({at_zero[0]}, …) have zero points of 0, so " if at_zero else ""
+        remarks.append(
+            f"{why}zeros are stored as they are (checkpoint_format gptq_v2): GPTQModel reads that, transformers "
+            "through it, and vLLM since November 2025; an earlier vLLM takes each for one more and answers nonsense, "
+            "AutoGPTQ refuses the file"
+        )
+    elif not symmetric:
+        remarks.append(
+            "zeros are not symmetric (sym false), and stored minus one (checkpoint_format gptq): vLLM, AutoGPTQ and "
+            "transformers read that; GPTQModel.load refuses it in files that are not its own: --gptq-version 2 makes "
+            "one for it"
+        )
+    if loss:
+        remarks.append(
+            f"scales are rounded to fp16, by up to {loss:.2%}: tokens may differ from the server's where two are all "
+            "but equally likely; --format hf rounds nothing"
+        )
+    return remarks
+
+
+def _plan(
+    merged: MergedBase,
+    linears: Mapping[str, Precision],
+    version: GptqVersion,
+    symmetric: bool,
+    remarks: list[str],
+) -> GptqPlan:
     default = Counter(linears.values()).most_common(1)[0][0]
     others = {name: p for name, p in linears.items() if p != default}
     floats = [name for name in merged.spec.modules_to_not_convert if name not in merged.spec.embeddings]
@@ -90,7 +142,7 @@ def _plan(merged: MergedBase, linears: Mapping[str, Precision], symmetric: bool)
     }
     config: dict[str, Any] = {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "bits": default.bits,
         "group_size": default.group_size,
         "sym": symmetric,
@@ -99,13 +151,12 @@ def _plan(merged: MergedBase, linears: Mapping[str, Precision], symmetric: bool)
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"peqa-serve:{_version()}"]},
     }
-    remarks: list[str] = []
     if dynamic:
         config["dynamic"] = dynamic
         remarks.append("linears differ in bits or groups (`dynamic`): GPTQModel and vLLM read that")
     if default.bits == 3:
         remarks.append("3 bits: not every loader has kernels for it (vLLM's Marlin has not)")
-    return GptqPlan(linears, symmetric, config, tuple(remarks))
+    return GptqPlan(linears, version, config, tuple(remarks))
 
 
 def _has_other_zeros(weight: QuantizedWeight) -> bool:
@@ -119,18 +170,24 @@ def _check_shape(module: str, weight: QuantizedWeight) -> None:
             raise InvalidCheckpoint(
                 f"{module} has {count} {what}, and loaders of GPTQ files need a multiple of 32; {_WAY_OUT}"
             )
-    halves = weight.scales.half().float()
-    loss = (halves - weight.scales).abs() > weight.scales.abs() * _LARGEST_LOSS
-    if not bool(torch.isfinite(halves).all()) or bool(loss.any()):
-        raise InvalidCheckpoint(
-            f"{module} has scales from {float(weight.scales.abs().min()):g} to {float(weight.scales.abs().max()):g}, "
-            f"which fp16, the scales of a GPTQ file, cannot hold; {_WAY_OUT}"
-        )
     if weight.groups > 1 and weight.group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise InvalidCheckpoint(
             f"{module} has groups of {weight.group_size}; loaders of GPTQ files know {sizes}; {_WAY_OUT}"
         )
+
+
+def _loss_of_scales(module: str, weight: QuantizedWeight) -> float:
+    """What fp16 takes from the scale that loses most, relative; raises `InvalidCheckpoint` where it is too much."""
+    sizes = weight.scales.abs()
+    halves = weight.scales.half().float()
+    lost = (halves - weight.scales).abs()
+    if not bool(torch.isfinite(halves).all()) or bool((lost > sizes * _LARGEST_LOSS).any()):
+        raise InvalidCheckpoint(
+            f"{module} has scales from {float(sizes.min()):g} to {float(sizes.max()):g}, "
+            f"which fp16, the scales of a GPTQ file, cannot hold; {_WAY_OUT}"
+        )
+    return float(torch.where(lost > 0, lost / sizes, lost).max())
 
 
 def _precision(weight: QuantizedWeight, spec: Any) -> Precision:

@@ -19,6 +19,7 @@ from peqa_runtime.scales.atomic_file import write_atomic
 MASTERS = "scales.safetensors"
 RUN_FILE = "run.json"
 _EARLIER = {"beta2": 0.999}  # settings that a run has which was begun before they could be chosen
+_UNNOTED = frozenset({"teacher_digest"})  # what such a run did not note, so that nothing can be compared
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -55,7 +56,8 @@ def prepare_folder(folder: Path, fingerprint: Mapping[str, Any], *, resume: bool
         changed = sorted(
             key
             for key in wanted.keys() | before.keys()
-            if wanted.get(key) != before.get(key, _EARLIER.get(key))
+            if (key in before or key not in _UNNOTED)
+            and wanted.get(key) != before.get(key, _EARLIER.get(key))
         )
         if changed:
             raise InvalidData(

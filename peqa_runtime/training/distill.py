@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from peqa_runtime.errors import InvalidCheckpoint, InvalidData
 from peqa_runtime.text import load_tokenizer
 from peqa_runtime.training.tuning import TunableModel, as_base, fast_compute_dtype, logits_at
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 class Teacher:
@@ -38,8 +42,7 @@ def load_teacher(folder: Path | None, tunable: TunableModel) -> Teacher:
     if folder is None:
         return Teacher(tunable)
     device = tunable.model.device
-    if not (folder / "config.json").is_file():
-        raise InvalidCheckpoint(f"the teacher {folder} is no model folder: it has no config.json")
+    _check_folder(folder)
     tokenizer = load_tokenizer(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +55,29 @@ def load_teacher(folder: Path | None, tunable: TunableModel) -> Teacher:
         raise InvalidData(f"the teacher {folder} has other tokens than the base: it cannot be learned from")
     model.requires_grad_(False)
     return Teacher(tunable, model.to(device).eval())
+
+
+def teacher_digest(folder: Path) -> str:
+    """What tells a teacher from one that took its place: a digest of config.json (which names a base's own digest) and,
+    of each file of weights, of its name, its size and a few MB spread over it.
+
+    A model that was trained further has other weights throughout, and a whole float model would take a minute to read.
+    """
+    _check_folder(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InvalidCheckpoint(f"the teacher {folder} is no model folder: it has no config.json")
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -19,7 +19,7 @@ from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
 from peqa_runtime.scales.scale_set import ScaleSet, check_set_path, refuse_existing_set
 from peqa_runtime.training.checkpoints import last_checkpoint, prepare_folder
 from peqa_runtime.training.data import EncodedData, TooLong, encode_file, file_digest, split_held_out
-from peqa_runtime.training.distill import Teacher, load_teacher
+from peqa_runtime.training.distill import Teacher, load_teacher, teacher_digest
 from peqa_runtime.training.diverged import save_before_nan
 from peqa_runtime.training.guards import ZeroCodes, count_clamped, count_zero_codes
 from peqa_runtime.training.rows import check_prompt_format
@@ -258,6 +258,7 @@ def fingerprint_of(
     return {
         **asdict(config),
         "teacher": teacher,
+        "teacher_digest": teacher_digest(Path(teacher)) if teacher and teacher != OWN_BASE else None,
         "task": [given.task for given in files],
         "data_digest": [file_digest(given.data) for given in files],
         "held_out_digest": [file_digest(given.held_out) if given.held_out else None for given in files],

@@ -46,6 +46,7 @@ from peqa_runtime.scales.task_registry import TaskRegistry
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; helpers are shared by name
 
 from quantize_cases import Make, quantize_options
+from training_cases import Rows
 
 END = "<end>"
 GROUP = 32
@@ -350,3 +351,16 @@ def make_base(tiny_hf_folder: Path, calibration_text: Path, tmp_path: Path) -> M
         return tmp_path / name
 
     return quantize
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    """Write rows to tune on: `rows(word, count)`."""
+
+    def write(word: str, count: int) -> Path:
+        file = tmp_path / f"{word}.jsonl"
+        pairs = ({"prompt": f"{i} is" + "?" * (i % 5), "completion": f"{word} {i % 3}"} for i in range(count))
+        file.write_text("\n".join(map(json.dumps, pairs)))
+        return file
+
+    return write

@@ -1,49 +1,35 @@
-"""Whole runs: tasks together as apart, distillation, early stopping, and what happens when something goes wrong."""
+"""Whole runs: tasks together as apart, ways to save memory, early stopping, and what happens when things go wrong."""
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from training_cases import CONFIG, Rows, run
 
 from peqa_runtime.errors import InvalidData, StoreError, TrainingDiverged
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training import scale_trainer as trainer_module
-from peqa_runtime.training.batches import collate
 from peqa_runtime.training.checkpoints import last_checkpoint
-from peqa_runtime.training.data import encode_file
-from peqa_runtime.training.distill import divergence, load_teacher
 from peqa_runtime.training.guards import count_clamped, count_zero_codes
 from peqa_runtime.training.logprobs import token_logprobs
-from peqa_runtime.training.run import FinishedRun, TrainingFiles, checkpoints_of, train_files
+from peqa_runtime.training.run import TrainingFiles, checkpoints_of
 from peqa_runtime.training.scale_trainer import ScaleTrainer
-from peqa_runtime.training.settings import TuneConfig, Wanted
+from peqa_runtime.training.settings import Wanted
 from peqa_runtime.training.token_losses import has_plain_head
 from peqa_runtime.training.tuning import (
     TunableModel,
     drop_scales,
     load_tunable,
-    logits_at,
     quantized_linears,
     refuse_groups,
-    start_tuning,
 )
-
-CONFIG = TuneConfig(
-    steps=6, learning_rate=2e-2, warmup_steps=1, batch_rows=4, check_every=3, seed=5, compute="float32"
-)
-Rows = Callable[[str, int], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -54,23 +40,6 @@ def one_thread() -> None:
 @pytest.fixture
 def tunable(tiny_base: Path) -> TunableModel:
     return load_tunable(tiny_base, device="cpu")
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Rows:
-    def write(word: str, count: int) -> Path:
-        file = tmp_path / f"{word}.jsonl"
-        pairs = ({"prompt": f"{i} is" + "?" * (i % 5), "completion": f"{word} {i % 3}"} for i in range(count))
-        file.write_text("\n".join(map(json.dumps, pairs)))
-        return file
-
-    return write
-
-
-def run(
-    tunable: TunableModel, *files: TrainingFiles, config: TuneConfig = CONFIG, **more: Any
-) -> list[FinishedRun]:
-    return train_files(tunable, files, lambda rows: config, progress=False, **more)
 
 
 def worst(a: ScaleSet, b: ScaleSet) -> float:
@@ -146,68 +115,6 @@ def test_checkpointed_activations_are_computed_again(
         run(tunable, files, config=replace(CONFIG, steps=2, checkpoint_activations=on))
         counts.append(len(calls))
     assert counts == [2, 4]
-
-
-def test_a_teacher_draws_the_model_to_itself(
-    tunable: TunableModel, tiny_base: Path, rows: Rows, tmp_path: Path
-) -> None:
-    """Trained on nothing but its probabilities, the model comes nearer to a teacher with other scales."""
-    other = tmp_path / "teacher"
-    shutil.copytree(tiny_base, other)
-    tensors = load_file(other / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith(".scales")]:
-        factors = 0.7 + 0.6 * torch.rand(tensors[name].shape[0], 1, generator=generator)
-        tensors[name] = tensors[name] * factors
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    data = encode_file(rows("t", 20), tunable)
-    batch = collate(data.examples, 0)
-    inputs = {"input_ids": batch.input_ids, "positions": batch.positions}
-    teacher = load_teacher(other, tunable)
-
-    def distance() -> float:
-        with torch.no_grad():
-            logits = logits_at(tunable.model, batch.input_ids, batch.positions)
-        return divergence(logits, teacher.logits(inputs), 1.0).mean().item()
-
-    before = distance()
-    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors")
-    config = replace(CONFIG, steps=20, distill=1.0, temperature=2.0)
-    run(tunable, files, config=config, teacher=str(other))
-    assert distance() < before / 2
-    own = divergence(
-        logits_at(tunable.model, batch.input_ids, batch.positions),
-        load_teacher(None, tunable).logits(inputs),
-        1.0,
-    )
-    start_tuning(tunable, "channel")
-    base = logits_at(tunable.model, batch.input_ids, batch.positions).log_softmax(-1)
-    assert own.mean() > 0, "the base as its own teacher is unscaled while the model is tuned"
-    torch.testing.assert_close(load_teacher(None, tunable).logits(inputs).log_softmax(-1), base)
-    with pytest.raises(InvalidData, match="belong together"):
-        run(tunable, files, teacher="base")
-
-
-def test_the_divergence_is_that_of_the_formula() -> None:
-    """T^2 sum_i p_i log(p_i / q_i) at temperature T; vocabularies of unlike padding are cut to the smaller."""
-    ours, theirs = torch.randn(3, 7), torch.randn(3, 5)
-    p, q = (theirs / 2).softmax(-1), (ours[:, :5] / 2).softmax(-1)
-    torch.testing.assert_close(divergence(ours, theirs, 2.0), 4 * (p * (p / q).log()).sum(-1))
-
-
-def test_a_teacher_of_other_tokens_is_refused(
-    tunable: TunableModel, tiny_base: Path, rows: Rows, tmp_path: Path
-) -> None:
-    files = TrainingFiles("t", rows("t", 20), tmp_path / "t.safetensors")
-    config = replace(CONFIG, distill=0.5, steps=1)
-    run(tunable, files, config=config, teacher=str(tiny_base))
-    other = tmp_path / "other"
-    shutil.copytree(tiny_base, other)
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens(["new"])
-    tokenizer.save_pretrained(other)
-    with pytest.raises(InvalidData, match="other tokens"):
-        run(tunable, files, config=config, teacher=str(other))
 
 
 def test_a_run_stops_early_and_keeps_its_best(tunable: TunableModel, rows: Rows, tmp_path: Path) -> None:
