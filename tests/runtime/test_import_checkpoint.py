@@ -34,6 +34,12 @@ from peqa_runtime.model.importers.gptq import EFFICIENT_QAT, gptq_layout
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 GPTQ_V2 = {**GPTQ, "checkpoint_format": "gptq_v2"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+WRITERS: Mapping[str, Write] = {
+    "gptq": gptq(1),
+    "gptq_v2": gptq(2),
+    "awq": awq,
+    "efficientqat": efficientqat,
+}
 DOWN = "model.layers.0.mlp.down_proj"
 
 
@@ -136,7 +142,10 @@ def library_layout(name: str) -> Layout:
     ],
 )
 def test_what_the_libraries_packed(name: str) -> None:
-    """One linear [32, 64], packed by GPTQModel, AutoAWQ and EfficientQAT; `reference`: what it decodes to, in fp16."""
+    """One linear [32, 64], packed by GPTQModel, AutoAWQ and EfficientQAT; `reference`: what it decodes to, in fp16.
+
+    Packed again by the writers of the whole checkpoints here, its numbers are the libraries' bytes.
+    """
     file = Path(__file__).with_name("written_by_others.safetensors")
     with safe_open(file, framework="pt") as tensors:
         linear = CodedLinear(name, 32, 64, dict.fromkeys(tensors.keys(), tensors))
@@ -144,6 +153,10 @@ def test_what_the_libraries_packed(name: str) -> None:
         assert weight.bits == int(name[-1])
         assert weight.group_size == 32
         assert torch.equal(dequantize(weight).half(), linear.tensor("reference"))
+        codes = unpack_codes(weight.qweight, weight.bits, 64)
+        part = Rounded(codes, weight.scales.half(), weight.zeros.long(), weight.bits)
+        for leaf, packed in WRITERS[name.partition("-")[0]](part).items():
+            assert torch.equal(packed, linear.tensor(leaf)), leaf
 
 
 def test_v1_stores_the_middle_of_four_bits_as_seven(tmp_path: Path) -> None:
