@@ -40,7 +40,7 @@ CHOSEN = $(if $(ALL),not gpu,not slow and not gpu)
 test: $(STAMP_DEV)
 ifdef JOBS
 	$(if $(ALL),$(BIN)/python -m pytest -m "alone and $(CHOSEN)" $(ARGS))
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=40 -m "not alone and $(CHOSEN)" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40 -m "not alone and $(CHOSEN)" $(ARGS)
 else
 	$(BIN)/python -m pytest -m "$(CHOSEN)" $(ARGS)
 endif

@@ -86,14 +86,15 @@ def test_sigterm_lets_a_running_answer_finish(
     answers: list[dict[str, Any]] = []
     asking = threading.Thread(
         target=lambda: answers.append(
-            server.complete([5, 6, 7], max_tokens=100, ignore_eos=True, temperature=0)
+            server.complete([5, 6, 7], max_tokens=400, ignore_eos=True, temperature=0)
         )
     )
     asking.start()
-    time.sleep(0.15)
+    while asking.is_alive() and httpx.get(f"{server.url}/load").json()["server_load"] == 0:
+        time.sleep(0.01)  # until it runs
     assert server.kill(signal.SIGTERM) == 0
     asking.join()
-    assert answers[0]["usage"]["completion_tokens"] == 100
+    assert answers[0]["usage"]["completion_tokens"] == 400
 
 
 def test_a_second_start_is_ready_within_15_s(
