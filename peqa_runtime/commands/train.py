@@ -23,7 +23,7 @@ def train(
     data: Annotated[
         list[Path],
         typer.Argument(
-            help="Rows (.jsonl, .json) or plain text (.txt); one file a task.", envvar="PEQA_DATA"
+            help="Rows (.jsonl, .json) or plain text (.txt, .md); one file a task.", envvar="PEQA_DATA"
         ),
     ],
     task: Annotated[
@@ -174,6 +174,7 @@ def train(
     from accelerate import PartialState
 
     from peqa_runtime.training.auto import best_of, sweep
+    from peqa_runtime.training.data import TEXT_SUFFIXES
     from peqa_runtime.training.run import TrainingFiles, refuse_existing, train_files
     from peqa_runtime.training.settings import RECIPES, Wanted
     from peqa_runtime.training.tensorboard import summary_writer
@@ -207,7 +208,7 @@ def train(
             "temperature": 1.0 if temperature is None else temperature,
         },
     )
-    text = all(path.suffix.lower() == ".txt" for path in data)
+    text = all(path.suffix.lower() in TEXT_SUFFIXES for path in data)
     files = [
         TrainingFiles(name, path, where, own, eval_fraction, prompt_format, max_tokens, too_long, dtype)
         for name, path, where, own in _pairs(task, data, output, held_out or [])

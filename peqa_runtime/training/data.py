@@ -2,7 +2,8 @@
 
 A row is trained as `prompt_format` filled with the prompt, then the completion, then end-of-sequence, exactly as
 written: nothing is stripped or added. The loss is taken on the completion and the end only. Rows of a conversation are
-written by the model's chat template. A `.txt` file is plain language modelling: one stream of tokens cut into windows.
+written by the model's chat template. A `.txt` or `.md` file is plain language modelling: one stream of tokens cut into
+windows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from peqa_runtime.training.rows import (
     read_utf8,
 )
 
+TEXT_SUFFIXES = (".txt", ".md")
 TooLong = Literal["drop", "fail"]
 Encode = Callable[[str], list[int]]
 
@@ -126,7 +128,7 @@ def encode_text(text: str, encode: Encode, *, window: int) -> EncodedData:
 
 
 def read_text(path: Path) -> str:
-    """Text of a `.txt` file, with `InvalidData` where there is none."""
+    """Text of a file of plain text, with `InvalidData` where there is none."""
     text = read_utf8(path)
     if not text.strip():
         raise InvalidData(f"{path} is empty")
@@ -141,9 +143,9 @@ def encode_file(
     max_tokens: int = 1024,
     too_long: TooLong = "drop",
 ) -> EncodedData:
-    """Examples of a `.jsonl`, `.json` or `.txt` file; another suffix raises `InvalidData`."""
+    """Examples of a `.jsonl`, `.json`, `.txt` or `.md` file; another suffix raises `InvalidData`."""
     suffix = Path(path).suffix.lower()
-    if suffix == ".txt":
+    if suffix in TEXT_SUFFIXES:
         if prompt_format:
             raise InvalidData(f"a prompt format means nothing for plain text ({path})")
         return encode_text(read_text(path), encoder.encode, window=max_tokens)
@@ -155,7 +157,7 @@ def encode_file(
             )
         except InvalidData as error:
             raise InvalidData(f"{path}: {error}") from None
-    raise InvalidData(f"{path}: a .jsonl or .json file of rows, or a .txt file of plain text, is expected")
+    raise InvalidData(f"{path}: a .jsonl or .json file of rows, or a .txt or .md file of plain text, is expected")
 
 
 def file_digest(path: Path) -> str:

@@ -23,7 +23,7 @@ from peqa_runtime.training.answers import (
     window_losses,
 )
 from peqa_runtime.training.compare import interval, paired
-from peqa_runtime.training.data import Example, encode_text, file_digest, read_text
+from peqa_runtime.training.data import TEXT_SUFFIXES, Example, encode_text, file_digest, read_text
 from peqa_runtime.training.metrics import Metric
 from peqa_runtime.training.rows import Row, check_prompt_format, read_rows
 from peqa_runtime.training.tuning import TunableModel, apply_scale_set, drop_scales
@@ -91,13 +91,13 @@ def _rows(tunable: TunableModel, question: Question) -> Sequence[Row] | Sequence
         raise InvalidData(f"the limit must be at least 1, got {question.limit}")
     suffix = question.data.suffix.lower()
     if question.metric.asks != "window":
-        if suffix == ".txt":
+        if suffix in TEXT_SUFFIXES:
             raise InvalidData(f"{question.metric.name} is of rows (.jsonl, .json); {question.data} is text")
         return sample_rows(
             read_rows(question.data), question.limit, question.seed, skip_empty=question.skip_empty
         )
     if suffix in (".jsonl", ".json"):
-        raise InvalidData(f"{question.metric.name} is of plain text (.txt); {question.data} holds rows")
+        raise InvalidData(f"{question.metric.name} is of plain text (.txt, .md); {question.data} holds rows")
     text = encode_text(read_text(question.data), tunable.encode, window=_context(tunable, question))
     return text.examples[: question.limit]
 

@@ -101,7 +101,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InvalidData, match="UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt file of plain text"):
+    with pytest.raises(InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt or \.md file of plain text"):
         encode_file(write(tmp_path / "d.csv", "a,b"), BYTES)
     with pytest.raises(InvalidData, match="plain text"):
         encode_file(write(tmp_path / "d.txt", "words"), BYTES, prompt_format="{prompt}!")
@@ -141,7 +141,8 @@ def test_text_is_cut_into_windows_that_cover_it(tmp_path: Path) -> None:
     data = encode_text("abcdefgh", encode, window=3)
     assert [bytes(e.token_ids) for e in data.examples] == [b"abc", b"def", b"gh"]
     assert data.num_loss_tokens == 5
-    assert encode_file(write(tmp_path / "d.txt", "abcdefg"), BYTES, max_tokens=3).num_loss_tokens == 5
+    for name in ("d.txt", "d.MD"):
+        assert encode_file(write(tmp_path / name, "abcdefg"), BYTES, max_tokens=3).num_loss_tokens == 5
     with pytest.raises(InvalidData, match="fewer than two"):
         encode_text("a", encode, window=3)
 
