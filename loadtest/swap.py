@@ -14,6 +14,7 @@ import itertools
 import json
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,41 @@ class Upload:
     finished: float  # when its 200 had been read
 
 
+class UploadHistory:
+    """The accepted uploads of a task, in order; the first one is what a load begins with."""
+
+    def __init__(self, now: Upload) -> None:
+        self._uploads = [now]
+
+    def add(self, upload: Upload) -> None:
+        """Take up the next one."""
+        self._uploads.append(upload)
+
+    @property
+    def changes(self) -> int:
+        """How many there were since the load began."""
+        return len(self._uploads) - 1
+
+    def allowed(self, answer: Answer) -> set[str]:
+        """Revisions that were the task's at some moment between the request's start and its first token."""
+        first = answer.text_times[0] if answer.text_times else answer.finished
+        before = [upload for upload in self._uploads if upload.finished <= answer.sent]
+        during = [u for u in self._uploads if u.finished > answer.sent and u.started <= first]
+        return {upload.digest for upload in before[-1:] + during}
+
+
+async def ticks(every: float, stop: asyncio.Event) -> AsyncIterator[None]:
+    """A tick every `every` seconds, or as soon as the last one's work is done, until `stop` is set."""
+    due = time.perf_counter()
+    while True:
+        due = max(due + every, time.perf_counter())
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), due - time.perf_counter())
+        if stop.is_set():
+            return
+        yield
+
+
 @dataclass
 class SwapReport:
     """Outcome of the check."""
@@ -57,19 +93,14 @@ class SwapCheck:
     def __init__(self, task: str, revisions: list[Revision], now: Upload) -> None:
         self.task = task
         self._revisions = {revision.digest: revision for revision in revisions}
-        self._history = [now]  # uploads in order; the first one is what the load begins with
+        self.history = UploadHistory(now)
         self._violations: list[str] = []
 
     async def keep_swapping(self, client: CompletionClient, every: float, stop: asyncio.Event) -> None:
         """Upload the next set every `every` seconds, or as fast as the server takes them, until `stop` is set."""
-        due = time.perf_counter()
-        for revision in itertools.cycle(self._revisions.values()):
-            due = max(due + every, time.perf_counter())
-            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(stop.wait(), due - time.perf_counter())
-            if stop.is_set():
-                return
-            await self._upload(client, revision)
+        revisions = itertools.cycle(self._revisions.values())
+        async for _ in ticks(every, stop):
+            await self._upload(client, next(revisions))
 
     async def _upload(self, client: CompletionClient, revision: Revision) -> None:
         started = time.perf_counter()
@@ -78,18 +109,11 @@ class SwapCheck:
         except LoadTestError as error:
             self._violations.append(f"upload failed: {error}")
             return
-        self._history.append(Upload(digest, started, time.perf_counter()))
+        self.history.add(Upload(digest, started, time.perf_counter()))
         if digest != revision.digest:
             self._violations.append(
                 f"upload of {revision.name} returned revision {digest}, before {revision.digest}"
             )
-
-    def allowed(self, answer: Answer) -> set[str]:
-        """Revisions that were the task's at some moment between the request's start and its first token."""
-        first = answer.text_times[0] if answer.text_times else answer.finished
-        before = [upload for upload in self._history if upload.finished <= answer.sent]
-        during = [u for u in self._history if u.finished > answer.sent and u.started <= first]
-        return {upload.digest for upload in before[-1:] + during}
 
     def violation(self, answer: Answer) -> str | None:
         """What is wrong with an answer for the task; None = nothing."""
@@ -104,7 +128,7 @@ class SwapCheck:
             return (
                 f"{what} names revision {digest[:12]} but is the answer of {sorted(d[:12] for d in matching)}"
             )
-        if digest not in self.allowed(answer):
+        if digest not in self.history.allowed(answer):
             return f"{what} is stale: revision {digest[:12]} was replaced before the request began"
         return None
 
@@ -112,13 +136,13 @@ class SwapCheck:
         """Judge every answer for the task that did not fail."""
         mine = [answer for answer in answers if answer.task == self.task and answer.failure is None]
         violations = [found for answer in mine if (found := self.violation(answer)) is not None]
-        uploads = len(self._history) - 1
+        uploads = self.history.changes
         if uploads == 0:
             violations.append("no upload fell into the run: send more requests or lower --swap-every")
         if not mine:
             violations.append(f"no answer for task {self.task!r} to check")
         counts = Counter(next(iter(answer.revisions)) for answer in mine if len(answer.revisions) == 1)
-        sharp = sum(not self._revisions.keys() <= self.allowed(answer) for answer in mine)
+        sharp = sum(not self._revisions.keys() <= self.history.allowed(answer) for answer in mine)
         return SwapReport(self.task, uploads, len(mine), sharp, dict(counts), self._violations + violations)
 
 

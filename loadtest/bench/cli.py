@@ -158,6 +158,7 @@ async def measure(options: Options) -> AsyncIterator[tuple[str, list[Figure]]]:
         yield f"{options.many_tasks} tasks", []
         found = await many_tasks(
             options.server,
+            options.work,
             files,
             options.many_tasks,
             options.probes,

@@ -9,6 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.fresh_updates import prepare_fresh
 from peqa_loadtest.bench.session import Session, failures
 from peqa_loadtest.client import Answer
 from peqa_loadtest.swap import prepare_swap
@@ -31,14 +32,21 @@ class Sample(NamedTuple):
 
 
 async def endurance(session: Session, tasks: list[str], files: list[Path], minutes: float) -> list[Figure]:
-    """Load for `minutes`; the growth of memory is the slope of a line through the samples after the warm-up."""
+    """Load for `minutes`, while the first task gets two sets in turn and the second one new ones.
+
+    The growth of memory is the slope of a line through the samples after the warm-up.
+    """
     pool = session.prompts(STREAMS)
     check = await prepare_swap(session.client, tasks[0], files[:2], pool, session.output_tokens)
+    fresh = await prepare_fresh(session.client, tasks[1], files[0].read_bytes())
     stop = asyncio.Event()
     await _fill_cache(session, tasks)
     samples: list[Sample] = []
     begin = time.monotonic()
-    changes = asyncio.create_task(check.keep_swapping(session.client, UPDATE_EVERY, stop))
+    changes = asyncio.gather(
+        check.keep_swapping(session.client, UPDATE_EVERY, stop),
+        fresh.keep_updating(session.client, UPDATE_EVERY, stop),
+    )
     watch = asyncio.create_task(_watch(session, samples, begin, stop))
     answers: list[Answer] = []
     try:
@@ -56,6 +64,7 @@ async def endurance(session: Session, tasks: list[str], files: list[Path], minut
         "minutes": minutes,
         "requests": len(answers),
         "uploads": report.uploads,
+        "fresh_uploads": fresh.history.changes,
         "memory_mb": steady[-1].megabytes,
         "samples": len(steady),
     }
@@ -64,7 +73,11 @@ async def endurance(session: Session, tasks: list[str], files: list[Path], minut
         figure("served/endurance/more-file-handles", late - early, "handles", "<=", 0, handles=late, **facts),
         figure(
             "served/endurance/failed",
-            failures(answers) + len(report.violations),
+            failures(answers)
+            + len(report.violations)
+            + fresh.failed
+            + fresh.mixed(answers)
+            + fresh.stale(answers),
             "requests",
             "<=",
             0,

@@ -27,9 +27,13 @@ class LeanClient:
         body = json.dumps(self._like.body(task, prompt, max_tokens)).encode()
         head = f"POST /v1/completions HTTP/1.0\r\nHost: {self._host}\r\nContent-Length: {len(body)}\r\n\r\n"
         try:
-            async with asyncio.timeout(self._like.target.timeout):
-                await self._exchange(head.encode() + body, answer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            await asyncio.wait_for(self._exchange(head.encode() + body, answer), self._like.target.timeout)
+        except (
+            OSError,
+            asyncio.TimeoutError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+        ) as error:
             answer.failure = Failure(None, f"{type(error).__name__}: {error}")
         answer.finished = time.perf_counter()
         return answer

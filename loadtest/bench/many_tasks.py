@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.fresh_updates import variant
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import Session, failures, open_session, rate
 from peqa_loadtest.client import LoadTestError
@@ -23,24 +24,19 @@ ROUNDS = 7
 RESIDENT_SHARE = 0.97  # "no slowdown", within what two halves of one run differ by
 COLD_EXTRA_MS = 100.0
 PROBE_TOKENS = 4
-HALF_ONE = 0x3C00  # fp16 1.0; the next 1023 patterns lie between 1 and 2
-
-
-def variant(data: bytes, number: int) -> bytes:
-    """A set file that differs from `data` in its last two fp16 scales, for each `number` < 2**16 another."""
-    high, low = divmod(number, 256)
-    return data[:-4] + struct.pack("<HH", HALF_ONE + high, HALF_ONE + low)
 
 
 async def many_tasks(
     start: Callable[[str], ServerProcess],
+    work: Path,
     files: list[Path],
     count: int,
     probes: int,
     prompt_tokens: int,
     output_tokens: int,
 ) -> list[Figure]:
-    """`start(store)` gives a server on one of two stores: one gets `count` tasks, the other those with traffic."""
+    """`start(name)` gives a server on one of two stores, the folders `work` / name: one gets `count` tasks, the other
+    those with traffic."""
     names = [f"resident-{i}" for i in range(RESIDENT)]
     data = files[0].read_bytes()
     with start("many") as server:
@@ -67,6 +63,7 @@ async def many_tasks(
                 if failures(answers):
                     raise LoadTestError("requests of the resident traffic failed")
                 rates.append(rate(answers))
+        _leave_page_cache(work / "many")
         cold, warm = await _first_tokens(session, names, count, probes)
         for one in (session, small):
             await one.close()
@@ -99,6 +96,17 @@ async def many_tasks(
             **facts,
         ),
     ]
+
+
+def _leave_page_cache(folder: Path) -> None:
+    """Make the system forget the contents of files, so that who asks for one reads the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
 
 
 async def _register(session: Session, data: bytes, count: int) -> None:

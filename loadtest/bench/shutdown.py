@@ -45,7 +45,14 @@ async def shutdown(start: Callable[[], ServerProcess], prompt_tokens: int) -> li
     return [
         figure("served/sigterm/new-request-refused", float(refused), "yes", ">=", 1),
         figure("served/sigterm/running-finished", finished, "share", ">=", 1.0, streams=STREAMS),
-        figure("served/sigterm/exit-status", -1 if status is None else status, "status", "<=", 0),
+        figure(
+            "served/sigterm/exit-status-0",
+            float(status == 0),
+            "yes",
+            ">=",
+            1,
+            status="still running" if status is None else status,
+        ),
         figure("served/sigterm/second-signal", seconds, "s", "<=", AT_ONCE_SECONDS),
     ]
 

@@ -1,4 +1,7 @@
-"""A task that changes several times a second while streams run: nothing failed, mixed or stale, and no stall."""
+"""Tasks that change several times a second while streams run: nothing failed, mixed or stale, and no stall.
+
+One task gets two sets in turn, whose answers are known, another a set that the server never had, every time.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 from peqa_loadtest.bench.figure import Figure, figure
+from peqa_loadtest.bench.fresh_updates import FreshUpdates, prepare_fresh
 from peqa_loadtest.bench.session import Session, failures, gaps
 from peqa_loadtest.client import Answer
 from peqa_loadtest.report import percentile
@@ -17,27 +21,37 @@ POOL = 8  # prompts of the changing task, whose answers are known
 QUIET_SHARE = 0.3  # of the time with updates: as long the same load runs without, in as many pieces
 SEGMENTS = 4
 P99_RATIO = 1.10
+KEPT_PACE = (
+    0.95  # of PER_SECOND: an upload that is under way when a piece of the load ends counts for the next
+)
 SMALLEST_PIECE = 2 * STREAMS  # requests
 
 
 async def updates(session: Session, tasks: list[str], files: list[Path], count: int) -> list[Figure]:
-    """`count` updates of the first task under STREAMS streams, between pieces of the same load without updates."""
-    changing = tasks[0]
+    """`count` updates of the first task, and as many of the second one, under STREAMS streams, between pieces of the
+    same load without updates."""
+    changing, renewed = tasks[:2]
     pool = session.prompts(POOL)
     check = await prepare_swap(session.client, changing, files[:2], pool, session.output_tokens)
+    fresh = await prepare_fresh(session.client, renewed, files[0].read_bytes())
     seconds = count / PER_SECOND / SEGMENTS
+    loop, loud_seconds = asyncio.get_running_loop(), 0.0
     quiet: list[Answer] = []
     loud: list[Answer] = []
     for _ in range(SEGMENTS):
         quiet += await _load_for(session, tasks, {changing: pool}, seconds * QUIET_SHARE)
-        stop = asyncio.Event()
-        changes = asyncio.create_task(check.keep_swapping(session.client, 1 / PER_SECOND, stop))
+        stop, begin = asyncio.Event(), loop.time()
+        changes = [
+            asyncio.create_task(check.keep_swapping(session.client, 1 / PER_SECOND, stop)),
+            asyncio.create_task(fresh.keep_updating(session.client, 1 / PER_SECOND, stop)),
+        ]
         try:
             loud += await _load_for(session, tasks, {changing: pool}, seconds)
         finally:
+            loud_seconds += loop.time() - begin
             stop.set()
-            await changes
-    return _judge(check, quiet, loud)
+            await asyncio.gather(*changes)
+    return _judge(check, fresh, quiet, loud, loud_seconds)
 
 
 async def _load_for(
@@ -52,19 +66,38 @@ async def _load_for(
     return answers
 
 
-def _judge(check: SwapCheck, quiet: list[Answer], loud: list[Answer]) -> list[Figure]:
+def _judge(
+    check: SwapCheck, fresh: FreshUpdates, quiet: list[Answer], loud: list[Answer], loud_seconds: float
+) -> list[Figure]:
     """Failed: without an answer. Stale: of a revision that was replaced before. Mixed: any other wrong answer."""
-    mine = [a for a in quiet + loud if a.task == check.task and a.failure is None]
+    answers = quiet + loud
+    mine = [a for a in answers if a.task == check.task and a.failure is None]
     wrong = [a for a in mine if check.violation(a) is not None]
-    stale = sum(len(a.revisions) == 1 and not a.revisions <= check.allowed(a) for a in wrong)
+    stale = sum(len(a.revisions) == 1 and not a.revisions <= check.history.allowed(a) for a in wrong)
     report = check.report(mine)
     refused = len(report.violations) - len(wrong)  # uploads that failed or came back as another revision
     before, during = percentile(gaps(quiet), 99), percentile(gaps(loud), 99)
-    facts = {"updates": report.uploads, "answers_of_the_task": len(mine), "streams": STREAMS}
+    pace = min(report.uploads, fresh.history.changes) / loud_seconds
+    facts = {
+        "updates": report.uploads,
+        "fresh_updates": fresh.history.changes,
+        "answers_of_the_task": len(mine),
+        "streams": STREAMS,
+    }
     return [
-        figure("served/updates/failed", failures(quiet + loud) + refused, "requests", "<=", 0, **facts),
-        figure("served/updates/mixed", len(wrong) - stale, "answers", "<=", 0, **facts),
-        figure("served/updates/stale", stale, "answers", "<=", 0, **facts),
+        figure("served/updates/of-each-task", pace, "1/s", ">=", KEPT_PACE * PER_SECOND, **facts),
+        figure(
+            "served/updates/failed",
+            failures(answers) + refused + fresh.failed,
+            "requests",
+            "<=",
+            0,
+            **facts,
+        ),
+        figure(
+            "served/updates/mixed", len(wrong) - stale + fresh.mixed(answers), "answers", "<=", 0, **facts
+        ),
+        figure("served/updates/stale", stale + fresh.stale(answers), "answers", "<=", 0, **facts),
         figure(
             "served/updates/inter-token-p99-ratio",
             during / before,

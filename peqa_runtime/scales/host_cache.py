@@ -29,6 +29,7 @@ class HostCache:
         self._lock = threading.Lock()  # never held while the disk is read
         self._sets: OrderedDict[str, ScaleSet] = OrderedDict()
         self._used = 0
+        self._retired: set[str] = set()
         self._loads: dict[str, Future[ScaleSet]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="peqa-load")
         self._counts: Counter[str] = Counter()
@@ -56,6 +57,18 @@ class HostCache:
             self._keep(scale_set)
         self.shrink()
 
+    def retire(self, revision: str) -> None:
+        """Drop a set that no task has any more, at once or when its last user is done; `put` and `keep` undo it."""
+        with self._lock:
+            if revision in self._sets:
+                self._retired.add(revision)
+        self.shrink()
+
+    def keep(self, revision: str) -> None:
+        """Undo `retire` where the set is still in memory: a task has it again."""
+        with self._lock:
+            self._retired.discard(revision)
+
     def load(self, revision: str, read: Callable[[], ScaleSet]) -> Future[ScaleSet]:
         """The set from memory, or from `read`, called in a thread; who asks meanwhile gets the same load."""
         with self._lock:
@@ -73,8 +86,11 @@ class HostCache:
         return self._threads.submit(work)
 
     def shrink(self) -> None:
-        """Drop the least recently used sets that nobody uses, down to the limit."""
+        """Drop retired sets that nobody uses, then the least recently used of the others, down to the limit."""
         with self._lock:
+            for revision in [revision for revision in self._retired if not self._in_use(revision)]:
+                self._retired.discard(revision)
+                self._used -= self._sets.pop(revision).num_bytes
             if self._used <= self.limit_bytes:
                 return
             dropped, used = [], self._used
@@ -86,6 +102,7 @@ class HostCache:
                     used -= scale_set.num_bytes
             for revision in dropped:
                 del self._sets[revision]
+                self._retired.discard(revision)
             self._used = used
 
     def counts(self) -> tuple[int, int]:
@@ -122,6 +139,7 @@ class HostCache:
         return scale_set
 
     def _keep(self, scale_set: ScaleSet) -> None:
+        self._retired.discard(scale_set.revision)
         if scale_set.revision not in self._sets:
             self._sets[scale_set.revision] = scale_set
             self._used += scale_set.num_bytes

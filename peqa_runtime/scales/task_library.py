@@ -284,6 +284,7 @@ class TaskLibrary:
     def _publish(self, task: str) -> None:
         """Make the registry agree with the store."""
         record = self.store.record(task)
+        before = self.registry.current(task)
         self._unplaceable.pop(task, None)
         if record is not None:
             try:
@@ -296,8 +297,11 @@ class TaskLibrary:
             self.registry.set_current(
                 task, record.revision, record.kind, record.prompt_format, quarantined=record.quarantined
             )
-        elif self.registry.current(task) is not None:
+            self._host.keep(record.revision)
+        elif before is not None:
             self.registry.delete(task)
+        if before is not None and not self.registry.is_current(before):
+            self._host.retire(before)
 
     def _check_name(self, task: str) -> None:
         check_task_name(task)

@@ -122,6 +122,11 @@ class TaskRegistry:
         with self._lock:
             return task in self._aside
 
+    def is_current(self, revision: str) -> bool:
+        """True when a task has this revision as its current one."""
+        with self._lock:
+            return revision in self._names
+
     def delete(self, task: str) -> None:
         """Remove the name; who holds a lease keeps it. Raises `UnknownTask`."""
         with self._lock:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from peqa_loadtest.bench import cli, updates
 from peqa_loadtest.bench.endurance import slope
-from peqa_loadtest.bench.figure import figure, write_figures
-from peqa_loadtest.bench.many_tasks import variant
+from peqa_loadtest.bench.figure import Figure, figure, write_figures
+from peqa_loadtest.bench.fresh_updates import FreshUpdates, prepare_fresh, variant
 from peqa_loadtest.bench.offline import OfflineBench, value_of
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import failures, gaps, rate
@@ -90,16 +94,70 @@ def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
     stale = answer([1.0, 2.0], text="one", revision="r1")
     mixed = answer([1.0, 2.0], text="on|wo", revision="r2")
     failed = answer([1.0, 2.0], failed=True)
-    rows = {
-        row["name"].rpartition("/")[2]: row for row in updates._judge(check, [good], [stale, mixed, good])
-    }
+    fresh = FreshUpdates("renewed", b"", Upload("f1", -2.0, -1.0))
+
+    def rows_of(loud: list[Answer]) -> dict[str, Figure]:
+        rows = updates._judge(check, fresh, [good], loud, 2.0)
+        return {row["name"].rpartition("/")[2]: row for row in rows}
+
+    rows = rows_of([stale, mixed, good])
     assert (rows["mixed"]["value"], rows["stale"]["value"]) == (1, 1)
     assert not rows["mixed"]["ok"]
     assert not rows["stale"]["ok"]
     assert rows["failed"]["value"] == 1, "no update fell into the run: that is a failure too"
-    rows = {row["name"].rpartition("/")[2]: row for row in updates._judge(check, [good], [failed, good])}
+    assert not rows["of-each-task"]["ok"], "nor is that five a second"
+    rows = rows_of([failed, good])
     assert rows["failed"]["value"] == 2
     assert rows["inter-token-p99-ratio"]["value"] == pytest.approx(1.0)
+
+
+def test_answers_of_a_task_with_ever_new_sets_are_judged_by_what_they_name() -> None:
+    fresh = FreshUpdates("task", b"", Upload("f1", -2.0, -1.0))
+    fresh._digests.add("f2")
+    fresh.history.add(Upload("f2", 1.5, 1.6))
+    good = answer([2.0, 3.0], revision="f1")  # began before the upload
+    early = replace(
+        good, text_times=[1.0, 2.0], revisions={"f2"}
+    )  # its first token came before the upload did
+    late = replace(good, sent=1.7, revisions={"f1"})
+    strange = replace(good, revisions={"r9"})
+    two = replace(good, revisions={"f1", "f2"})
+    elsewhere = replace(strange, task="other")
+    answers = [good, early, late, strange, two, elsewhere, answer([1.0], failed=True)]
+    assert (fresh.mixed(answers), fresh.stale(answers)) == (2, 2)
+
+
+class TakesAnything:
+    """A server that names each content's own revision, or refuses."""
+
+    def __init__(self, refuses: tuple[int, ...] = ()) -> None:
+        self.refuses = refuses
+        self.contents: list[bytes] = []
+
+    async def call(self, method: str, path: str, data: bytes) -> httpx.Response:
+        assert (method, path) == ("PUT", "/v1/tasks/task")
+        self.contents.append(data)
+        if len(self.contents) in self.refuses:
+            return httpx.Response(500, json={"error": {"message": "no"}})
+        return httpx.Response(200, json={"revision": hashlib.sha256(data).hexdigest()})
+
+
+def test_every_update_brings_a_new_content() -> None:
+    async def main(server: TakesAnything) -> FreshUpdates:
+        fresh = await prepare_fresh(server, "task", b"header" + bytes(4))
+        stop = asyncio.Event()
+        work = asyncio.create_task(fresh.keep_updating(server, 0.001, stop))
+        while len(server.contents) < 20:
+            await asyncio.sleep(0.001)
+        stop.set()
+        await work
+        return fresh
+
+    server = TakesAnything()
+    fresh = asyncio.run(main(server))
+    assert len(set(server.contents)) == len(server.contents) == fresh.history.changes + 1
+    assert fresh.failed == 0
+    assert asyncio.run(main(TakesAnything(refuses=(3, 5)))).failed == 2
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:
@@ -161,6 +219,7 @@ NAMES = [
             "structured/greedy/vs-free-text",
             "structured/sampled/vs-free-text",
             "structured/top-p/vs-free-text",
+            "updates/of-each-task",
             "updates/failed",
             "updates/mixed",
             "updates/stale",
@@ -176,7 +235,7 @@ NAMES = [
             "endurance/failed",
             "sigterm/new-request-refused",
             "sigterm/running-finished",
-            "sigterm/exit-status",
+            "sigterm/exit-status-0",
             "sigterm/second-signal",
             "many-tasks/memory",
             "many-tasks/memory-after-uploads",
@@ -222,5 +281,5 @@ def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
         ):
             assert rows[name]["ok"], rows[name]
     assert rows["engine/random-batches/equal-to-alone"]["ok"]
-    assert rows["served/sigterm/exit-status"]["ok"]
+    assert rows["served/sigterm/exit-status-0"]["ok"]
     assert not list(tmp_path.glob("peqa-bench-*")), "its files are gone"

@@ -251,6 +251,36 @@ def test_host_memory_is_bounded_and_what_is_leased_stays(folder: Path) -> None:
     assert value_of(library, leases[3].revision) == 0.8
 
 
+def test_sets_that_no_task_has_any_more_leave_host_memory(folder: Path) -> None:
+    """Else a task that is changed often fills it, and what other tasks have goes to make room."""
+    library = new_library(folder)
+    for data in (A, B, C):
+        library.upload("sql", data)
+    assert library.host_counts() == (1, SET_BYTES)
+    library.upload("other", C)
+    library.delete("other")
+    assert library.host_counts() == (1, SET_BYTES), "sql has it too"
+
+    running = library.acquire("sql")
+    library.upload("sql", A)
+    assert library.host_counts() == (2, 2 * SET_BYTES)
+    library.release(running)
+    assert library.host_counts() == (1, SET_BYTES)
+
+    running = library.acquire("sql")
+    library.upload("sql", B)
+    library.rollback("sql")
+    library.release(running)
+    assert library.in_memory("sql"), "the task has it again"
+    assert library.host_counts() == (1, SET_BYTES)
+
+    named = library.acquire(f"sql@{revision_of(B)[:12]}")
+    library.release(named)
+    assert library.host_counts() == (2, 2 * SET_BYTES), "asked for by name it stays like any other"
+    library.delete("sql")
+    assert library.host_counts() == (1, SET_BYTES)
+
+
 def test_a_start_reads_no_tensors(folder: Path) -> None:
     library = new_library(folder)
     for task in ("a", "b"):
