@@ -18,7 +18,7 @@ from peqa_runtime.core import BASE_TASK, Request
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.sampling_params import SamplingParams
 
-OVERHEAD = ("scheduling", "inputs", "sampling", "rest")
+OVERHEAD = ("call", "scheduling", "inputs", "sampling", "rest")
 """Parts of a step that are neither matmul nor attention nor what lies between them in the model."""
 
 
@@ -26,9 +26,9 @@ OVERHEAD = ("scheduling", "inputs", "sampling", "rest")
 class StepProfile:
     """A decode step of `sequences` sequences, median of `steps`, in milliseconds.
 
-    `parts`: the model's time as matmul, attention, elementwise, head and call (what it costs to get there), or as one
-    part "model" where it runs through transformers' modules; then scheduling (plan and book), inputs (building
-    tensors), sampling, and the rest of `Engine.step`. They add up to `milliseconds` as medians do: nearly.
+    `parts`: the model's time as matmul, attention, elementwise, head and call (describing tensors and getting
+    there), or as one part "model" where it runs through transformers' modules; then scheduling (plan and book), inputs
+    (building tensors), sampling, and the rest of `Engine.step`. They add up to `milliseconds` as medians do: nearly.
     """
 
     sequences: int
@@ -40,7 +40,7 @@ class StepProfile:
     @property
     def overhead(self) -> float:
         """Share of bookkeeping, tensor building and sampling in the step, 0 to 1."""
-        return sum(self.parts[name] for name in OVERHEAD) / self.milliseconds
+        return sum(self.parts.get(name, 0.0) for name in OVERHEAD) / self.milliseconds
 
     def __str__(self) -> str:
         """A table."""

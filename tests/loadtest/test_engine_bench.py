@@ -201,6 +201,7 @@ NAMES = [
             "step-profile/sampling",
             "step-profile/rest",
             "step-profile/overhead",
+            "step-profile/overhead-sampled",
             "random-batches/equal-to-alone",
             "random-batches/preemptions",
             "random-batches/prefix-hit-tokens",

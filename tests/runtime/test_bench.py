@@ -77,13 +77,18 @@ def test_mixed_tasks_are_held_against_the_base(tiny_base: Path) -> None:
 def test_the_profile_adds_up(tiny_base: Path) -> None:
     load = Load(prompt_tokens=20, output_tokens=8, tasks=16)
     with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=96), "cpu") as engine:
-        *parts, overhead = step_profile(engine, load)
+        *parts, overhead, sampled = step_profile(engine, load)
     names = [row.name.removeprefix("engine/step-profile/") for row in parts]
     assert names == [*MODEL_PARTS, "scheduling", "inputs", "sampling", "rest"]
     assert all(row.bar is None for row in parts)
     assert sum(row.value for row in parts) == pytest.approx(1.0, abs=0.2)
     assert (overhead.name, overhead.bar) == ("engine/step-profile/overhead", 0.15)
-    assert overhead.value == pytest.approx(sum(row.value for row in parts[len(MODEL_PARTS) :]))
+    around = [
+        row.value for row, name in zip(parts, names, strict=True) if name not in MODEL_PARTS or name == "call"
+    ]
+    assert overhead.value == pytest.approx(sum(around))
+    assert (sampled.name, sampled.bar) == ("engine/step-profile/overhead-sampled", None)
+    assert 0 < sampled.value < 1
 
 
 def test_batches_equal_each_request_alone_and_a_difference_shows(tiny_base: Path) -> None:
