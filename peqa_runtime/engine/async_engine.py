@@ -208,7 +208,7 @@ class AsyncEngine:
                     if not outputs and not self.engine.scheduler.running:
                         time.sleep(_NO_ROW_WAIT)
                 if trial is not None and self.engine.canary.next is trial:  # there was no room in the step
-                    self.engine.canary.judge()
+                    self.engine.judge()
         except EngineDead as dead:
             logger.critical("the engine has ended itself: %s", dead)
             error = dead

@@ -21,7 +21,7 @@ from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.readiness import make_ready
 from peqa_runtime.engine.request_check import check_request
-from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
+from peqa_runtime.engine.rescue import CrashLimit, Outcome, RowLost, run_step
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
@@ -182,8 +182,8 @@ class Engine:
 
         A request whose computing raises ends with an error output, the others of the step do not notice. When no
         single request is to blame, the step's requests end with an error output, and the engine starts anew with
-        those that waited. `EngineDead` is raised when that happens `max_crashes` times within `crash_window`
-        seconds, or at once when the device is lost.
+        those that waited; with all, where only a bank row was lost. `EngineDead` is raised when that happens
+        `max_crashes` times within `crash_window` seconds, or at once when the device is lost.
         """
         started = time.perf_counter()
         planned: Collection[Sequence] | None = None
@@ -201,15 +201,19 @@ class Engine:
             self._planning_crashed = False
         except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
             crash = error
-            outputs = self._restart(planned)
+            outputs = self._restart(() if isinstance(error, RowLost) else planned)
         self._book(outputs, time.perf_counter() - started)
         if crash is not None:
-            try:
-                self._crashes.note(crash)
-            except EngineDead:
-                self.abort_all()
-                raise
+            self._note(crash)
         return outputs
+
+    def judge(self) -> None:
+        """Try the next uploaded set by a forward of its own, between two steps. Raises `EngineDead` as `step` does."""
+        try:
+            self.canary.judge()
+        except RowLost as error:
+            self._restart(())
+            self._note(error)
 
     def stats(self) -> dict[str, float]:
         """Numbers for metrics, by name; counters end in `_total`. Callable from any thread, never blocks long."""
@@ -289,6 +293,14 @@ class Engine:
             logger.error("request %s of task %r fails", request.request_id, request.task, exc_info=error)
             outputs += self.scheduler.fail([item.sequence], REQUEST_FAILED, "request_failed")
         return outputs
+
+    def _note(self, crash: Exception) -> None:
+        """Count a crash. Raises `EngineDead` when nothing goes on after it."""
+        try:
+            self._crashes.note(crash)
+        except EngineDead:
+            self.abort_all()
+            raise
 
     def _restart(self, planned: Collection[Sequence] | None) -> list[TokenOutput]:
         """Begin with a new scheduler, free blocks and unwritten rows; return the last outputs of who does not survive.

@@ -157,7 +157,9 @@ def encode_file(
             )
         except InvalidData as error:
             raise InvalidData(f"{path}: {error}") from None
-    raise InvalidData(f"{path}: a .jsonl or .json file of rows, or a .txt or .md file of plain text, is expected")
+    raise InvalidData(
+        f"{path}: a .jsonl or .json file of rows, or a .txt or .md file of plain text, is expected"
+    )
 
 
 def file_digest(path: Path) -> str:
