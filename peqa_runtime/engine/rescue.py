@@ -102,7 +102,7 @@ def _narrow_down(run: Callable[[Batch], list[StepResult]], batch: Batch, first_e
             part = Batch(half, tuple(_writes_of(half, batch.bank_writes)))
             try:
                 part_results = run(part)
-            except StepCrash:
+            except (torch.AcceleratorError, StepCrash):
                 raise
             except Exception as again:  # noqa: BLE001  see above
                 to_split.append((half, again))
@@ -129,7 +129,7 @@ def _probe(run: Callable[[Batch], list[StepResult]], failed: ScheduledSequence, 
     sequence = Sequence(request, [0], block_table=failed.sequence.block_table[-1:])
     try:
         run(Batch((ScheduledSequence(sequence, 0, 1),)))
-    except StepCrash:
+    except (torch.AcceleratorError, StepCrash):
         raise
     except Exception:  # noqa: BLE001  the request's own error says more
         raise StepCrash("nothing can be computed") from error

@@ -259,7 +259,7 @@ def test_rows_that_are_lost_again_and_again_end_the_engine(fake_engine: Any, mak
     ask(engine, "a", [3, 4], "a")
     engine.canary.add(Trial(engine.tasks._parsed(make_fake_set(2.0))))
     no_memory_from(engine, 2)
-    with pytest.raises(EngineDead, match="1 crashes .* OutOfMemoryError: no memory"):
+    with pytest.raises(EngineDead, match=r"1 crashes .* OutOfMemoryError: no memory"):
         engine.judge()
     assert not engine.has_work
     assert engine.tasks.registry.counts().leases == 0

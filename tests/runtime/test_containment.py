@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from peqa_runtime.core import BASE_TASK, Request, TokenOutput
 from peqa_runtime.engine.batch import Batch, StepResult
@@ -246,6 +248,24 @@ def test_crashes_within_the_window_end_the_engine(fake_engine: MakeEngine) -> No
     assert not engine.has_work
     assert engine.scheduler.blocks.num_used == 0
     assert engine.tasks.registry.counts().leases == 0
+
+
+def test_a_device_that_is_lost_while_the_request_is_looked_for_ends_the_engine_at_once(
+    fake_engine: MakeEngine,
+) -> None:
+    engine = fake_engine()
+    for i in range(4):
+        add(engine, str(i), [1])
+    errors = itertools.chain(
+        [RuntimeError("a launch failed")], itertools.repeat(torch.AcceleratorError("gone"))
+    )
+
+    def fail(_: Batch) -> None:
+        raise next(errors)
+
+    with breaking(engine, fail), pytest.raises(EngineDead, match="the device fails: gone"):
+        engine.step()
+    assert not engine.has_work
 
 
 def test_crashes_far_apart_do_not_end_the_engine(
