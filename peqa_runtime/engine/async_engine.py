@@ -27,6 +27,7 @@ from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.engine.canary import Trial
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.form_compiler import FormCompiler
+from peqa_runtime.engine.guidance import Form
 from peqa_runtime.engine.queue_gauge import QueueGauge
 from peqa_runtime.engine.token_stream import Reservation, TokenStream, deliver_all
 from peqa_runtime.errors import EngineDead, Overloaded
@@ -42,6 +43,7 @@ _NO_ROW_WAIT = 0.02
 class _Add:
     request: Request
     lease: Lease | None
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class AsyncEngine:
         try:
             assert own is None or own.revision == request.revision, "the lease is of another revision"
             stream = TokenStream(request, asyncio.get_running_loop(), self.abort)
-            self.engine.check(request)
+            form = self.engine.check(request)
             with self._lock:
                 if self._error is not None:
                     raise self._error
@@ -105,7 +107,7 @@ class AsyncEngine:
                 assert request.request_id not in self._streams, "request ids are unique"
                 self._streams[request.request_id] = stream
                 self._queue.add(request)
-                self._commands.put(_Add(request, own))
+                self._commands.put(_Add(request, own, form))
         except BaseException:
             self.engine.unpin(own)
             raise
@@ -237,8 +239,9 @@ class AsyncEngine:
             command = self._commands.get()
             idle = False
             match command:
-                case _Add(request, lease):
-                    self.engine.add_request(request, lease)
+                case _Add(request, lease, form):
+                    if failed := self.engine.admit(request, lease, form):
+                        self._deliver(failed, 0, 0.0)
                 case _Abort(request_id):
                     self.engine.abort(request_id)
                 case _Stop(deadline):
