@@ -117,15 +117,15 @@ class AsyncEngine:
         """Compile the form of a request, so that `submit` finds it at hand; see `FormCompiler.submit`."""
         return self._forms.submit(constraint)
 
-    def reserve(self, task: str) -> Reservation:
-        """Let a request of the task in, before anything is done for it, unless too much waits; to be given back when it
-        was submitted, or will not be. Raises `Overloaded`, `EngineDead`."""
+    def reserve(self, task: str, choices: int = 1) -> Reservation:
+        """Let a request of the task in with all its choices, before anything is done for it, unless too much waits; to
+        be given back when it was submitted, or will not be. Raises `Overloaded`, `EngineDead`."""
         with self._lock, self._counting_refusals():
             if self._error is not None:
                 raise self._error
-            self._queue.refuse(task, self._running())
-            self._queue.reserve(task)
-        return Reservation(functools.partial(self._give_up, task))
+            self._queue.refuse(task, self._running(), choices)
+            self._queue.reserve(task, choices)
+        return Reservation(functools.partial(self._give_up, task, choices))
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens when it has ended. Its stream gets no output from this."""
@@ -180,9 +180,9 @@ class AsyncEngine:
         if self._streams.pop(request_id, None) is not None:
             self._queue.drop(request_id)
 
-    def _give_up(self, task: str) -> None:
+    def _give_up(self, task: str, choices: int) -> None:
         with self._lock:
-            self._queue.give_up(task)
+            self._queue.give_up(task, choices)
 
     def _running(self) -> list[str]:
         """Ids of the requests that have a place."""

@@ -214,6 +214,30 @@ def test_too_many_waiting_are_refused_and_the_rest_is_served(
     run(work())
 
 
+def test_a_request_of_many_choices_is_refused_whole_while_others_of_its_task_are_in_work(
+    start: Start,
+) -> None:
+    engine = start(max_sequences=2, max_wait=1, tasks={"a": 1.5})
+
+    async def work() -> None:
+        await read(submit(engine, "measured"))
+        engine.reserve("a", 1000).release()
+        engine._queue.step(0, 1000.0)  # it takes long
+        async with held(engine):
+            with pytest.raises(Overloaded, match="last of 1000 choices"):
+                engine.reserve(BASE_TASK, 1000)
+            assert not engine._queue._reserved
+            engine.reserve(BASE_TASK).release()
+            many = engine.reserve("a", 1000)
+            assert engine.stats()["expected_wait_seconds"] > 1
+            many.release()
+        assert not engine._queue._reserved
+        assert engine.stats()["rejected_total"] == 1
+        assert len(await read(submit(engine, "x"))) == 8
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [((), {}, InvalidRequest), ((97,), {}, InvalidRequest), ((1,) * 300, {}, PromptTooLong)],
