@@ -379,8 +379,8 @@ class Engine:
             lease.task,
             lease.revision,
         )
-        for task in self.tasks.strike(lease.revision):
-            logger.error("task %r, revision %s, is in quarantine", task, lease.revision)
+        for name in self.tasks.strike(lease.revision):
+            logger.error("task %r, revision %s, is in quarantine", name, lease.revision)
 
     def _book(self, outputs: Items[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""
