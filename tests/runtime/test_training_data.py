@@ -101,7 +101,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InvalidData, match="UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt or \.md file of plain text"):
+    with pytest.raises(
+        InvalidData, match=r"a \.jsonl or \.json file of rows, or a \.txt or \.md file of plain text"
+    ):
         encode_file(write(tmp_path / "d.csv", "a,b"), BYTES)
     with pytest.raises(InvalidData, match="plain text"):
         encode_file(write(tmp_path / "d.txt", "words"), BYTES, prompt_format="{prompt}!")
