@@ -49,7 +49,7 @@ class TaskUnusable(UnknownTask):
 
 
 class TaskQuarantined(PeqaError):
-    """The task's current revision has been set aside; the message says why and what makes it usable again."""
+    """The task's revision, or the blend, has been set aside; the message says why and what makes it usable again."""
 
 
 class InvalidTaskName(PeqaError):

@@ -27,6 +27,7 @@ from peqa_runtime.core import Lease, Request, TokenOutput
 from peqa_runtime.engine.canary import Trial
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.form_compiler import FormCompiler
+from peqa_runtime.engine.guidance import Form
 from peqa_runtime.engine.queue_gauge import QueueGauge
 from peqa_runtime.engine.token_stream import Reservation, TokenStream, deliver_all
 from peqa_runtime.errors import EngineDead, Overloaded
@@ -42,6 +43,7 @@ _NO_ROW_WAIT = 0.02
 class _Add:
     request: Request
     lease: Lease | None
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class AsyncEngine:
         try:
             assert own is None or own.revision == request.revision, "the lease is of another revision"
             stream = TokenStream(request, asyncio.get_running_loop(), self.abort)
-            self.engine.check(request)
+            form = self.engine.check(request)
             with self._lock:
                 if self._error is not None:
                     raise self._error
@@ -105,7 +107,7 @@ class AsyncEngine:
                 assert request.request_id not in self._streams, "request ids are unique"
                 self._streams[request.request_id] = stream
                 self._queue.add(request)
-                self._commands.put(_Add(request, own))
+                self._commands.put(_Add(request, own, form))
         except BaseException:
             self.engine.unpin(own)
             raise
@@ -115,15 +117,15 @@ class AsyncEngine:
         """Compile the form of a request, so that `submit` finds it at hand; see `FormCompiler.submit`."""
         return self._forms.submit(constraint)
 
-    def reserve(self, task: str) -> Reservation:
-        """Let a request of the task in, before anything is done for it, unless too much waits; to be given back when it
-        was submitted, or will not be. Raises `Overloaded`, `EngineDead`."""
+    def reserve(self, task: str, choices: int = 1) -> Reservation:
+        """Let a request of the task in with all its choices, before anything is done for it, unless too much waits; to
+        be given back when it was submitted, or will not be. Raises `Overloaded`, `EngineDead`."""
         with self._lock, self._counting_refusals():
             if self._error is not None:
                 raise self._error
-            self._queue.refuse(task, self._running())
-            self._queue.reserve(task)
-        return Reservation(functools.partial(self._give_up, task))
+            self._queue.refuse(task, self._running(), choices)
+            self._queue.reserve(task, choices)
+        return Reservation(functools.partial(self._give_up, task, choices))
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens when it has ended. Its stream gets no output from this."""
@@ -178,9 +180,9 @@ class AsyncEngine:
         if self._streams.pop(request_id, None) is not None:
             self._queue.drop(request_id)
 
-    def _give_up(self, task: str) -> None:
+    def _give_up(self, task: str, choices: int) -> None:
         with self._lock:
-            self._queue.give_up(task)
+            self._queue.give_up(task, choices)
 
     def _running(self) -> list[str]:
         """Ids of the requests that have a place."""
@@ -208,7 +210,7 @@ class AsyncEngine:
                     if not outputs and not self.engine.scheduler.running:
                         time.sleep(_NO_ROW_WAIT)
                 if trial is not None and self.engine.canary.next is trial:  # there was no room in the step
-                    self.engine.canary.judge()
+                    self.engine.judge()
         except EngineDead as dead:
             logger.critical("the engine has ended itself: %s", dead)
             error = dead
@@ -237,8 +239,9 @@ class AsyncEngine:
             command = self._commands.get()
             idle = False
             match command:
-                case _Add(request, lease):
-                    self.engine.add_request(request, lease)
+                case _Add(request, lease, form):
+                    if failed := self.engine.admit(request, lease, form):
+                        self._deliver(failed, 0, 0.0)
                 case _Abort(request_id):
                     self.engine.abort(request_id)
                 case _Stop(deadline):

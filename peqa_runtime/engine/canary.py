@@ -8,7 +8,8 @@ Each token of the prompt enters as a decode row would (all of a step's keys and 
 so a step of decodes stays one. Nothing of it can be seen: its K/V lie in blocks that are nobody's, and its bank row is
 borrowed. It is a free one, or one that no running request uses, or else one whose content is put back before the next
 step; never one that the step itself reads. What it gives is cut off before tokens are chosen. A step that raises with
-it is computed again without it. No request, prefix or metric hears of it.
+it is computed again without it. No request, prefix or metric hears of it. Where the row cannot be put back, nothing
+goes on before every row is written anew: `RowLost`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from peqa_runtime.core import Request
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.model_runner import ModelRunner
+from peqa_runtime.engine.rescue import RowLost
 from peqa_runtime.engine.sequence import Sequence as Running
 from peqa_runtime.errors import EngineDead, InvalidScaleSet, NoSuchRevision
 from peqa_runtime.sampling_params import SamplingParams
@@ -106,7 +108,10 @@ class Canary:
         return self._waiting[0] if self._waiting else None
 
     def run(self, batch: Batch) -> list[StepResult]:
-        """Run a step, as `ModelRunner.run` does; with the next trial in it, which is then judged, if there is room."""
+        """Run a step, as `ModelRunner.run` does; with the next trial in it, which is then judged, if there is room.
+
+        Raises `RowLost` too.
+        """
         trial = self.next
         if trial is None or trial.alone or not self._has_room(batch):
             return self._runner.run(batch)
@@ -125,6 +130,9 @@ class Canary:
                     results = self._runner.sampler.sample(batch, logits[:-PROMPT_TOKENS])
         except torch.AcceleratorError:
             raise
+        except RowLost:
+            trial.alone = True
+            raise
         except Exception:  # noqa: BLE001  whoever is to blame: the step goes on without the trial, and finds out
             trial.alone = True
             return self._runner.run(batch)
@@ -133,12 +141,17 @@ class Canary:
         return results
 
     def judge(self) -> None:
-        """Judge the next trial by a forward of its own."""
+        """Judge the next trial by a forward of its own. Raises `RowLost`."""
         trial = self._waiting.popleft()
         try:
             self.try_out(trial.scale_set)
         except InvalidScaleSet as error:
             trial.verdict.set_exception(error)
+        except RowLost:
+            trial.verdict.set_exception(
+                EngineDead("the engine restarted while it tried this set; send it again")
+            )
+            raise
         except BaseException as error:
             trial.verdict.set_exception(EngineDead(f"the engine died of {type(error).__name__}: {error}"))
             raise
@@ -151,12 +164,15 @@ class Canary:
             self._waiting.popleft().verdict.set_exception(error)
 
     def try_out(self, scale_set: ScaleSet) -> None:
-        """Raise `InvalidScaleSet` when the model's answer to the prompt is not finite, or cannot be computed."""
+        """Raise `InvalidScaleSet` when the model's answer to the prompt is not finite, or cannot be computed.
+
+        Raises `RowLost` too.
+        """
         try:
             at = self._registry.borrow(scale_set.kind)
             with self._lent(at, scale_set), torch.inference_mode():
                 sound = _is_finite(self._runner.prepare(Batch(self._rows(at)))())
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, RowLost):
             raise
         except Exception as error:
             logger.exception("a trial forward with an uploaded set failed")
@@ -204,17 +220,30 @@ class Canary:
 
     @contextmanager
     def _lent(self, at: BorrowedRow, scale_set: ScaleSet) -> Iterator[None]:
-        """The set is in the row; afterwards what its owner needs is there again. A leased revision, so any that runs,
-        is in memory; another is written when it is wanted."""
+        """The set is in the row; afterwards what its owner needs is there again. Raises `RowLost`."""
         try:
             self._bank.write(at.row, at.group_row, scale_set)
             yield
         finally:
             if at.owner is not None:
-                try:
-                    self._bank.write(at.row, at.owner_group_row, self._held(at.owner))
-                except NoSuchRevision:
-                    self._registry.mark_unwritten(at.owner)
+                self._put_back(at, at.owner)
+
+    def _put_back(self, at: BorrowedRow, owner: str) -> None:
+        """Write the owner's set again. A leased revision, so any that runs, is in memory; another is written when it is
+        wanted."""
+        written = False
+        try:
+            self._bank.write(at.row, at.owner_group_row, self._held(owner))
+            written = True
+        except NoSuchRevision:
+            pass
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            raise RowLost(f"the row of revision {owner[:12]} could not be put back after a trial") from error
+        finally:
+            if not written:
+                self._registry.mark_unwritten(owner)
 
 
 _NOT_FINITE = (

@@ -16,12 +16,12 @@ from peqa_runtime.engine.block_manager import BlockManager
 from peqa_runtime.engine.canary import Canary
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.graph_setup import capture_graphs
-from peqa_runtime.engine.guidance import Guidance
+from peqa_runtime.engine.guidance import Form, Guidance
 from peqa_runtime.engine.model_runner import ModelRunner
 from peqa_runtime.engine.prefix_cache import PrefixCache
 from peqa_runtime.engine.readiness import make_ready
 from peqa_runtime.engine.request_check import check_request
-from peqa_runtime.engine.rescue import CrashLimit, Outcome, run_step
+from peqa_runtime.engine.rescue import CrashLimit, Outcome, RowLost, run_step
 from peqa_runtime.engine.sampler import Sampler
 from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.engine.sequence import Sequence
@@ -120,15 +120,15 @@ class Engine:
         """Tokens computed in steps so far."""
         return self._tally.step_tokens
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request) -> Form | None:
         """Raise `InvalidRequest` (or `PromptTooLong`) when the request can never be served. Thread-safe.
 
-        The form of its answer is compiled here, unless it is known: see `Guidance.compile_carefully`.
+        The form of its answer is compiled here, unless it is known (see `Guidance.compile_carefully`), and returned.
         """
         blocks = self.scheduler.blocks
         check_request(request, self.model, min(self.max_model_len, blocks.num_blocks * blocks.block_size))
-        if request.params.structured is not None:
-            self.guidance.compile(request.params.structured)
+        structured = request.params.structured
+        return None if structured is None else self.guidance.compile(structured)
 
     def pin(self, request: Request) -> Lease | None:
         """A lease on the request's revision, which somebody holds one on; None for the base. Thread-safe."""
@@ -149,17 +149,32 @@ class Engine:
         """
         own = lease or self.pin(request)
         try:
-            assert own is None or own.revision == request.revision, "the lease is of another revision"
-            self.check(request)
-            if request.request_id in self._leases:
-                raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+            form = self.check(request)
         except BaseException:
             self.unpin(own)
             raise
-        self._leases[request.request_id] = own
-        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
-        self.scheduler.add(Sequence(request, list(request.prompt_token_ids), seed=seed))
-        self._tally.request(request)
+        self._queue(request, own, form)
+
+    def admit(self, request: Request, lease: Lease | None, form: Form | None) -> list[TokenOutput]:
+        """Queue a request that has passed `check`, which gave `form`; `lease` becomes the engine's.
+
+        An error ends this request alone, by the output that is returned. Raises `EngineDead` as `step` does.
+        """
+        try:
+            self._queue(request, lease, form)
+        except EngineDead:
+            raise
+        except Exception as error:
+            logger.error(
+                "request %s of task %r cannot be queued", request.request_id, request.task, exc_info=error
+            )
+            failed = TokenOutput(
+                request.request_id, finish_reason="error", error=REQUEST_FAILED, error_code="request_failed"
+            )
+            self._tally.request(request)
+            self._tally.outputs([failed])
+            return [failed]
+        return []
 
     def abort(self, request_id: str) -> bool:
         """End a request at once: no further output, its blocks are free for the next step. False when unknown."""
@@ -182,8 +197,8 @@ class Engine:
 
         A request whose computing raises ends with an error output, the others of the step do not notice. When no
         single request is to blame, the step's requests end with an error output, and the engine starts anew with
-        those that waited. `EngineDead` is raised when that happens `max_crashes` times within `crash_window`
-        seconds, or at once when the device is lost.
+        those that waited; with all, where only a bank row was lost. `EngineDead` is raised when that happens
+        `max_crashes` times within `crash_window` seconds, or at once when the device is lost.
         """
         started = time.perf_counter()
         planned: Collection[Sequence] | None = None
@@ -201,15 +216,19 @@ class Engine:
             self._planning_crashed = False
         except Exception as error:  # noqa: BLE001  the top of the engine's loop: one bad step must not end it
             crash = error
-            outputs = self._restart(planned)
+            outputs = self._restart(() if isinstance(error, RowLost) else planned)
         self._book(outputs, time.perf_counter() - started)
         if crash is not None:
-            try:
-                self._crashes.note(crash)
-            except EngineDead:
-                self.abort_all()
-                raise
+            self._note(crash)
         return outputs
+
+    def judge(self) -> None:
+        """Try the next uploaded set by a forward of its own, between two steps. Raises `EngineDead` as `step` does."""
+        try:
+            self.canary.judge()
+        except RowLost as error:
+            self._restart(())
+            self._note(error)
 
     def stats(self) -> dict[str, float]:
         """Numbers for metrics, by name; counters end in `_total`. Callable from any thread, never blocks long."""
@@ -290,11 +309,40 @@ class Engine:
             outputs += self.scheduler.fail([item.sequence], REQUEST_FAILED, "request_failed")
         return outputs
 
+    def _queue(self, request: Request, lease: Lease | None, form: Form | None) -> None:
+        """Queue a checked request. `lease` becomes the engine's; when this raises, nothing of the request is left."""
+        try:
+            assert lease is None or lease.revision == request.revision, "the lease is of another revision"
+            if request.request_id in self._leases:
+                raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+            seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+            sequence = Sequence(request, list(request.prompt_token_ids), seed=seed, form=form)
+        except BaseException:
+            self.unpin(lease)
+            raise
+        try:
+            self.scheduler.add(sequence)
+        except Exception as error:
+            self.unpin(lease)
+            self._restart(())  # it may be left halfway
+            self._note(error)
+            raise
+        self._leases[request.request_id] = lease
+        self._tally.request(request)
+
+    def _note(self, crash: Exception) -> None:
+        """Count a crash. Raises `EngineDead` when nothing goes on after it."""
+        try:
+            self._crashes.note(crash)
+        except EngineDead:
+            self.abort_all()
+            raise
+
     def _restart(self, planned: Collection[Sequence] | None) -> list[TokenOutput]:
         """Begin with a new scheduler, free blocks and unwritten rows; return the last outputs of who does not survive.
 
         The step's requests end (`planned` None, the planning itself crashed: all that run, and when it crashes again
-        at once, all). The others begin anew with the tokens that they have.
+        at once, all). The others that were queued begin anew with the tokens that they have.
         """
         self._tally.count("restarts_total")
         self._tally.count("step_failures_total")
@@ -303,7 +351,9 @@ class Engine:
             planned = everyone if self._planning_crashed else before.running
             self._planning_crashed = True
         lost = set(planned)
-        survivors = [s for s in everyone if s not in lost and s.status != "finished"]
+        survivors = [
+            s for s in everyone if s.request_id in self._leases and s not in lost and s.status != "finished"
+        ]
         self.tasks.registry.mark_unwritten()
         self.scheduler = self._new_scheduler()
         self.scheduler.inherit_counts(before)
@@ -329,8 +379,8 @@ class Engine:
             lease.task,
             lease.revision,
         )
-        for task in self.tasks.strike(lease.revision):
-            logger.error("task %r, revision %s, is in quarantine", task, lease.revision)
+        for name in self.tasks.strike(lease.revision):
+            logger.error("task %r, revision %s, is in quarantine", name, lease.revision)
 
     def _book(self, outputs: Items[TokenOutput], seconds: float) -> None:
         """Release what ended, and count."""

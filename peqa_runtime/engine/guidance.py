@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,20 @@ _T = TypeVar("_T")
 KEPT = 32
 """Compiled forms that are kept for requests to come."""
 
+HELD = 256
+"""Compiled forms in memory, those of requests in work included, up to which a request gets its own to hold. A large one
+takes 5 MB."""
+
 
 class NoTokenLeft(Exception):
     """A form can go on with no token that is allowed; the message says why."""
+
+
+class Form:
+    """A compiled form, for as long as somebody holds it. `matcher`: llguidance's, at the start of it."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
 
 
 class Guidance:
@@ -41,12 +53,18 @@ class Guidance:
         self._read: Any = None  # llguidance's view of the tokenizer
         self._reading = threading.Lock()
         self._kept = kept
-        self._forms: OrderedDict[Constraint, Any] = OrderedDict()
-        self._lock = threading.Lock()  # of _forms
+        self._forms: OrderedDict[Constraint, Form] = OrderedDict()
+        self._alive: WeakSet[Form] = WeakSet()
+        self._lock = threading.Lock()  # of _forms and _alive
 
-    def compile(self, constraint: Constraint) -> None:
-        """Compile a form, unless it is kept. Raises `InvalidRequest` with param "structured" where that fails."""
-        self._form(constraint)
+    def compile(self, constraint: Constraint) -> Form | None:
+        """Compile a form, unless it is kept. Raises `InvalidRequest` with param "structured" where that fails.
+
+        Returns it, for `start` not to compile it again once it is not kept any more; None while `HELD` are alive.
+        """
+        form = self._form(constraint)
+        with self._lock:
+            return form if len(self._alive) <= HELD else None
 
     def knows(self, constraint: Constraint) -> bool:
         """Whether a form is compiled and kept."""
@@ -59,25 +77,32 @@ class Guidance:
             grammar_probe.check(constraint)
             self._form(constraint)
 
-    def start(self, constraint: Constraint, *, anew: bool = False) -> Any:
-        """A matcher at the start of a form. `anew`: one that shares nothing with those before."""
+    def start(self, constraint: Constraint, form: Form | None = None, *, anew: bool = False) -> Any:
+        """A matcher at the start of a form. `form`: what `compile` gave; `anew`: one that shares nothing with those
+        before."""
         if anew:
             with self._lock:
                 self._forms.pop(constraint, None)
-        return self._form(constraint).deep_copy()
+        return self._form(constraint, form).matcher.deep_copy()
 
-    def _form(self, constraint: Constraint) -> Any:
+    def _form(self, constraint: Constraint, held: Form | None = None) -> Form:
         with self._lock:
-            form = self._forms.get(constraint)
+            form = self._forms.get(constraint, held)
             if form is not None:
-                self._forms.move_to_end(constraint)
+                self._keep(constraint, form)
                 return form
-        form = new_matcher(self._vocabulary(), constraint)
+        form = Form(new_matcher(self._vocabulary(), constraint))
         with self._lock:
-            self._forms[constraint] = form
-            while len(self._forms) > self._kept:
-                self._forms.popitem(last=False)
+            self._keep(constraint, form)
         return form
+
+    def _keep(self, constraint: Constraint, form: Form) -> None:
+        """Keep it as the latest one. Needs the lock."""
+        self._alive.add(form)
+        self._forms[constraint] = form
+        self._forms.move_to_end(constraint)
+        while len(self._forms) > self._kept:
+            self._forms.popitem(last=False)
 
     def _vocabulary(self) -> Any:
         """llguidance's view of the tokenizer, made once."""
@@ -108,11 +133,19 @@ class Guide:
     """
 
     def __init__(
-        self, guidance: Guidance, constraint: Constraint, stop_token_ids: Iterable[int], *, ignore_eos: bool
+        self,
+        guidance: Guidance,
+        constraint: Constraint,
+        stop_token_ids: Iterable[int],
+        *,
+        ignore_eos: bool,
+        form: Form | None = None,
     ) -> None:
+        """`form`: the compiled constraint, where somebody has it."""
         self._guidance = guidance
         self._constraint = constraint
-        self._matcher = guidance.start(constraint)
+        self._form = form
+        self._matcher = guidance.start(constraint, form)
         self._tokens: list[int] = []
         self._eos = frozenset(guidance.eos_token_ids)
         self._stops = frozenset(stop_token_ids) - self._eos
@@ -126,7 +159,7 @@ class Guide:
     def follow(self, token_ids: list[int], start: int) -> None:
         """Stand behind `token_ids[start:]`, the answer so far. Raises `NoTokenLeft`."""
         if len(token_ids) - start < len(self._tokens):
-            self._matcher = self._guidance.start(self._constraint)
+            self._matcher = self._guidance.start(self._constraint, self._form)
             self._tokens.clear()
         new = token_ids[start + len(self._tokens) :]
         if new:
@@ -180,6 +213,7 @@ class Guide:
         if not self._matcher.is_error():
             return result
         try:
+            self._form = None
             self._matcher = self._guidance.start(self._constraint, anew=True)
         except InvalidRequest as error:
             raise NoTokenLeft(str(error)) from None

@@ -6,6 +6,9 @@ steps computed a second, all smoothed over the last requests or seconds of work.
 joined it now would wait longer than `max_wait` seconds for a place. Limits by number bound memory, as they do before
 anything was measured.
 
+A request is let in with all its choices or not at all: the last of them may not wait too long. Where nothing else of
+its task is in work they wait for one another alone, and it is let in with as many as it has; else it would never be.
+
 Who is next is the scheduler's matter, which serves tasks in turn. So a task of which nothing waits passes at most one
 request of each other task, and is let in where the task that fills the queue is not. A blend counts for one of its
 tasks, as in the `FairQueue`.
@@ -41,7 +44,7 @@ class QueueGauge:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._entries: dict[str, _Entry] = {}
-        self._reserved: Counter[str] = Counter()  # by task: requests that are being prepared
+        self._reserved: Counter[str] = Counter()  # by task: choices that are being prepared
         self._step_tokens = self._step_seconds = 0.0
         self._answers = self._answered = 0.0  # decayed sums: tokens of answers, answers
         self._done = self._foreseen = 0.0  # likewise: tokens computed, and the work that was expected
@@ -51,14 +54,14 @@ class QueueGauge:
         """Tokens computed in a second of steps; None before the first."""
         return self._step_tokens / self._step_seconds if self._step_seconds else None
 
-    def reserve(self, task: str) -> None:
-        """A request of this task is being prepared; it counts from now on. To be paired with `give_up`."""
-        self._reserved[payer_of(task)] += 1
+    def reserve(self, task: str, choices: int = 1) -> None:
+        """So many choices of this task are being prepared; they count from now on. To be paired with `give_up`."""
+        self._reserved[payer_of(task)] += choices
 
-    def give_up(self, task: str) -> None:
-        """It is not any more: it was added, or refused."""
+    def give_up(self, task: str, choices: int = 1) -> None:
+        """They are not any more: they were added, or refused."""
         payer = payer_of(task)
-        self._reserved[payer] -= 1
+        self._reserved[payer] -= choices
         if not self._reserved[payer]:
             del self._reserved[payer]
 
@@ -88,35 +91,42 @@ class QueueGauge:
         self._step_tokens = keep * self._step_tokens + tokens
         self._step_seconds = keep * self._step_seconds + seconds
 
-    def wait(self, task: str, running: Collection[str]) -> float:
-        """Seconds that a new request of the task would wait for a place; `running`: ids of those that have one."""
-        waiting, coming = self._waiting(running), self._reserved.total()
+    def wait(self, task: str, running: Collection[str], choices: int = 1) -> float:
+        """Seconds that the last of so many new choices of the task would wait for a place; `running`: ids of the
+        requests that have one."""
+        waiting, coming, before = self._waiting(running), self._reserved.total(), choices - 1
         free = self._config.max_sequences - len(running)
-        if len(waiting) + coming < max(1, free) or not self.rate:
+        if len(waiting) + coming + before < max(1, free) or not self.rate:
             return 0.0  # there is a place
         if free > 0:  # the first ones need not wait either: the next step takes them in
-            coming -= max(0, free - len(waiting))
+            left = max(0, free - len(waiting))
+            before -= min(before, max(0, left - coming))
+            coming -= min(coming, left)
             waiting = waiting[free:]
         mean = sum(e.work for e in waiting) / len(waiting) if waiting else self._mean_work()
         share = mean * coming / max(1, self._reserved.total())
         by_task = defaultdict(float, {name: count * share for name, count in self._reserved.items()})
         for entry in waiting:
             by_task[entry.task] += entry.work
-        total, own = (
-            sum(by_task.values()),
-            by_task[payer_of(task)],
-        )  # which is an entry of its own from here on
+        by_task[payer_of(task)] += mean * before
+        total, own = sum(by_task.values()), by_task[payer_of(task)]
         ahead = min(total, (own + mean) * len(by_task))
         return ahead * self._correction() / self.rate
 
-    def refuse(self, task: str, running: Collection[str]) -> None:
-        """Raise `Overloaded` when a new request of the task should not be let in."""
-        config = self._config
+    def refuse(self, task: str, running: Collection[str], choices: int = 1) -> None:
+        """Raise `Overloaded` when a new request of the task, for so many choices, should not be let in."""
+        limit = self._config.max_wait
         seconds = self.wait(task, running)
-        if seconds > config.max_wait:
+        if seconds > limit:
             raise Overloaded(
-                f"a request would wait about {seconds:.0f} s for its turn (the limit is {config.max_wait:g} s); try "
-                "again later",
+                f"a request would wait about {seconds:.0f} s for its turn (the limit is {limit:g} s); try again later",
+                retry_after=self._retry_after(seconds),
+            )
+        last = self.wait(task, running, choices) if choices > 1 and self._has_work(task) else 0.0
+        if last > limit:
+            raise Overloaded(
+                f"the last of {choices} choices would wait about {last:.0f} s for its turn (the limit is {limit:g} s, "
+                "while others of the task are in work); send fewer at once, or try again later",
                 retry_after=self._retry_after(seconds),
             )
         self.refuse_more(running)
@@ -134,6 +144,11 @@ class QueueGauge:
                     f"{number} {what} wait already (the limit is {limit}); try again later",
                     retry_after=self._retry_after(work / self.rate if self.rate else 1.0),
                 )
+
+    def _has_work(self, task: str) -> bool:
+        """Whether a request of the task runs, waits or is being prepared."""
+        payer = payer_of(task)
+        return payer in self._reserved or any(entry.task == payer for entry in self._entries.values())
 
     def _waiting(self, running: Collection[str]) -> list[_Entry]:
         if len(running) >= len(self._entries):

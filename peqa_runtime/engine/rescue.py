@@ -33,6 +33,10 @@ class StepCrash(Exception):
     """A step cannot be computed, and no single request is to blame; `__cause__` is what it raised."""
 
 
+class RowLost(StepCrash):
+    """A bank row holds another set than its owner's. Nothing is wrong with any request, but none may go on with it."""
+
+
 class CrashLimit:
     """How many crashes in how many seconds are too many."""
 
@@ -70,7 +74,7 @@ def run_step(run: Callable[[Batch], list[StepResult]], batch: Batch) -> Outcome:
     """
     try:
         return Outcome(batch, run(batch))
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, StepCrash):
         raise
     except Exception as error:
         logger.warning(
@@ -98,6 +102,8 @@ def _narrow_down(run: Callable[[Batch], list[StepResult]], batch: Batch, first_e
             part = Batch(half, tuple(_writes_of(half, batch.bank_writes)))
             try:
                 part_results = run(part)
+            except (torch.AcceleratorError, StepCrash):
+                raise
             except Exception as again:  # noqa: BLE001  see above
                 to_split.append((half, again))
             else:
@@ -123,5 +129,7 @@ def _probe(run: Callable[[Batch], list[StepResult]], failed: ScheduledSequence, 
     sequence = Sequence(request, [0], block_table=failed.sequence.block_table[-1:])
     try:
         run(Batch((ScheduledSequence(sequence, 0, 1),)))
+    except (torch.AcceleratorError, StepCrash):
+        raise
     except Exception:  # noqa: BLE001  the request's own error says more
         raise StepCrash("nothing can be computed") from error

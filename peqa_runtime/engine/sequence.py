@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peqa_runtime.core import Request, TokenLogprobs
 
@@ -18,7 +18,8 @@ class Sequence:
     0        num_computed_tokens       num_tokens
 
     `arrival` orders sequences by age; `seed` is the request's, or the one drawn for it; `prompt_logprobs` grows
-    with the prompt's chunks and outlives a preemption. `faulty`: it ended with an error, so what its blocks hold must
+    with the prompt's chunks and outlives a preemption. `form`: the answer's, compiled; held here, it is compiled once.
+    `faulty`: it ended with an error, so what its blocks hold must
     not be shared with anybody. Compared by identity.
 
     For the scheduler: `num_served_tokens` counts positions computed at least once, `num_overtaken` those that started
@@ -38,6 +39,7 @@ class Sequence:
     num_preemptions: int = 0
     arrival: int = 0
     seed: int = 0
+    form: Any = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     faulty: bool = False
     num_served_tokens: int = 0

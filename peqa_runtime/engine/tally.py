@@ -55,14 +55,18 @@ class Tally:
         self._counts["requests_total"] += 1
         self._counts["prompt_tokens_total"] += len(request.prompt_token_ids)
 
-    def step(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
-        """A step gave these outputs."""
+    def outputs(self, outputs: Iterable[TokenOutput]) -> None:
+        """These were given."""
         for output in outputs:
             if output.token_id is not None:
                 self._counts["generation_tokens_total"] += 1
             if output.finish_reason is not None:
                 self._counts["finished_total"] += 1
                 self._counts["errors_total"] += output.finish_reason == "error"
+
+    def step(self, outputs: Iterable[TokenOutput], seconds: float) -> None:
+        """A step gave these outputs."""
+        self.outputs(outputs)
         self._counts["steps_total"] += 1
         self._step_seconds = seconds
         self._step_seconds_total += seconds

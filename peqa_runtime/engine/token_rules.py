@@ -49,7 +49,11 @@ class TokenRules:
         if params.structured is not None:
             assert guidance is not None, "no engine has given its guidance"
             self.guide = Guide(
-                guidance, params.structured, params.stop_token_ids, ignore_eos=params.ignore_eos
+                guidance,
+                params.structured,
+                params.stop_token_ids,
+                ignore_eos=params.ignore_eos,
+                form=sequence.form,
             )
 
     def bias(self, logits: Tensor, row: int) -> None:

@@ -122,14 +122,10 @@ class LeaseDesk:
                         f"task {task!r} is of kind {members[-1].kind!r}; only sets of kind 'channel' can be blended",
                         param="task",
                     )
+            return self._registry.hold(_blended(choice, members)), members
         except BaseException:
             self._release_all(members)
             raise
-        tuned = [member for member in members if member.revision != BASE_REVISION]
-        revision = blend_revision(_shares(choice, members)) if tuned else BASE_REVISION
-        formats = {member.prompt_format for member in tuned} or {""}
-        prompt_format = formats.pop() if len(formats) == 1 else None
-        return self._registry.hold(Lease(choice.name, revision, "channel", prompt_format, choice)), members
 
     def _pin_task(self, name: str) -> Lease:
         task, prefix = split_revision(name)
@@ -194,6 +190,15 @@ class LeaseDesk:
             result.set_exception(final)
             return
         again.add_done_callback(lambda done: _pass_on(done, result))
+
+
+def _blended(blend: Blend, members: list[Lease]) -> Lease:
+    """What a blend of leased members is, not pinned yet."""
+    tuned = [member for member in members if member.revision != BASE_REVISION]
+    revision = blend_revision(_shares(blend, members)) if tuned else BASE_REVISION
+    formats = {member.prompt_format for member in tuned} or {""}
+    prompt_format = formats.pop() if len(formats) == 1 else None
+    return Lease(blend.name, revision, "channel", prompt_format, blend)
 
 
 def _shares(blend: Blend, members: list[Lease]) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoreWatch:
-    """Calls `refresh` every `seconds` until `stop`. A store that cannot be read is tried again, and logged once."""
+    """Calls `refresh` every `seconds` until `stop`. What fails is tried again, and logged once."""
 
     def __init__(self, refresh: Callable[[], None], seconds: float) -> None:
         assert seconds > 0
@@ -33,7 +33,10 @@ class StoreWatch:
             try:
                 self._refresh()
                 failed = False
-            except StoreError as error:
+            except Exception as error:
                 if not failed:
-                    logger.warning("changes by other processes cannot be seen: %s", error)
+                    unforeseen = None if isinstance(error, StoreError) else error
+                    logger.warning(
+                        "changes by other processes cannot be seen: %s", error, exc_info=unforeseen
+                    )
                 failed = True

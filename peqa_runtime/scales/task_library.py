@@ -177,9 +177,9 @@ class TaskLibrary:
         return self.registry.quarantined()
 
     def strike(self, revision: str) -> list[str]:
-        """Count a request on this leased revision that ended with NaN or infinity; return the tasks that this puts in
-        quarantine. They stay there until their next upload or rollback, after a restart and in every process on the
-        store too; the disk is written by another thread."""
+        """Count a request on this leased revision that ended with NaN or infinity; return what this puts in quarantine,
+        see `TaskRegistry.strike`. Tasks stay there until their next upload or rollback, after a restart and in every
+        process on the store too; the disk is written by another thread."""
         tasks = self.registry.strike(revision)
         self._notes = [note for note in self._notes if not note.done()]
         self._notes += [

@@ -10,7 +10,8 @@ One registry is the single source of truth. Three rules, each under one lock:
 
 A task whose current revision made NaN or infinity `STRIKES` times is in quarantine, and so is every other that has this
 revision: nobody acquires it any more, those who hold it go on. Making it, or another one, the task's current revision
-(upload, rollback) ends that, for this task.
+(upload, rollback) ends that, for this task. Blends and revisions that are not current fare likewise, each by itself,
+until one of their tasks gets a current revision.
 
 A revision is the digest of its content, so a name that is used again can never meet another version's row, and
 two tasks with equal content share one.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease, Placement, ScaleKind
 from peqa_runtime.errors import TaskQuarantined, UnknownTask
+from peqa_runtime.scales.strike_book import StrikeBook, tasks_of
 
 STRIKES = 3
 """Requests that must end with NaN or infinity before their revision is set aside: one may be the machine's fault."""
@@ -68,11 +70,14 @@ class TaskRegistry:
         self._current: dict[str, Lease] = {}  # what acquire gives, prepared
         self._names: Counter[str] = Counter()  # revision -> tasks that have it as their current one
         self._holders: Counter[str] = Counter()  # revision -> leases
-        self._blends: set[str] = set()  # revisions without a name that are leased or resident, see `hold`
+        self._blends: dict[
+            str, Lease
+        ] = {}  # revisions without a name that are leased or resident, see `hold`
         self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
         self._unwritten: set[str] = set()  # resident, but the content of the row is not known to be right
         self._strikes: Counter[str] = Counter()  # revision -> requests that ended with NaN or infinity
         self._aside: set[str] = set()  # tasks in quarantine
+        self._unnamed = StrikeBook(STRIKES)
         self._free = list(range(rows - 1, 0, -1))
         self._free_group = list(range(group_rows - 1, 0, -1))
 
@@ -90,6 +95,7 @@ class TaskRegistry:
             self._current[task] = Lease(task, revision, kind, prompt_format)
             self._names[revision] += 1
             self._strikes.pop(revision, None)
+            self._unnamed.forgive(task)
             if quarantined:
                 self._aside.add(task)
             else:
@@ -98,19 +104,30 @@ class TaskRegistry:
                 self._forget_name(before.revision)
 
     def strike(self, revision: str) -> list[str]:
-        """Count a request on this leased revision that ended with NaN or infinity; return the tasks that this puts in
-        quarantine."""
+        """Count a request on this leased revision that ended with NaN or infinity; return what this puts in
+        quarantine: tasks, a blend's name, or a kept revision as "sql@1a2b"."""
         assert revision != BASE_REVISION
         with self._lock:
-            if self._names.get(revision):  # else nobody can ask for it any more
-                self._strikes[revision] += 1
-            if self._strikes[revision] < STRIKES:
-                return []
-            del self._strikes[revision]
-            tasks = [t for t, lease in self._current.items() if lease.revision == revision]
-            new = sorted(set(tasks) - self._aside)
-            self._aside.update(new)
-            return new
+            return self._strike_current(revision) + self._strike_unnamed(revision)
+
+    def _strike_current(self, revision: str) -> list[str]:
+        if self._names.get(revision):  # else it is nobody's current one any more
+            self._strikes[revision] += 1
+        if self._strikes[revision] < STRIKES:
+            return []
+        del self._strikes[revision]
+        tasks = [t for t, lease in self._current.items() if lease.revision == revision]
+        new = sorted(set(tasks) - self._aside)
+        self._aside.update(new)
+        return new
+
+    def _strike_unnamed(self, revision: str) -> list[str]:
+        lease = self._blends.get(revision)
+        if lease is None or not tasks_of(lease) <= self._current.keys():
+            return []  # nobody can ask for it by a name
+        if not self._unnamed.strike(lease):
+            return []
+        return [lease.task if lease.blend else f"{lease.task}@{revision[:12]}"]
 
     def quarantined(self) -> dict[str, str]:
         """Tasks in quarantine, each with the reason."""
@@ -133,6 +150,7 @@ class TaskRegistry:
             if task not in self._current:
                 raise self._unknown(task)
             self._aside.discard(task)
+            self._unnamed.forgive(task)
             self._forget_name(self._current.pop(task).revision)
 
     def acquire(self, task: str) -> Lease:
@@ -153,13 +171,16 @@ class TaskRegistry:
             return lease
 
     def hold(self, lease: Lease) -> Lease:
-        """Pin a revision that no task has as its current one: a blend's. To be released as any other.
+        """Pin a revision that no task has as its current one: a blend's, a kept one. To be released as any other.
 
-        When nobody leases it any more it keeps its row, as a task's revision does, until the row is wanted.
+        When nobody leases it any more it keeps its row, as a task's revision does, until the row is wanted. Raises
+        `TaskQuarantined`.
         """
         with self._lock:
+            if self._unnamed.is_aside(lease.revision):
+                raise TaskQuarantined(_why_unnamed(lease))
             self._holders[lease.revision] += 1
-            self._blends.add(lease.revision)
+            self._blends[lease.revision] = lease
             return lease
 
     def retain(self, lease: Lease) -> Lease:
@@ -299,7 +320,7 @@ class TaskRegistry:
         if self._names.get(revision) or self._holders.get(revision):
             return
         if revision not in self._resident:
-            self._blends.discard(revision)
+            self._blends.pop(revision, None)
         elif revision not in self._blends:
             self._free_rows(revision)
 
@@ -310,7 +331,7 @@ class TaskRegistry:
         if group_row:
             self._free_group.append(group_row)
         if not self._holders.get(revision):
-            self._blends.discard(revision)
+            self._blends.pop(revision, None)
 
     def _unknown(self, task: str) -> UnknownTask:
         known = [BASE_TASK, *heapq.nsmallest(5, self._current)]
@@ -323,4 +344,18 @@ def _why(lease: Lease) -> str:
     return (
         f"task {lease.task!r} is in quarantine: {STRIKES} requests on its revision {lease.revision[:12]} ended with "
         "NaN or infinity. Roll the task back or upload a sound scale set; uploading the same one again also ends this"
+    )
+
+
+def _why_unnamed(lease: Lease) -> str:
+    if lease.blend is not None:
+        what, instead = (
+            f"the blend {lease.task}",
+            "Blend with other weights; an upload or rollback of one of its tasks",
+        )
+    else:
+        what = f"revision {lease.revision[:12]} of task {lease.task!r}"
+        instead = "Ask for another revision; an upload or rollback of the task"
+    return (
+        f"{what} is in quarantine: {STRIKES} requests on it ended with NaN or infinity. {instead} ends this"
     )

@@ -41,7 +41,7 @@ async def completions(request: Request) -> Response:
     wanted = parse(CompletionRequest, await read_body(request, gate.settings))
     admission = Admission(gate)
     try:
-        await _pin(request, admission, wanted)
+        await _pin(request, admission, wanted, len(wanted.prompt))
         plan = await plan_completion(admission, wanted, gate.settings)
         return await _answer(request, admission, plan)
     except BaseException:
@@ -60,7 +60,7 @@ async def chat_completions(request: Request) -> Response:
     wanted = parse(ChatCompletionRequest, await read_body(request, gate.settings))
     admission = Admission(gate)
     try:
-        await _pin(request, admission, wanted)
+        await _pin(request, admission, wanted, 1)
         plan = await plan_chat(admission, wanted, gate.settings)
         return await _answer(request, admission, plan)
     except BaseException:
@@ -68,7 +68,7 @@ async def chat_completions(request: Request) -> Response:
         raise
 
 
-async def _pin(request: Request, admission: Admission, wanted: GenerationFields) -> None:
+async def _pin(request: Request, admission: Admission, wanted: GenerationFields, num_prompts: int) -> None:
     """Fix task and revision before anything else is done for this request."""
     names = (("task", wanted.task), ("adapter_id", wanted.adapter_id))
     choice = chosen_task(admission.services.model, model_name=wanted.model, names=names)
@@ -76,7 +76,8 @@ async def _pin(request: Request, admission: Admission, wanted: GenerationFields)
     note = note_of(request.scope)
     name = choice if isinstance(choice, str) else choice.name
     note.task = name[:80]  # known to the log also when there is no such task
-    lease = await admission.pin(choice, field)
+    asked = num_prompts * (1 if wanted.n is None else wanted.n)
+    lease = await admission.pin(choice, field, max(1, min(asked, admission.gate.settings.max_choices)))
     note.revision = lease.revision
 
 

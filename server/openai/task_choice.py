@@ -117,10 +117,11 @@ class Admission:
         self._reservation: Reservation | None = None
         self._open = True
 
-    async def pin(self, choice: str | Blend, field: str) -> Lease:
-        """Acquire the choice's current revision for the whole request. 429 while too much waits: nothing that takes
-        longer is done before."""
-        self._reservation = self.services.engine.reserve(choice if isinstance(choice, str) else choice.name)
+    async def pin(self, choice: str | Blend, field: str, num_choices: int) -> Lease:
+        """Acquire the choice's current revision for the whole request, which is to have so many answers. 429 while too
+        much waits: nothing that takes longer is done before."""
+        name = choice if isinstance(choice, str) else choice.name
+        self._reservation = self.services.engine.reserve(name, num_choices)
         self._lease = await acquire(self.services.tasks, choice, field)
         return self._lease
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from peqa_runtime.core import BASE_TASK, Request, TokenOutput
+from peqa_runtime.engine import engine as engine_module
 from peqa_runtime.engine.async_engine import AsyncEngine, TokenStream
-from peqa_runtime.engine.engine import Engine
+from peqa_runtime.engine.engine import REQUEST_FAILED, Engine
+from peqa_runtime.engine.scheduler import Scheduler
 from peqa_runtime.errors import EngineDead, InvalidRequest, Overloaded, PromptTooLong
 from peqa_runtime.sampling_params import SamplingParams
 
@@ -212,6 +214,30 @@ def test_too_many_waiting_are_refused_and_the_rest_is_served(
     run(work())
 
 
+def test_a_request_of_many_choices_is_refused_whole_while_others_of_its_task_are_in_work(
+    start: Start,
+) -> None:
+    engine = start(max_sequences=2, max_wait=1, tasks={"a": 1.5})
+
+    async def work() -> None:
+        await read(submit(engine, "measured"))
+        engine.reserve("a", 1000).release()
+        engine._queue.step(0, 1000.0)  # it takes long
+        async with held(engine):
+            with pytest.raises(Overloaded, match="last of 1000 choices"):
+                engine.reserve(BASE_TASK, 1000)
+            assert not engine._queue._reserved
+            engine.reserve(BASE_TASK).release()
+            many = engine.reserve("a", 1000)
+            assert engine.stats()["expected_wait_seconds"] > 1
+            many.release()
+        assert not engine._queue._reserved
+        assert engine.stats()["rejected_total"] == 1
+        assert len(await read(submit(engine, "x"))) == 8
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [((), {}, InvalidRequest), ((97,), {}, InvalidRequest), ((1,) * 300, {}, PromptTooLong)],
@@ -274,12 +300,74 @@ def test_even_an_error_outside_the_step_reaches_the_readers(start: Start) -> Non
         async with held(engine):
             stream = submit(engine, "x")
 
-            def break_down(*_: Any) -> None:
-                raise KeyError("a bug")
-
-            engine.engine.scheduler.add = break_down  # type: ignore[method-assign]
+            engine.engine.step = a_bug  # type: ignore[method-assign]
         with pytest.raises(EngineDead, match="KeyError"):
             await read(stream)
+
+    run(work())
+
+
+def a_bug(*_: Any, **__: Any) -> Any:
+    raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("where", ["before it is queued", "halfway", "when it is queued"])
+def test_an_error_in_one_request_ends_that_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = start(tasks={"a": 1.5, "b": 0.5}, max_sequences=2)
+    scheduler, registry = engine.engine.scheduler, engine.engine.tasks.registry
+    owner, name = {
+        "before it is queued": (engine_module, "Sequence"),
+        "halfway": (scheduler.waiting, "add"),
+        "when it is queued": (scheduler, "add"),
+    }[where]
+    original: Any = getattr(owner, name)
+
+    def fail_for_b(item: Any, *rest: Any, **more: Any) -> Any:
+        is_b = getattr(item, "request", item).task == "b"
+        if is_b and where != "when it is queued":
+            a_bug()
+        found = original(item, *rest, **more)
+        return a_bug() if is_b else found
+
+    async def work() -> None:
+        async with held(engine):
+            others = [submit(engine, f"{i}", (i + 1, 2), "a") for i in range(3)]
+            bad = submit(engine, "bad", task="b")
+            others += [submit(engine, f"{i}", (i + 1, 2), "a") for i in range(3, 6)]
+            monkeypatch.setattr(owner, name, fail_for_b)
+        (last,) = await read(bad)
+        assert (last.finish_reason, last.error, last.error_code) == (
+            "error",
+            REQUEST_FAILED,
+            "request_failed",
+        )
+        assert registry.holders(registry.current("b") or "") == 0
+        for i, outputs in enumerate(await asyncio.gather(*map(read, others))):
+            assert tokens(outputs) == engine.engine.model.expected([i + 1, 2], 8, 1.5)  # type: ignore[attr-defined]
+        monkeypatch.undo()
+        assert engine.alive
+        assert engine.tasks_in_work() == ({}, {})
+        engine.engine.scheduler.check_integrity()
+        assert not engine.engine.has_work
+        assert len(await read(submit(engine, "bad", task="b"))) == 8, "its id is free again"
+        stats = engine.stats()
+        assert (stats["errors_total"], stats["requests_total"]) == (1, 9)
+        assert stats["restarts_total"] == (where != "before it is queued")
+
+    run(work())
+
+
+def test_a_queue_that_takes_nobody_in_ends_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(tasks={"a": 1.5})
+    monkeypatch.setattr(Scheduler, "add", a_bug)
+
+    async def work() -> None:
+        for name in ("0", "1"):
+            assert (await read(submit(engine, name, task="a")))[-1].error_code == "request_failed"
+        with pytest.raises(EngineDead, match="3 crashes"):
+            await read(submit(engine, "2", task="a"))
 
     run(work())
 

@@ -170,9 +170,9 @@ def test_a_blend_keeps_its_row_while_nobody_needs_it() -> None:
         registry.acquire(name)
         assert registry.place(name * 2, "channel").write
     assert "mix" not in registry.resident(), "the least recently used goes"
-    assert registry._blends == set()
+    assert not registry._blends
     registry.release(registry.hold(lease_of("never placed")))
-    assert registry._blends == set()
+    assert not registry._blends
 
 
 def lease_of(revision: str) -> Lease:

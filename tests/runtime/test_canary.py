@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peqa_runtime.core import Request
+from peqa_runtime.core import BASE_TASK, Request
 from peqa_runtime.engine.async_engine import AsyncEngine
 from peqa_runtime.engine.batch import Batch
 from peqa_runtime.engine.canary import PROMPT_TOKENS, Trial
@@ -181,6 +181,88 @@ def test_an_idle_row_is_written_again_before_it_is_used(tiny_base: Path) -> None
         before = answers(engine, lambda: None)
         engine.canary.try_out(random_set(engine, "channel", 1))  # the only row there is
         assert answers(engine, lambda: None) == before
+
+
+def no_memory_from(engine: Engine, write: int) -> None:
+    """From the bank's n-th write of those to come, one raises."""
+    bank: Any = engine.bank
+    original, count = bank.write, itertools.count(1)
+
+    def refuse(*args: Any) -> None:
+        if next(count) == write:
+            raise torch.OutOfMemoryError("no memory for a set")
+        original(*args)
+
+    bank.write = refuse
+
+
+def ask(engine: Engine, name: str, prompt: list[int], task: str = BASE_TASK) -> None:
+    lease = engine.tasks.acquire(task)
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    engine.add_request(Request(name, tuple(prompt), params, task, lease.revision, lease.kind), lease)
+
+
+@pytest.mark.parametrize("explodes", [True, False], ids=["the step raises too", "only the row is lost"])
+def test_a_row_that_cannot_be_put_back_after_a_step_is_written_before_it_is_used(
+    fake_engine: Any, make_fake_set: Any, explodes: bool
+) -> None:
+    engine = fake_engine(tasks={"a": 1.5}, task_rows=2, max_sequences=1)
+    model: Any = engine.model
+    answers(engine, lambda: None)  # the only row is the task's
+    trial = Trial(engine.tasks._parsed(make_fake_set(2.0)))
+    if explodes:
+        model.explode = engine.canary._ids[-1]
+    engine.canary.add(trial)
+    no_memory_from(engine, 2)
+    ask(engine, "base", [1, 2])
+    ask(engine, "a", [3, 4], "a")
+    got: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            got.setdefault(output.request_id, []).append(output.token_id)
+    assert got == {"base": model.expected([1, 2], 6), "a": model.expected([3, 4], 6, 1.5)}
+    assert engine.stats()["restarts_total"] == 1
+    assert engine.canary.next is trial, "to be tried by itself"
+    engine.judge()
+    assert isinstance(trial.verdict.exception(0), InvalidScaleSet if explodes else type(None))
+
+
+def test_a_row_that_cannot_be_put_back_between_steps_costs_nobody_a_token(
+    fake_engine: Any, make_fake_set: Any
+) -> None:
+    engine = fake_engine(tasks={"a": 1.5}, task_rows=2)
+    model: Any = engine.model
+    for name in ("x", "y"):
+        ask(engine, name, [3, 4], "a")
+    got: dict[str, list[int]] = {"x": [], "y": []}
+    trial = Trial(engine.tasks._parsed(make_fake_set(2.0)))
+    for step in itertools.count():
+        for output in engine.step():
+            got[output.request_id].append(output.token_id)
+        if not engine.has_work:
+            break
+        if step == 2:
+            engine.canary.add(trial)
+            no_memory_from(engine, 2)
+            engine.judge()
+            engine.scheduler.check_integrity()
+    assert got == dict.fromkeys("xy", model.expected([3, 4], 6, 1.5))
+    with pytest.raises(EngineDead, match="send it again"):
+        trial.verdict.result(0)
+    assert engine.stats()["restarts_total"] == 1
+    assert engine.tasks.registry.counts().leases == 0
+
+
+def test_rows_that_are_lost_again_and_again_end_the_engine(fake_engine: Any, make_fake_set: Any) -> None:
+    engine = fake_engine(tasks={"a": 1.5}, task_rows=2, max_crashes=1)
+    answers(engine, lambda: None)
+    ask(engine, "a", [3, 4], "a")
+    engine.canary.add(Trial(engine.tasks._parsed(make_fake_set(2.0))))
+    no_memory_from(engine, 2)
+    with pytest.raises(EngineDead, match=r"1 crashes .* OutOfMemoryError: no memory"):
+        engine.judge()
+    assert not engine.has_work
+    assert engine.tasks.registry.counts().leases == 0
 
 
 def test_a_borrowed_row_is_the_one_that_is_missed_least() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
-from peqa_runtime.core import BASE_TASK, Request, TokenOutput
+from peqa_runtime.core import BASE_TASK, Blend, Lease, Request, TokenOutput
 from peqa_runtime.engine.batch import Batch, StepResult
 from peqa_runtime.engine.engine import ENGINE_RESTARTED, REQUEST_FAILED, Engine
 from peqa_runtime.errors import EngineDead, TaskQuarantined
 from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_store import ScaleStore
+from peqa_runtime.scales.strike_book import REMEMBERED
 from peqa_runtime.scales.task_library import TaskLibrary
 from peqa_runtime.scales.task_registry import STRIKES, TaskRegistry
 
@@ -28,10 +31,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(1, BAD) for _ in range(rng.randint(1, 30))] for _ in range(count)]
 
 
-def add(engine: Engine, name: str, prompt: list[int], task: str = BASE_TASK, **params: Any) -> None:
+def add(engine: Engine, name: str, prompt: list[int], task: str | Blend = BASE_TASK, **params: Any) -> None:
     lease = engine.tasks.acquire(task)
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 6, **params})
-    engine.add_request(Request(name, tuple(prompt), sampling, task, lease.revision, lease.kind), lease)
+    engine.add_request(Request(name, tuple(prompt), sampling, lease.task, lease.revision, lease.kind), lease)
 
 
 def drain(engine: Engine) -> dict[str, list[TokenOutput]]:
@@ -248,6 +251,24 @@ def test_crashes_within_the_window_end_the_engine(fake_engine: MakeEngine) -> No
     assert engine.tasks.registry.counts().leases == 0
 
 
+def test_a_device_that_is_lost_while_the_request_is_looked_for_ends_the_engine_at_once(
+    fake_engine: MakeEngine,
+) -> None:
+    engine = fake_engine()
+    for i in range(4):
+        add(engine, str(i), [1])
+    errors = itertools.chain(
+        [RuntimeError("a launch failed")], itertools.repeat(torch.AcceleratorError("gone"))
+    )
+
+    def fail(_: Batch) -> None:
+        raise next(errors)
+
+    with breaking(engine, fail), pytest.raises(EngineDead, match="the device fails: gone"):
+        engine.step()
+    assert not engine.has_work
+
+
 def test_crashes_far_apart_do_not_end_the_engine(
     fake_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +287,7 @@ def test_crashes_far_apart_do_not_end_the_engine(
         engine.step()
 
 
-def strike(engine: Engine, task: str, times: int = STRIKES) -> None:
+def strike(engine: Engine, task: str | Blend, times: int = STRIKES) -> None:
     for i in range(times):
         add(engine, f"strike{i}", [1, BAD], task)
         assert drain(engine)[f"strike{i}"][-1].error_code == "numerical_error"
@@ -344,6 +365,77 @@ def test_a_quarantine_outlives_the_process_until_an_upload_or_a_rollback(
     last.upload("twin", make_fake_set(1.5))
     assert last.quarantined() == {}
     last.close()
+
+
+def test_a_blend_that_makes_nan_three_times_is_set_aside_until_one_of_its_tasks_changes(
+    fake_engine: MakeEngine, make_fake_set: Callable[[float], bytes]
+) -> None:
+    engine = fake_engine(model={"poison": BAD}, tasks={"a": 1.5, "b": 0.5, "c": 1.25}, task_rows=2)
+    half, other = Blend.of({"a": 0.5, "b": 0.5}), Blend.of({"a": 0.75, "b": 0.25})
+    strike(engine, half, STRIKES - 1)
+    strike(engine, other, 1)
+    add(engine, "between", [1], "c")  # takes the only row
+    drain(engine)
+    strike(engine, half, 1)
+    with pytest.raises(
+        TaskQuarantined, match=r"the blend a:0\.5\+b:0\.5 is in quarantine: 3 requests .* one of its"
+    ):
+        engine.tasks.acquire(half)
+    assert engine.tasks.registry.quarantined() == {}
+    for choice, scale in (("a", 1.5), ("b", 0.5), (other, 1.25)):
+        add(engine, "x", [1], choice)
+        assert_right(engine, drain(engine)["x"], [1], scale)
+    engine.tasks.upload("c", make_fake_set(0.75))
+    with pytest.raises(TaskQuarantined):
+        engine.tasks.acquire(half)
+    engine.tasks.upload("b", make_fake_set(0.5))  # what it is already
+    strike(engine, half, STRIKES - 1)
+    add(engine, "x", [1], half)
+    assert_right(engine, drain(engine)["x"], [1], 1.0)
+    assert engine.tasks.registry.counts().leases == 0
+
+
+def test_a_kept_revision_that_makes_nan_three_times_is_set_aside_by_itself(
+    fake_engine: MakeEngine, make_fake_set: Callable[[float], bytes]
+) -> None:
+    engine = fake_engine(model={"poison": BAD}, tasks={"a": 1.5})
+    old = f"a@{engine.tasks.info('a').revision[:8]}"
+    engine.tasks.upload("a", make_fake_set(1.25))
+    strike(engine, old)
+    with pytest.raises(
+        TaskQuarantined, match=r"revision .* of task 'a' is in quarantine: 3 requests .* another"
+    ):
+        engine.tasks.acquire(old)
+    add(engine, "now", [1], "a")
+    assert_right(engine, drain(engine)["now"], [1], 1.25)
+    engine.tasks.rollback("a")
+    add(engine, "then", [1], old)
+    assert_right(engine, drain(engine)["then"], [1], 1.5)
+    assert engine.tasks.registry.counts().leases == 0
+
+
+def test_only_so_many_failing_blends_are_remembered() -> None:
+    registry = TaskRegistry(rows=2)
+    registry.set_current("a", "a-1", "channel")
+    blend = Blend.of({"a": 0.5, "base": 0.5})
+    for revision in ("first", *map(str, range(REMEMBERED))):
+        for _ in range(STRIKES):
+            lease = registry.hold(Lease(blend.name, revision, blend=blend))
+            registry.strike(revision)
+            registry.release(lease)
+    registry.release(registry.hold(Lease(blend.name, "first", blend=blend)))
+    with pytest.raises(TaskQuarantined):
+        registry.hold(Lease(blend.name, "0", blend=blend))
+    registry.delete("a")
+    registry.release(registry.hold(Lease(blend.name, "0", blend=blend)))
+
+
+def test_a_set_that_is_no_task_is_never_set_aside() -> None:
+    registry = TaskRegistry(rows=2)
+    for _ in range(STRIKES + 1):
+        lease = registry.hold(Lease("mine.safetensors", "r"))
+        assert registry.strike("r") == []
+        registry.release(lease)
 
 
 def test_the_base_is_never_set_aside(fake_engine: MakeEngine) -> None:

@@ -121,6 +121,43 @@ def test_a_task_that_fills_the_queue_does_not_close_it_to_others() -> None:
         queue.refuse("one more name", BUSY)
 
 
+def test_choices_are_let_in_together_or_not_at_all() -> None:
+    queue = QueueGauge(EngineConfig(max_sequences=4, max_wait=5.0))
+    queue.step(100, 1.0)
+    queue.add(request("one"))
+    running = ("one",)
+    assert queue.wait("a", running, 3) == 0, "three places are left"
+    assert queue.wait("a", running, 5) == pytest.approx(1.0), "the fourth"
+    queue.refuse("a", running, 9)
+    with pytest.raises(Overloaded, match=r"last of 10 choices .* 6 s .* 5 s.* fewer at once") as caught:
+        queue.refuse("a", running, 10)
+    assert caught.value.retry_after == 1, "nobody waits"
+    queue.reserve("a", 9)
+    assert queue.wait("a", running) == pytest.approx(6.0)
+    with pytest.raises(Overloaded, match="a request would wait"):
+        queue.refuse("a", running)
+    queue.give_up("a", 9)
+    assert queue.wait("a", running) == 0
+    assert not queue._reserved
+
+
+def test_choices_of_a_task_that_has_nothing_in_work_wait_for_one_another_only() -> None:
+    queue = QueueGauge(EngineConfig(max_sequences=4, max_wait=5.0))
+    queue.step(100, 1.0)
+    queue.refuse("a", (), 1024)
+    queue.reserve("a", 1024)
+    with pytest.raises(Overloaded):
+        queue.refuse("a", (), 2)
+    queue.refuse("b", (), 1024)
+    queue.give_up("a", 1024)
+    queue.add(request("one", "a"))
+    queue.refuse("b", ("one",), 1024)
+    with pytest.raises(Overloaded):
+        queue.refuse("a:0.9+b:0.1", ("one",), 1024)
+    queue.drop("one")
+    queue.refuse("a", (), 1024)
+
+
 def test_what_really_had_to_be_computed_corrects_what_was_expected() -> None:
     queue = gauge(100.0)
     for i in range(100):  # answers are short whatever max_tokens says, and prompts mostly known

@@ -223,15 +223,16 @@ library.rollback("sql")
     assert not [t for t in threading.enumerate() if t.name == "peqa-store-watch"]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyError("a bug")], ids=["disk", "bug"])
 def test_a_store_that_fails_for_a_while_is_watched_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     one, two = new_library(folder), new_library(folder)
     failures = []
 
     def broken(self: change_log.ChangeLog) -> bool:
         failures.append(1)
-        raise OSError(5, "Input/output error")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(change_log.ChangeLog, "moved", broken)

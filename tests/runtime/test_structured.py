@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ import pytest
 import torch
 
 from peqa_runtime import Completion, Constraint, Engine, EngineConfig, InvalidRequest, SamplingParams
+from peqa_runtime.core import Request
+from peqa_runtime.engine.async_engine import AsyncEngine
+from peqa_runtime.engine.grammar import new_matcher
 from peqa_runtime.engine.guidance import Guidance, Guide, NoTokenLeft
 from peqa_runtime.engine.token_masks import TokenMasks, _add_on_device
 
@@ -392,6 +397,50 @@ def test_forms_are_kept_up_to_a_number(engine: Engine) -> None:
     for form in (*forms[:2], forms[0], forms[2]):
         guidance.compile(form)
     assert list(guidance._forms) == [forms[0], forms[2]]
+
+
+def test_forms_are_compiled_by_who_asks_and_never_in_the_engine_s_thread(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More forms wait than are kept, and answers that are preempted begin again."""
+    compiled: list[tuple[str, Constraint]] = []
+
+    def noted(tokenizer: Any, constraint: Constraint) -> Any:
+        compiled.append((threading.current_thread().name, constraint))
+        return new_matcher(tokenizer, constraint)
+
+    monkeypatch.setattr("peqa_runtime.engine.guidance.new_matcher", noted)
+    config = EngineConfig(num_blocks=10, block_size=4, max_sequences=3, task_rows=2, prefix_cache=False)
+    engine = Engine(tiny_base, config=config, device="cpu")
+    engine.guidance._kept = 1
+    served = AsyncEngine(engine)
+    forms = [Constraint.regex(f"[a-c]{{{n}}}") for n in range(20, 26)]
+
+    async def answer(number: int) -> str:
+        request = Request(str(number), (1, 2, 3, 4), asked(forms[number], max_tokens=30))
+        outputs = [output async for output in served.submit(request)]
+        return str(engine.model.tokenizer.decode([o.token_id for o in outputs if o.token_id]))
+
+    async def work() -> list[str]:
+        return await asyncio.gather(*map(answer, range(len(forms))))
+
+    try:
+        answers = asyncio.run(asyncio.wait_for(work(), 60))
+    finally:
+        served.stop()
+    assert engine.scheduler.num_preemptions > 0
+    for text, form in zip(answers, forms, strict=True):
+        assert re.fullmatch(form.source, text)
+    assert compiled == [(threading.current_thread().name, form) for form in forms]
+
+
+def test_only_so_many_forms_are_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peqa_runtime.engine.guidance.HELD", 3)
+    guidance = Guidance(engine.model.tokenizer, 300, (0,), kept=1)
+    held = [guidance.compile(Constraint.regex(f"a{{{n}}}")) for n in range(1, 6)]
+    assert [form is not None for form in held] == [True, True, True, False, False]
+    del held
+    assert guidance.compile(Constraint.regex("b")) is not None
 
 
 def check_bytes(tokenizer: Any, vocab_size: int, eos: tuple[int, ...]) -> None:

@@ -143,10 +143,12 @@ class StubEngine:
         self.requests: list[Request] = []
         self.cancelled: list[Request] = []
         self.running: set[str] = set()
+        self.reserved: list[tuple[str, int]] = []  # task, choices
         self.refuse: Exception | None = None
         self.failure: str | None = None
 
-    def reserve(self, task: str) -> SimpleNamespace:
+    def reserve(self, task: str, choices: int) -> SimpleNamespace:
+        self.reserved.append((task, choices))
         if self.refuse is not None:
             raise self.refuse
         return SimpleNamespace(release=lambda: None)

@@ -276,6 +276,23 @@ def test_the_engines_refusal_reaches_the_client(server: Any) -> None:
     assert server.idle
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "choices"),
+    [
+        ("/v1/completions", {"prompt": ["ab", "cd", "ef"], "n": 4}, 12),
+        ("/v1/completions", {"prompt": "ab"}, 1),
+        ("/v1/completions", {"prompt": ["ab"] * 3, "n": -2}, 1),
+        ("/v1/completions", {"prompt": ["ab"] * 3, "n": 10**30}, 1024),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab"}], "n": 5}, 5),
+    ],
+)
+def test_all_choices_are_asked_for_at_the_door(
+    server: Any, path: str, fields: dict[str, Any], choices: int
+) -> None:
+    server.client.post(path, json={"task": "sql", "max_tokens": 2, **fields})
+    assert server.engine.reserved == [("sql", choices)]
+
+
 def test_failures_in_the_engine_are_answers_too(live: Any) -> None:
     server = live(StubEngine(lambda r: Script([1, 2, 3], error="numbers were not finite")))
     assert "not finite" in server.error(500, prompt="x", n=2)["message"]

@@ -213,6 +213,24 @@ def test_a_task_that_makes_nan_is_set_aside_and_an_upload_brings_it_back(
     assert len(shared.complete([5], task="sick")) == 8
 
 
+def test_a_blend_that_makes_nan_is_refused_until_one_of_its_tasks_changes(
+    shared: Asked, tiny_base: Path
+) -> None:
+    for number, task in enumerate(("one", "two")):
+        content = scale_set(tiny_base, number)
+        assert shared.client.put(f"/v1/tasks/{task}", content=content).status_code == 200
+    blend = {"one": 0.5, "two": 0.5}
+    for _ in range(3):
+        assert check_error(shared.post([NAN], task=blend), 500)["code"] == "numerical_error"
+    error = check_error(shared.post([5], task=blend), 409)
+    assert error["code"] == "task_quarantined"
+    assert "blend one:0.5+two:0.5 is in quarantine" in error["message"]
+    for choice in ("one", "two", {"one": 0.25, "two": 0.75}):
+        assert len(shared.complete([5], task=choice)) == 8
+    assert shared.client.put("/v1/tasks/two", content=content).status_code == 200
+    assert len(shared.complete([5], task=blend)) == 8
+
+
 @pytest.mark.slow
 def test_three_crashes_in_a_minute_end_the_process(start: Start) -> None:
     server = start()
