@@ -177,8 +177,10 @@ static void work_between(void *data, int part, int parts)
     (void)parts;
     between *b = data;
     size_t slot = (size_t)part % b->cut->slots;
-    while (__atomic_exchange_n(&b->taken[slot], 1, __ATOMIC_ACQUIRE))
+    while (__atomic_exchange_n(&b->taken[slot], 1, __ATOMIC_ACQUIRE)) {
+        pool_pause();
         slot = (slot + 1) % b->cut->slots;
+    }
     pass_part(b, (size_t)part, slot);
     __atomic_store_n(&b->taken[slot], 0, __ATOMIC_RELEASE);
 }

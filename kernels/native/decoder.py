@@ -272,8 +272,9 @@ class NativeDecoder:
         )
         if sequence >= 0:
             raise AttentionInputError(
-                f"sequence {sequence} does not fit: query starts must rise to the {step.tokens} tokens, and each block "
-                f"of its keys must be one of the cache's {decoder.blocks} and stand in its table of {table_width}"
+                f"sequence {sequence} does not fit: query starts must rise from 0 to the {step.tokens} tokens, and "
+                f"each block of its keys must be one of the cache's {decoder.blocks} and stand in its table of "
+                f"{table_width}"
             )
 
 

@@ -267,9 +267,9 @@ class NativeOps:
             from peqa_kernels.paged_attention.checks import AttentionInputError
 
             raise AttentionInputError(
-                f"sequence {misfit} does not fit: query starts must rise to the {tokens} tokens, a sequence has at "
-                f"least as many keys as new tokens, and each block of its keys must be one of the {key_cache.shape[0]} "
-                f"in the cache and stand in its table of {block_tables.shape[1]}"
+                f"sequence {misfit} does not fit: query starts must rise from 0 to the {tokens} tokens, a sequence has "
+                "at least as many keys as new tokens, and each block of its keys must be one of the "
+                f"{key_cache.shape[0]} in the cache and stand in its table of {block_tables.shape[1]}"
             )
         threads = torch.get_num_threads()
         self._attention(

@@ -92,11 +92,22 @@ INLINE void tile_products(tiles *t, const int sum, const int x, const int codes,
 typedef struct {
     int unused; /* the tiles are the thread's registers */
 } tiles;
-/* Macros: the number of a tile is part of the instruction. */
-#define tiles_begin(t, shapes) ((void)(t), _tile_loadconfig(shapes))
+/* Macros: the number of a tile is part of the instruction. gcc's own do not say that they read memory (all of the shapes,
+ * rows of a tile), so that stores to it might come later, or never. */
+#define tiles_read(from, array) __asm__ volatile("" : : "m"(*(const char(*) array)(from)))
+#define tiles_begin(t, shapes)                                                                                         \
+    do {                                                                                                               \
+        (void)(t);                                                                                                     \
+        tiles_read(shapes, [64]);                                                                                      \
+        _tile_loadconfig(shapes);                                                                                      \
+    } while (0)
 #define tiles_end(t) ((void)(t), _tile_release())
 #define tile_zero(t, to) _tile_zero(to)
-#define tile_load(t, to, from, stride) _tile_loadd(to, from, stride)
+#define tile_load(t, to, from, stride)                                                                                 \
+    do {                                                                                                               \
+        tiles_read(from, []);                                                                                          \
+        _tile_loadd(to, from, stride);                                                                                 \
+    } while (0)
 #define tile_store(t, from, to, stride) _tile_stored(from, to, stride)
 #define tile_products_low(t, sum, x, codes) _tile_dpbuud(sum, x, codes)
 #define tile_products_high(t, sum, x, codes) _tile_dpbsud(sum, x, codes)

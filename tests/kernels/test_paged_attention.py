@@ -350,6 +350,7 @@ def test_what_does_not_fit_is_named(name: str, change, sentence: str) -> None:
         (3, lambda t: t[1, 0].fill_(-1)),
         (4, lambda t: t[6].fill_(99)),  # more queries than tokens
         (4, lambda t: t[2].fill_(0)),  # starts that fall
+        (4, lambda t: t[0].fill_(1)),  # a first token of no sequence
         (5, lambda t: t[2].fill_(3)),  # fewer keys than new tokens
         (5, lambda t: t[0].fill_(4000)),  # more keys than the table has room for
     ],
