@@ -57,14 +57,17 @@ def pairs(sizes: DecoderSizes, numbers: Numbers) -> Iterator[tuple[Tensor, Tenso
     yield silu_mul(gate_up), reference.silu_mul_reference(gate_up)
     qkv = numbers.draw(_ROWS, (sizes.heads + 2 * sizes.kv_heads) * sizes.d)
     angles = 6.0 * torch.rand(_POSITIONS, sizes.d // 2, generator=numbers.generator, device=numbers.device)
-    tables = (angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype))
+    cosines, sines = angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype)
     positions = torch.tensor([0, 3, 1, 7, 2], device=numbers.device)
     slots = torch.tensor([6, -1, 0, 3, 5], device=numbers.device)
     norms = (1.0 + numbers.draw(2, sizes.d) / 4) if sizes.head_norms else None
-    found, wanted = (qkv.new_zeros(2, *_BLOCKS, sizes.kv_heads, sizes.d).unbind() for _ in range(2))
-    q = rotate_and_write(qkv, *tables, positions, *found, slots, norms, _EPS)
-    yield q, reference.rotate_and_write_reference(qkv, *tables, positions, *wanted, slots, norms, _EPS)
-    yield from zip(found, wanted, strict=True)
+    caches = qkv.new_zeros(2, 2, *_BLOCKS, sizes.kv_heads, sizes.d)  # keys and values, found and wanted
+    turn = (cosines, sines, positions)
+    yield (
+        rotate_and_write(qkv, *turn, caches[0, 0], caches[0, 1], slots, norms, _EPS),
+        reference.rotate_and_write_reference(qkv, *turn, caches[1, 0], caches[1, 1], slots, norms, _EPS),
+    )
+    yield caches[0], caches[1]
 
 
 class Numbers:
