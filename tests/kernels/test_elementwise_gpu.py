@@ -92,7 +92,13 @@ def check_compiled(name: str, chosen: dict[str, Any], arch: int, dtype: str, fol
     )
     assert "STACK:0 " in usage, (chosen, usage)
     assert "fma.rn.f32" not in ptx, chosen
-    assert dtype == "fp32" or re.search(rf"cvt\.rn\.{dtype.replace('fp', 'f')}", ptx), chosen
+    half = dtype.replace("fp", "f")
+    if name == "rotate_kernel" and not chosen["HAS_NORMS"] and dtype != "fp32":
+        # Four products and two sums for each pair of features, each of 16 bits: what fp32 and a rounding would give.
+        operations = re.findall(rf"\b(?:mul|add|sub|fma)\.rn\.{half}\b", ptx)
+        assert len(operations) == 6 * max(1, chosen["HALF"] // 32), chosen
+    elif dtype != "fp32":
+        assert re.search(rf"cvt\.rn\.{half}", ptx), chosen
     if name == "norm_kernel" and dtype != "fp32":
         assert re.search(r"LDG\.E\.128", sass), "16 bytes at a time"
     if arch == 90:
