@@ -120,7 +120,8 @@ def test_local_kernels_do_not_look_like_the_hub_package() -> None:
 
 def test_kernels_import_neither_triton_nor_transformers() -> None:
     code = (
-        "import sys, peqa_kernels.quant_matmul, peqa_kernels.paged_attention, peqa_kernels.packing; "
+        "import sys, peqa_kernels.quant_matmul, peqa_kernels.paged_attention, peqa_kernels.packing, "
+        "peqa_kernels.elementwise; "
         "assert not {'triton', 'transformers', 'pydantic', 'fastapi'} & set(sys.modules), 'imported too much'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

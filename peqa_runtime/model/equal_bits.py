@@ -2,8 +2,9 @@
 
 The libraries behind torch's matrix products and reductions choose a kernel, and with it the order in which they add, by
 the number of rows. So in this mode they only ever see one number: rows are computed in parts of a fixed size, the last
-one filled up. (`quant_matmul` and `paged_attention` have fixed tiles of their own.) Operations that work element by
-element, and torch's own LayerNorm and RMSNorm, where one block of threads has one row, need nothing.
+one filled up. (`quant_matmul` and `paged_attention` have fixed tiles of their own, the elementwise kernels a program
+for each row.) Operations that work element by element, and torch's own LayerNorm and RMSNorm, where one block of
+threads has one row, need nothing.
 """
 
 from __future__ import annotations

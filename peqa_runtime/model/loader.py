@@ -21,6 +21,7 @@ from peqa_runtime.model.attention import KVSpec, PagedLayer, StepContext, place_
 from peqa_runtime.model.base_checkpoint import read_manifest, verify_digest
 from peqa_runtime.model.float_linear import steady_linears
 from peqa_runtime.model.forward_context import ForwardContext
+from peqa_runtime.model.fused_decoder import FusedDecoder, fused_decoder
 from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
 from peqa_runtime.model.lean_decoder import LeanDecoder, lean_decoder
 from peqa_runtime.model.quantized_linear import QuantizedLinear, StepRows, TiedHead
@@ -36,8 +37,8 @@ class LoadedModel:
     """A model that serves packed batches.
 
     `linears`: its launches, to each of which the engine attaches a bank. `layers`: its attention layers, to each of
-    which the engine binds a KV cache of the shape in `kv_spec`. `lean`: the same model as one call per step, where it
-    is of a kind that has one. One forward at a time.
+    which the engine binds a KV cache of the shape in `kv_spec`. `lean`: the same model as one call per step on a CPU,
+    `fused`: in few launches on a GPU, each where it is of a kind that has one. One forward at a time.
     """
 
     model: PreTrainedModel
@@ -55,6 +56,7 @@ class LoadedModel:
     step_context: StepContext
     selects_logits: bool
     lean: LeanDecoder | None = None
+    fused: FusedDecoder | None = None
 
     def forward(
         self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor
@@ -66,12 +68,14 @@ class LoadedModel:
         """
         if self.lean is not None:
             return self.lean.forward(context, input_ids, positions, logits_at, self.step_rows)
+        if self.fused is not None:
+            return self.fused.forward(context, input_ids, positions, logits_at)
         return self.forward_through_modules(context, input_ids, positions, logits_at)
 
     def forward_through_modules(
         self, context: ForwardContext, input_ids: Tensor, positions: Tensor, logits_at: Tensor
     ) -> Tensor:
-        """`forward` as transformers wrote it, whether or not there is a lean decoder."""
+        """`forward` as transformers wrote it, whether or not there is a decoder of ours."""
         if len(logits_at) == 0:  # ops on no rows at all are a rare case in other people's modules
             return self.forward_through_modules(context, input_ids, positions, logits_at.new_zeros(1))[:0]
         self.step_context.current = context
@@ -142,6 +146,8 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     )
     if paged:
         loaded.lean = lean_decoder(model, layers, loaded.max_model_len)
+        if place.type == "cuda":
+            loaded.fused = fused_decoder(model, layers, loaded.max_model_len)
         self_check(loaded)
     _give_memory_back()
     return loaded

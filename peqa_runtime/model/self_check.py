@@ -5,6 +5,7 @@ Some models accept a registered attention and then ignore it, or mix packed sequ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from peqa_runtime.model.forward_context import ForwardContext
 if TYPE_CHECKING:
     from peqa_runtime.model.loader import LoadedModel
 
+logger = logging.getLogger(__name__)
+
 _Forward = Callable[[ForwardContext, Tensor, Tensor, Tensor], Tensor]
 
 _BLOCK_SIZE = 8
@@ -30,9 +33,10 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def self_check(loaded: LoadedModel) -> float:
-    """Largest relative RMS difference of logits, plain against paged and lean; leaves no cache bound.
+    """Largest relative RMS difference of logits, plain against paged, lean and fused; leaves no cache bound.
 
-    Raises `UnsupportedModel` when they differ by more than rounding.
+    Raises `UnsupportedModel` when they differ by more than rounding. A fused decoder that does is taken away, with a
+    warning: the modules that it stands for were right.
     """
     model, layers = loaded.model, loaded.layers
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +69,18 @@ def self_check(loaded: LoadedModel) -> float:
                 f"{lean:.2g}); it cannot be served correctly"
             )
         difference = max(difference, lean)
+    if loaded.fused is not None:
+        fused = _difference(_paged(loaded, prompts, loaded.fused.forward), expected)
+        if not fused <= _TOLERANCE[loaded.dtype]:
+            logger.warning(
+                "%s gives other logits in the GPU's own decoder than in transformers (relative difference %.2g): it "
+                "runs as transformers' modules, in more launches",
+                name,
+                fused,
+            )
+            loaded.fused = None
+            return difference
+        difference = max(difference, fused)
     return difference
 
 

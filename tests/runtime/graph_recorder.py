@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import peqa_runtime.model.attention as attention_module
+import peqa_runtime.model.fused_decoder as fused_module
 import peqa_runtime.model.quantized_linear as linear_module
 from peqa_kernels.quant_matmul import LinearBank, PreparedWeight
 
@@ -25,6 +26,10 @@ KERNELS = (
     (attention_module, "write_kv"),
     (attention_module, "paged_attention"),
     (linear_module, "quant_matmul"),
+    *(
+        (fused_module, name)
+        for name in ("rms_norm", "add_rms_norm", "rotate_and_write", "silu_mul", "paged_attention")
+    ),
 )
 WAITING = {
     "aten::_local_scalar_dense",

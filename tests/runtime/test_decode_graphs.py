@@ -16,6 +16,7 @@ from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.decode_graphs import DecodeGraphs
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.graph_plan import GraphPlan
+from peqa_runtime.model.fused_decoder import fused_decoder
 from peqa_runtime.sampling_params import SamplingParams
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
@@ -34,10 +35,16 @@ def random_set(engine: Engine, kind: str, seed: int) -> bytes:
     return ScaleSet.build(kind, tensors, manifest).to_bytes()  # type: ignore[arg-type]
 
 
-def eager_engine(base: Path, config: EngineConfig = CONFIG, kinds: tuple[str, ...] = SCALE_KINDS) -> Engine:
-    """Through transformers' modules, as on a GPU."""
+def eager_engine(
+    base: Path, config: EngineConfig = CONFIG, kinds: tuple[str, ...] = SCALE_KINDS, *, fused: bool = False
+) -> Engine:
+    """As on a GPU: through transformers' modules, or the fused decoder."""
     engine = Engine(base, device="cpu", config=config)
     engine.model.lean = None
+    if fused:
+        loaded = engine.model
+        loaded.fused = fused_decoder(loaded.model, loaded.layers, loaded.max_model_len)
+        assert loaded.fused is not None
     for i, kind in enumerate(kinds):
         engine.tasks.upload(f"task{i}", random_set(engine, kind, i))
     return engine
@@ -79,10 +86,11 @@ def mixed(count: int, max_tokens: int) -> tuple[list[str], list[SamplingParams],
     return prompts, params, [("base", "task0", "task1", "task2")[i % 4] for i in range(count)]
 
 
-def test_graphs_give_the_bits_of_eager_steps(tiny_base: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_graphs_give_the_bits_of_eager_steps(fused: bool, tiny_base: Path) -> None:
     """Random mixes of all kinds of tasks, preempted; the cache, the padding's block too, is full of NaN."""
     config = EngineConfig(num_blocks=24, block_size=4, max_batch_tokens=37, max_sequences=6, task_rows=6)
-    eager, captured = eager_engine(tiny_base, config), eager_engine(tiny_base, config)
+    eager, captured = eager_engine(tiny_base, config), eager_engine(tiny_base, config, fused=fused)
     graphs = with_graphs(captured, StandIn())
     for engine in (eager, captured):
         for caches in engine.kv_cache.layers:

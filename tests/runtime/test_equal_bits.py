@@ -14,6 +14,7 @@ from torch import nn
 
 from peqa_runtime.model.equal_bits import set_equal_bits
 from peqa_runtime.model.float_linear import in_parts
+from peqa_runtime.model.fused_decoder import fused_decoder
 from peqa_runtime.model.loader import LoadedModel, load
 from peqa_runtime.model.self_check import packed_logits
 
@@ -39,12 +40,13 @@ def test_parts_are_of_one_size_and_keep_every_row() -> None:
 def shapes_of_adding(loaded: LoadedModel, tokens: int) -> set[Any]:
     """Operations that add, with the shapes that they get; products with one term each are none."""
     trace = Trace()
+    forward = loaded.forward
 
-    def forward(*given: Any) -> torch.Tensor:
+    def watched(*given: Any) -> torch.Tensor:
         with trace.watching():
-            return loaded.forward_through_modules(*given)
+            return forward(*given)
 
-    with patch.object(loaded, "forward", forward):
+    with patch.object(loaded, "forward", watched):
         packed_logits(loaded, torch.arange(tokens))
     found = set()
     for name, *leaves in trace.calls:
@@ -74,6 +76,19 @@ def test_what_adds_sees_the_same_shapes_whatever_the_number_of_rows(
     shapes = shapes_of_adding(loaded, 3)
     assert shapes
     assert shapes == shapes_of_adding(loaded, 1) == shapes_of_adding(loaded, 70)
+
+
+def test_all_that_torch_adds_beside_the_fused_decoder_is_its_head(
+    architecture_base: Callable[..., Path],
+) -> None:
+    base = architecture_base("qwen3", head_dim=16, tie_word_embeddings=False)
+    loaded = load(base, device="cpu", dtype="float16", verify=False)
+    loaded.fused = fused_decoder(loaded.model, loaded.layers, loaded.max_model_len)
+    assert loaded.fused is not None
+    set_equal_bits(loaded.model)
+    shapes = shapes_of_adding(loaded, 3)
+    assert {name for name, *_ in shapes} == {"aten::linear"}
+    assert shapes == shapes_of_adding(loaded, 70)
 
 
 def test_modules_with_floats_of_their_own_are_named(architecture_base: Callable[..., Path]) -> None:
