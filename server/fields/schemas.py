@@ -16,12 +16,13 @@ from peqa_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 from peqa_server.fields.foreign import is_neutral
 from peqa_server.fields.forms import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
 from peqa_server.fields.types import (
+    LogprobTokenList,
     Prompts,
     Side,
     StopStringList,
+    StopTokenList,
     Strict,
     TaskChoice,
-    TokenIdList,
     between,
 )
 from peqa_server.http.errors import ApiError, show
@@ -78,7 +79,7 @@ class GenerationFields(Strict):
     guided_choice: Texts | None = None
     guided_grammar: Text | None = None
     stop: StopStringList = ()
-    stop_token_ids: TokenIdList = ()
+    stop_token_ids: StopTokenList = ()
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -88,7 +89,7 @@ class GenerationFields(Strict):
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int | None, between(1)] = None
     prompt_logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
-    logprob_token_ids: TokenIdList = ()
+    logprob_token_ids: LogprobTokenList = ()
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int | None, between(-1)] = None
@@ -110,7 +111,7 @@ class GenerationFields(Strict):
             stop_token_ids=self.stop_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids)),
+            logprob_token_ids=self.logprob_token_ids,
             **given,
         )
 

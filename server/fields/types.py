@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from peqa_runtime.sampling_params import MAX_LOGPROB_TOKENS, MAX_STOP_TOKENS
+
 MAX_STOP_STRINGS = 64
 
 
@@ -67,12 +69,22 @@ def valid_text(value: object) -> object:
     return value
 
 
-def _id_list(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(_is_id(v) for v in value):
-        raise PydanticCustomError("ids", "must be a list of token ids")
-    return tuple(value)
+def id_list(most: int) -> BeforeValidator:
+    """A check that a value is a list of token ids; it becomes a tuple with each of them once, `most` at most."""
+
+    def check(value: object) -> tuple[int, ...]:
+        if value is not None and not isinstance(value, list):
+            raise PydanticCustomError("ids", "must be a list of token ids")
+        found: dict[int, None] = {}
+        for token_id in value or ():
+            if not _is_id(token_id):
+                raise PydanticCustomError("ids", "must be a list of token ids")
+            found[token_id] = None
+            if len(found) > most:
+                raise PydanticCustomError("ids", "must hold at most {most} token ids", {"most": most})
+        return tuple(found)
+
+    return BeforeValidator(check, json_schema_input_type=Annotated[list[int], Field(max_length=most)] | None)
 
 
 def _task_choice(value: object) -> object:
@@ -120,4 +132,5 @@ StopStringList = Annotated[
     BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
     BeforeValidator(valid_text),
 ]
-TokenIdList = Annotated[tuple[int, ...], BeforeValidator(_id_list, json_schema_input_type=list[int] | None)]
+StopTokenList = Annotated[tuple[int, ...], id_list(MAX_STOP_TOKENS)]
+LogprobTokenList = Annotated[tuple[int, ...], id_list(MAX_LOGPROB_TOKENS)]

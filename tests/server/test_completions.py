@@ -19,6 +19,7 @@ from server_stubs import (
 )
 
 from peqa_runtime.core import Lease, TokenLogprobs
+from peqa_server.fields.schemas import CompletionRequest
 from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules, TokenPiece
 from peqa_server.openai.completion_json import Answer, AnswerStyle, Gathered, Usage
 from peqa_server.services import ServedModel
@@ -213,6 +214,19 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     assert error["param"].startswith(field)
     assert server.idle
     assert not server.engine.requests
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "logprob_token_ids"])
+def test_lists_of_token_ids_have_a_limit(live: Any, field: str) -> None:
+    server = live()
+    for given in ([7] * 5000, [7, 9, 7]):
+        server.complete(max_tokens=1, logprobs=1, **{field: given})
+        assert getattr(server.engine.requests[-1].params, field) == tuple(dict.fromkeys(given))
+    error = server.error(400, prompt="x", logprobs=1, **{field: list(range(1025))})
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field} must hold at most 1024 token ids")
+    described = CompletionRequest.model_json_schema()["properties"][field]["anyOf"]
+    assert {"type": "array", "items": {"type": "integer"}, "maxItems": 1024} in described
 
 
 @pytest.mark.parametrize(
