@@ -73,10 +73,12 @@ class EngineService(Protocol):
 class TaskService(Protocol):
     """What the server needs of `peqa_runtime.scales.TaskLibrary`.
 
-    Every method may block on the disk, but for `acquire_soon`, `release`, `page`, `unusable` and `quarantined`.
+    Every method may block on the disk, but for `acquire_soon`, `has`, `release`, `page`, `unusable` and `quarantined`.
     """
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]: ...
+
+    def has(self, task: str) -> bool: ...
 
     def release(self, lease: Lease) -> None: ...
 
