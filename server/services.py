@@ -28,6 +28,9 @@ from peqa_server.observe.access_log import note_of
 from peqa_server.observe.metrics import Metrics
 from peqa_server.settings import ServerSettings
 from peqa_server.tasks.upload import UploadLane
+from peqa_server.threads import Threads
+
+STORE_THREADS = 8  # for calls of the tasks that may wait for the disk, or a minute for the store's lock
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 
@@ -73,7 +76,8 @@ class EngineService(Protocol):
 class TaskService(Protocol):
     """What the server needs of `peqa_runtime.scales.TaskLibrary`.
 
-    Every method may block on the disk, but for `acquire_soon`, `has`, `release`, `page`, `unusable` and `quarantined`.
+    Every method may block on the disk, but for `acquire_soon`, `has`, `release`, `page`, `unusable` and `quarantined`:
+    `Gate.store` has threads for these.
     """
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]: ...
@@ -166,6 +170,7 @@ class Gate:
         self.settings = settings
         self.metrics = metrics
         self.uploads = UploadLane(settings)
+        self.store = Threads(STORE_THREADS, "peqa-store")
         self.bodies = BodyRoom(settings.max_bodies_bytes)
         self._caller: Caller = Anybody()
         self._life = _Life()
