@@ -30,6 +30,7 @@ from peqa_server.settings import ServerSettings
 from peqa_server.tasks.upload import UploadLane
 from peqa_server.threads import Threads
 
+READERS = 2  # threads for long bodies; lists of lists may take thirty times their bytes of memory
 STORE_THREADS = 8  # for calls of the tasks that may wait for the disk, or a minute for the store's lock
 
 Phase = Literal["starting", "ready", "draining", "failed"]
@@ -172,6 +173,7 @@ class Gate:
         self.uploads = UploadLane(settings)
         self.store = Threads(STORE_THREADS, "peqa-store")
         self.bodies = BodyRoom(settings.max_bodies_bytes)
+        self.readers = Threads(READERS, "peqa-bodies")
         self._caller: Caller = Anybody()
         self._life = _Life()
         self._life.idle.set()

@@ -7,6 +7,7 @@ accepted; the same fields with any other value are refused, because ignoring the
 from __future__ import annotations
 
 import difflib
+import gc
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from peqa_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 from peqa_server.fields.foreign import is_neutral
 from peqa_server.fields.forms import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
 from peqa_server.fields.types import (
+    ListOf,
     LogprobTokenList,
     Prompts,
     Side,
@@ -70,7 +72,7 @@ class GenerationFields(Strict):
     frequency_penalty: Annotated[float | None, between(-2, 2)] = None
     repetition_penalty: Annotated[float | None, between(0.01, 100)] = None
     logit_bias: LogitBias = ()
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: ListOf[int] | None = None
     bad_words: Texts | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -138,7 +140,7 @@ Model = TypeVar("Model", bound=Strict)
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Anything else: `ApiError` 400."""
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = _from_json(body)
     except ValueError as error:
         detail = str(error)
         raise ApiError(400, f"the body is not valid JSON: {detail[:200]}", code="invalid_json") from None
@@ -159,3 +161,15 @@ def parse(schema: type[Model], body: bytes | dict[str, Any]) -> Model:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ApiError(400, f"unknown field {name[:80]!r}{hint}", code="unknown_field", param=name[:80])
     return schema.model_validate(value)
+
+
+def _from_json(body: bytes) -> Any:
+    """The value of a body. Nothing else runs meanwhile, so it takes no time for looking through what it makes:
+    three quarters of a second, of one, where eight megabytes are nothing but lists."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(body, allow_inf_nan=False)
+    finally:
+        if collects:
+            gc.enable()

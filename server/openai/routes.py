@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -38,7 +39,7 @@ _REFUSALS = refusals(404, 409, 429, 507)
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     gate = gate_of(request)
-    wanted = parse(CompletionRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, CompletionRequest))
     admission = Admission(gate)
     try:
         await _pin(request, admission, wanted)
@@ -57,7 +58,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, written as the task's prompt format or the model's chat template says."""
     gate = gate_of(request)
-    wanted = parse(ChatCompletionRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, ChatCompletionRequest))
     admission = Admission(gate)
     try:
         await _pin(request, admission, wanted)

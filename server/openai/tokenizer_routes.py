@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,23 +35,14 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 async def tokenize(request: Request) -> JSONResponse:
     """Text, or a conversation written as a chat completion would write it, to token ids."""
     gate = gate_of(request)
-    body = parse_object(await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, _wanted)
     model = gate.services.model
+    lease = await _known(gate, wanted)
     ids: tuple[int, ...]
-    wanted: TokenizeRequest | TokenizeChatRequest
-    for name in ("prompt", "messages"):
-        if name in body and body[name] is None:
-            del body[name]
-    if "messages" in body and "prompt" in body:
-        raise InvalidRequest("send prompt or messages, not both", param="messages")
-    if "messages" in body:
-        wanted = parse(TokenizeChatRequest, body)
-        lease = await _known(gate, wanted)
+    if isinstance(wanted, TokenizeChatRequest):
         prompt = await asyncio.to_thread(chat_prompt, model, lease, wanted, tool_use(wanted), gate.settings)
         ids = prompt.token_ids
     else:
-        wanted = parse(TokenizeRequest, body)
-        await _known(gate, wanted)
         special = wanted.add_special_tokens is not False
         ids = tuple(
             await asyncio.to_thread(encode, model.tokenizer, wanted.prompt, add_special_tokens=special)
@@ -61,6 +53,16 @@ async def tokenize(request: Request) -> JSONResponse:
     )
 
 
+def _wanted(body: bytes) -> TokenizeRequest | TokenizeChatRequest:
+    value = parse_object(body)
+    for name in ("prompt", "messages"):
+        if name in value and value[name] is None:
+            del value[name]
+    if "messages" in value and "prompt" in value:
+        raise InvalidRequest("send prompt or messages, not both", param="messages")
+    return parse(TokenizeChatRequest, value) if "messages" in value else parse(TokenizeRequest, value)
+
+
 @router.post(
     "/detokenize",
     openapi_extra=json_body(DetokenizeRequest),
@@ -69,7 +71,7 @@ async def tokenize(request: Request) -> JSONResponse:
 async def detokenize(request: Request) -> JSONResponse:
     """Token ids to text, special tokens included unless `skip_special_tokens` is true."""
     gate = gate_of(request)
-    wanted = parse(DetokenizeRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, DetokenizeRequest))
     await _known(gate, wanted)
     model = gate.services.model
     for token_id in wanted.tokens:

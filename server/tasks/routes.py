@@ -116,8 +116,7 @@ async def rollback(request: Request, task: TaskName) -> JSONResponse:
     """Make the previous revision current, or the kept one that begins with the body's `revision`."""
     gate = gate_of(request)
     services = _services(request, task)
-    body = await read_body(request, gate.settings)
-    wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
+    wanted = await read_body(request, gate.settings, _rollback_wanted)
     with _counted(request, gate, "rollback", task):
         revision = wanted.revision
         if revision is not None:
@@ -178,6 +177,10 @@ async def delete_task(request: Request, task: TaskName) -> JSONResponse:
     with _counted(request, gate, "delete", task):
         await gate.store.run(services.tasks.delete, task, _if_match(request))
     return JSONResponse({"task": task, "deleted": True})
+
+
+def _rollback_wanted(body: bytes) -> RollbackRequest:
+    return parse(RollbackRequest, body) if body.strip() else RollbackRequest()
 
 
 def largest_set(model: ServedModel) -> int:
