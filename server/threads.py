@@ -1,7 +1,7 @@
 """Work beside the event loop, so that one request's does not hold up the others'.
 
-What computes goes to the loop's own threads. What may wait, for a disk or for a lock of another process, goes to
-`Threads` of its kind: else a few calls that hang would take every thread from what computes.
+What computes goes to the loop's own threads, by `aside`. What may wait, for a disk or for a lock of another process,
+goes to `Threads` of its kind: else a few calls that hang would take every thread from what computes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from typing import ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+async def aside(
+    long: bool, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """The call's result: at once, or where it takes `long` (some milliseconds) from a thread."""
+    return await asyncio.to_thread(call, *args, **kwargs) if long else call(*args, **kwargs)
 
 
 class Threads:

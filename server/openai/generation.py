@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from peqa_server.observe.metrics import Metrics
 from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules
 from peqa_server.openai.completion_json import Usage
 from peqa_server.services import ServedModel, Services, TokenStream
+
+GIVE_WAY_SECONDS = 0.005  # of handing choices to the engine, then others get their turn
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Generation:
         cached = sum(self._cached[:: self._job.n])
         return Usage(self.num_prompt_tokens, self.num_generated_tokens, cached)
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Hand every choice to the engine; on a refusal of one, none stays."""
         complete = False
         caller, prompt_tokens = self._note.caller, self.num_prompt_tokens
@@ -93,7 +96,11 @@ class Generation:
         )
         self._meter.submitting()
         try:
+            due = time.monotonic() + GIVE_WAY_SECONDS
             for index in range(self._job.num_choices):
+                if time.monotonic() > due:
+                    await asyncio.sleep(0)
+                    due = time.monotonic() + GIVE_WAY_SECONDS
                 self._streams.append(self._services.engine.submit(self._request(index)))
             complete = True
         finally:

@@ -85,7 +85,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     """Generate and answer, in one piece or as a stream. The admission ends with the response."""
     note = note_of(request.scope)
     generation = Generation(admission.services, admission.lease, plan.job, note, admission.gate.metrics)
-    generation.submit()
+    await generation.submit()
     admission.submitted()
 
     def close() -> None:

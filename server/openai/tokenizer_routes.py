@@ -19,7 +19,8 @@ from peqa_server.http.streaming import read_body
 from peqa_server.openai.answer_shapes import DetokenizeAnswer, TokenizeAnswer, TokenizerAnswer
 from peqa_server.openai.chat_prompt import chat_prompt
 from peqa_server.openai.task_choice import acquire, chosen_task
-from peqa_server.services import Gate, gate_of
+from peqa_server.services import Gate, ServedModel, gate_of
+from peqa_server.settings import ServerSettings
 from peqa_server.tools.use import tool_use
 
 router = APIRouter()
@@ -40,8 +41,7 @@ async def tokenize(request: Request) -> JSONResponse:
     lease = await _known(gate, wanted)
     ids: tuple[int, ...]
     if isinstance(wanted, TokenizeChatRequest):
-        prompt = await asyncio.to_thread(chat_prompt, model, lease, wanted, tool_use(wanted), gate.settings)
-        ids = prompt.token_ids
+        ids = await asyncio.to_thread(_chat_ids, model, lease, wanted, gate.settings)
     else:
         special = wanted.add_special_tokens is not False
         ids = tuple(
@@ -61,6 +61,12 @@ def _wanted(body: bytes) -> TokenizeRequest | TokenizeChatRequest:
     if "messages" in value and "prompt" in value:
         raise InvalidRequest("send prompt or messages, not both", param="messages")
     return parse(TokenizeChatRequest, value) if "messages" in value else parse(TokenizeRequest, value)
+
+
+def _chat_ids(
+    model: ServedModel, lease: Lease, wanted: TokenizeChatRequest, settings: ServerSettings
+) -> tuple[int, ...]:
+    return chat_prompt(model, lease, wanted, tool_use(wanted), settings).token_ids
 
 
 @router.post(

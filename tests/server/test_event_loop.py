@@ -109,11 +109,16 @@ CHAT = "/v1/chat/completions"
 HELLO = {"role": "user", "content": "hello"}
 STRANGE = {f"f{i}": None for i in range(99)}
 LARGE: dict[str, tuple[str, bytes, int]] = {
+    "many texts": ("/v1/completions", json.dumps({"prompt": [WORDS * 90] * 600, "max_tokens": 1}).encode(), 200),
     "many lists of ids": ("/v1/completions", b'{"prompt": %s}' % listed(b"[7]", 1_500_000), 400),
     "an id that is none, after many": (
         "/v1/completions", b'{"prompt": "x", "allowed_token_ids": %s}' % listed(b'""', 1_000_000), 400,
     ),
     "messages that are none": (CHAT, b'{"messages": %s}' % listed(b"{}", 500_000), 400),
+    "bad words": (
+        "/v1/completions",
+        json.dumps({"prompt": "x", "max_tokens": 1, "bad_words": [f"{i} {WORDS}" for i in range(512)]}).encode(), 200,
+    ),
 }  # fmt: skip
 
 
@@ -180,3 +185,11 @@ def test_a_body_has_its_place_in_memory_until_it_is_read(
     assert probed.post("/tokenize", body)[1].status_code == 200
     assert taken == [len(body)]
     assert room.taken == 0
+
+
+def test_many_choices_are_handed_over_with_pauses(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probed.engine, "seconds", 0.006)
+    body = {"prompt": ["x"] * 300, "max_tokens": 1}
+    held, answer = probed.post("/v1/completions", json.dumps(body).encode())
+    assert len(answer.json()["choices"]) == 300
+    assert held < BOUND
