@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ from fastapi import Request as HttpRequest
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
+from peqa_runtime.text import TokenTexts
 from peqa_server.access.caller import Anybody, Caller
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.access.upload_ledger import UploadLedger
@@ -123,6 +125,11 @@ class ServedModel:
     def model_id(self) -> str:
         """The name under which the base is served."""
         return self.manifest.model_id
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Texts of single tokens, as answers show them."""
+        return TokenTexts(self.tokenizer)
 
     @property
     def fingerprint(self) -> str:

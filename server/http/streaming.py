@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from peqa_server.http.body_room import BodyRoom
 from peqa_server.http.connection import ABORT
 from peqa_server.http.errors import ApiError, to_api_error
+from peqa_server.http.json_text import json_parts
 from peqa_server.observe.access_log import log, note_of, refused
 from peqa_server.settings import ServerSettings
 from peqa_server.threads import Threads
@@ -34,6 +35,11 @@ class ClientGone(Exception):
 def event(data: Mapping[str, object]) -> bytes:
     """One server-sent event. ASCII only: some clients split lines at U+2028 or U+0085."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+def long_event(data: Mapping[str, object]) -> bytes:
+    """One server-sent event of many values, to be made in a thread."""
+    return b"data: " + "".join(json_parts(data, ascii_only=True)).encode("ascii") + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from peqa_server.fields.chat_schemas import ChatCompletionRequest
 from peqa_server.fields.schemas import CompletionRequest, GenerationFields, StreamOptions, parse
 from peqa_server.http.api_document import json_body, refusals
-from peqa_server.http.streaming import ClientGone, EventStream, event, read_body, unless_gone
+from peqa_server.http.json_text import json_response
+from peqa_server.http.streaming import ClientGone, EventStream, event, long_event, read_body, unless_gone
 from peqa_server.observe.access_log import note_of
 from peqa_server.openai.answer_shapes import ChatAnswerWhole, ChatChunk, CompletionAnswer, stream_of
 from peqa_server.openai.chat_plan import plan_chat
 from peqa_server.openai.choice import Piece
-from peqa_server.openai.completion_json import Gathered
+from peqa_server.openai.completion_json import Gathered, Usage
 from peqa_server.openai.completion_plan import plan_completion
 from peqa_server.openai.generation import Generation
 from peqa_server.openai.plan import Plan
 from peqa_server.openai.task_choice import Admission, chosen_task
 from peqa_server.services import gate_of
+from peqa_server.threads import aside
 
 router = APIRouter()
 
@@ -95,8 +96,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     if plan.wanted.stream:
         return EventStream(_events(generation, plan), close, admission.gate.settings.stalled_stream_seconds)
     try:
-        body = await unless_gone(request.receive, _gather(generation, plan))
-        return JSONResponse(body)
+        return await unless_gone(request.receive, _gather(generation, plan))
     except ClientGone:
         note.client_gone = True
         return Response(status_code=499)  # nobody reads it; the log and the metrics do
@@ -104,13 +104,19 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
         close()
 
 
-async def _gather(generation: Generation, plan: Plan) -> dict[str, Any]:
+async def _gather(generation: Generation, plan: Plan) -> Response:
     gathered = [Gathered() for _ in range(plan.job.num_choices)]
     async with aclosing(generation.pieces()) as pieces:
         async for index, piece in pieces:
             gathered[index].add(piece)
     prompts = [p.token_ids for p in plan.job.prompts for _ in range(plan.job.n)]
-    return plan.answer.whole(gathered, prompts, generation.usage)
+    num_tokens = sum(len(g.tokens) + len(g.prompt_logprobs or ()) for g in gathered)
+    num_tokens += sum(map(len, prompts)) if plan.wanted.return_token_ids else 0
+    return await aside(plan.answer.is_long(num_tokens), _whole, plan, gathered, prompts, generation.usage)
+
+
+def _whole(plan: Plan, gathered: list[Gathered], prompts: list[tuple[int, ...]], usage: Usage) -> Response:
+    return json_response(plan.answer.whole(gathered, prompts, usage))
 
 
 async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, None]:
@@ -122,7 +128,8 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
         async for index, piece in pieces:
             first = index not in begun
             prompt = plan.job.prompts[index // plan.job.n].token_ids if first else None
-            chunk = plan.answer.chunk(index, piece, prompt, always=always)
+            long = plan.answer.is_long(len(piece.tokens))
+            chunk = await aside(long, plan.answer.chunk, index, piece, prompt, always=always)
             if chunk is None:
                 continue
             begun.add(index)
@@ -134,7 +141,7 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
                     data["usage"] = generation.usage.json()
                 elif options.include_usage:
                     data["usage"] = None
-                yield event(data)
+                yield await aside(long, long_event if long else event, data)
     if options.include_usage:
         yield event(plan.answer.last(generation.usage))
 

@@ -20,7 +20,7 @@ from server_stubs import (
 
 from peqa_runtime.core import Lease, TokenLogprobs
 from peqa_server.fields.schemas import CompletionRequest
-from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules, TokenPiece
+from peqa_server.openai.choice import Piece, Prompt, ShownPrompt, TextRules, TokenPiece
 from peqa_server.openai.completion_json import Answer, AnswerStyle, Gathered, Usage
 from peqa_server.services import ServedModel
 
@@ -338,7 +338,7 @@ def test_a_request_id_is_the_answers(server: Any) -> None:
 @pytest.mark.parametrize("bos", [(), (EOS,)])
 def test_offsets_of_an_echoed_text_count_its_special_tokens(bos: tuple[int, ...]) -> None:
     prompt = Prompt((*bos, 97, EOS, 98), "a</s>b")
-    piece = Choice(ByteTokenizer(), prompt, TextRules(echo=True)).echo(None)
+    piece = ShownPrompt(ByteTokenizer(), prompt, TextRules(echo=True)).piece(None)
     assert piece.text == "a</s>b"
     assert [t.offset for t in piece.tokens] == [0] * len(bos) + [0, 1, 5]
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,17 +18,18 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
-from server_stubs import MANIFEST, ByteTokenizer, StubEngine, StubStream, StubTasks
+from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubStream, StubTasks
 
 from peqa_runtime.core import Request
 from peqa_server.app import create_app
 from peqa_server.fields.chat_schemas import ChatCompletionRequest, DetokenizeRequest
 from peqa_server.fields.schemas import CompletionRequest, parse, parse_object
 from peqa_server.fields.types import Strict
+from peqa_server.http.json_text import json_parts
 from peqa_server.openai import tokenizer_routes
 from peqa_server.services import ServedModel
 
-BOUND = 0.5  # seconds; each of these requests held the loop for more than three times as long
+BOUND = 0.5  # seconds; each of these requests held the loop for more than a second
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
 
@@ -109,6 +111,7 @@ CHAT = "/v1/chat/completions"
 HELLO = {"role": "user", "content": "hello"}
 STRANGE = {f"f{i}": None for i in range(99)}
 LARGE: dict[str, tuple[str, bytes, int]] = {
+    "texts of tokens": ("/tokenize", json.dumps({"prompt": WORDS * 15000, "return_token_strs": True}).encode(), 200),
     "many texts": ("/v1/completions", json.dumps({"prompt": [WORDS * 90] * 600, "max_tokens": 1}).encode(), 200),
     "many lists of ids": ("/v1/completions", b'{"prompt": %s}' % listed(b"[7]", 1_500_000), 400),
     "an id that is none, after many": (
@@ -118,6 +121,10 @@ LARGE: dict[str, tuple[str, bytes, int]] = {
     "bad words": (
         "/v1/completions",
         json.dumps({"prompt": "x", "max_tokens": 1, "bad_words": [f"{i} {WORDS}" for i in range(512)]}).encode(), 200,
+    ),
+    "prompts echoed in many choices": (
+        "/v1/completions",
+        json.dumps({"prompt": [list(b"ab" * 1000)] * 8, "n": 32, "echo": True, "max_tokens": 1}).encode(), 200,
     ),
 }  # fmt: skip
 
@@ -151,6 +158,25 @@ def test_the_first_fault_is_found_and_no_other(
     assert first["loc"] == place
     assert {error["loc"][:-1] for error in others} <= {place[:-1]}, "of the same object"
     assert len(others) < 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/v1/completions", {"prompt": "x", "logprobs": 20}), (CHAT, {"logprobs": True, "top_logprobs": 20})],
+)
+def test_large_answers_hold_nobody_up(
+    probed: Probed, path: str, fields: dict[str, Any], stream: bool
+) -> None:
+    tokens = random.Random(1).choices(range(256), k=4000)
+    probed.engine.script = lambda request: Script(tokens)
+    chat = {"messages": [HELLO]} if path == CHAT else {}
+    interval = {"stream": True, "stream_interval": 4000} if stream else {}
+    body = {**fields, **chat, **interval, "max_tokens": 4000, "n": 4}
+    held, answer = probed.post(path, json.dumps(body).encode())
+    assert answer.status_code == 200, answer.text[:300]
+    assert len(answer.content) > 4 * 4000 * 20 * 5
+    assert held < BOUND
 
 
 def test_many_lists_are_read_without_looking_for_garbage() -> None:
@@ -193,3 +219,21 @@ def test_many_choices_are_handed_over_with_pauses(probed: Probed, monkeypatch: p
     held, answer = probed.post("/v1/completions", json.dumps(body).encode())
     assert len(answer.json()["choices"]) == 300
     assert held < BOUND
+
+
+def made_up(rng: random.Random, depth: int) -> Any:
+    if depth and rng.random() < 0.8:
+        items = [made_up(rng, depth - 1) for _ in range(rng.choice((0, 1, 3, 30)))]
+        return items if rng.random() < 0.5 else {f"ü{i}": item for i, item in enumerate(items)}
+    return rng.choice((None, True, 7, -0.25, "", 'a"\u2028\\é😀', "long\n" * 2000))
+
+
+def test_json_in_parts_is_the_same_text() -> None:
+    rng = random.Random(3)
+    values = [made_up(rng, 4) for _ in range(10)]
+    values += [list(range(20_000)), [None, *({"a": [i]} for i in range(9000))], {"é": "😀" * 200_000}, []]
+    for value in values:
+        for ascii_only in (False, True):
+            parts = list(json_parts(value, ascii_only=ascii_only))
+            assert "".join(parts) == json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":"))
+            assert max(map(len, parts)) < 1_000_000
