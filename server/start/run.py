@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -137,6 +138,9 @@ class DrainingServer(uvicorn.Server):
                 log.exception("the server could not start")
                 self._tell(loop, self._fail, "the server could not start; its log says why")
             else:
+                # What is loaded stays. To look through it for garbage again would hold up everything for 0.2 s.
+                gc.collect()
+                gc.freeze()
                 self._tell(loop, self._open, services)
 
         threading.Thread(target=work, name="peqa-load", daemon=True).start()

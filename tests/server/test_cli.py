@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -18,12 +20,15 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from server_stubs import Live, revision_of, wait_until
+from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, revision_of, wait_until
 from typer.testing import CliRunner
 
 from peqa_runtime.engine.config import EngineConfig
+from peqa_server.app import create_loading_app
 from peqa_server.cli import app
+from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
+from peqa_server.start.run import DrainingServer
 
 
 def peqa(*arguments: str, **environment: str) -> Any:
@@ -376,6 +381,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         with pytest.raises(httpx.HTTPError):
             list(lines)
     assert server.process.wait(5) == 0
+
+
+def test_what_was_loaded_is_not_looked_through_for_garbage_again(tmp_path: Path) -> None:
+    model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+
+    async def serve() -> int:
+        server = DrainingServer(create_loading_app(), 1)
+        server.load_in_thread(lambda: Services(StubEngine(), StubTasks(), model, tmp_path))
+        while not server.opened:
+            await asyncio.sleep(0.01)
+        return gc.get_freeze_count()
+
+    try:
+        assert asyncio.run(serve()) > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
