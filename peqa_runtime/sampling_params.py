@@ -15,6 +15,9 @@ MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKENS = 1024
 """Tokens of `logprob_token_ids`."""
 
+MAX_STOP_TOKENS = 1024
+"""Tokens of `stop_token_ids`."""
+
 MAX_BIASES = 1024
 """Tokens that `logit_bias` may name."""
 
@@ -84,6 +87,11 @@ class SamplingParams:
                 f"between 0 and {MAX_LOGPROBS}",
             ),
             (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MAX_STOP_TOKENS,
+                f"at most {MAX_STOP_TOKENS} token ids",
+            ),
+            (
                 "logprob_token_ids",
                 not self.logprob_token_ids
                 or (self.logprobs is not None and len(self.logprob_token_ids) <= MAX_LOGPROB_TOKENS),
@@ -92,7 +100,9 @@ class SamplingParams:
         )
         for name, ok, allowed in checks:
             if not ok:
-                raise InvalidRequest(f"{name} must be {allowed}, got {getattr(self, name)!r}", param=name)
+                value = getattr(self, name)
+                got = f"{len(value)} of them" if isinstance(value, tuple) else repr(value)
+                raise InvalidRequest(f"{name} must be {allowed}, got {got}", param=name)
         if self.ruled:
             self._check_rules()
 
@@ -115,6 +125,11 @@ class SamplingParams:
             or self.bad_words
             or self.structured is not None
         )
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """`stop_token_ids`, to look one up."""
+        return frozenset(self.stop_token_ids)
 
     def _check_rules(self) -> None:
         """The fields of `ruled`, of which most requests have none."""

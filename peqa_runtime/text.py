@@ -6,7 +6,8 @@ The engine speaks token ids only; this is the one place that knows text. `tokeni
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 _CONTEXT = 6
 """Prompt tokens that a decoder looks back on, so that the first generated token keeps its leading space."""
+
+_LONG = 4096
+"""Tokens decoded in a way that costs more to begin but lets other threads run: some milliseconds."""
 
 _MAX_HELD = 8
 """A character has at most 4 bytes, so at most 4 tokens: more held-back tokens than this hold no character."""
@@ -79,6 +83,19 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     if all(letter in letters for letter in name):
         return bytes(letters[letter] for letter in name)
     return text.encode()
+
+
+class TokenTexts:
+    """`token_text`, and `token_bytes` as numbers, of one tokenizer. The last `KEPT` of each are kept, for answers with
+    log-probabilities ask for the same again and again."""
+
+    KEPT = 32768  # 15 megabytes at most
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.text: Callable[[int], str] = lru_cache(self.KEPT)(partial(token_text, tokenizer))
+        self.bytes: Callable[[int], tuple[int, ...]] = lru_cache(self.KEPT)(
+            lambda token_id: tuple(token_bytes(tokenizer, token_id))
+        )
 
 
 def _byte_letters() -> dict[str, int]:
@@ -208,7 +225,11 @@ def _decode(
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # without transformers' wrapper, which costs more than the decoding
-        fast: str = backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        fast: str
+        if len(token_ids) <= _LONG:
+            fast = backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            (fast,) = backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return fast
     options = {} if spaces is None else {"spaces_between_special_tokens": spaces}
     slow: str = tokenizer.decode(

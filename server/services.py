@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ from fastapi import Request as HttpRequest
 
 from peqa_runtime.constraint import Constraint
 from peqa_runtime.core import BaseManifest, Blend, Lease, Request, RevisionInfo, TaskInfo, TokenOutput
+from peqa_runtime.text import TokenTexts
 from peqa_server.access.caller import Anybody, Caller
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.access.upload_ledger import UploadLedger
@@ -28,6 +30,10 @@ from peqa_server.observe.access_log import note_of
 from peqa_server.observe.metrics import Metrics
 from peqa_server.settings import ServerSettings
 from peqa_server.tasks.upload import UploadLane
+from peqa_server.threads import Threads
+
+READERS = 2  # threads for long bodies; lists of lists may take thirty times their bytes of memory
+STORE_THREADS = 8  # for calls of the tasks that may wait for the disk, or a minute for the store's lock
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 
@@ -73,10 +79,13 @@ class EngineService(Protocol):
 class TaskService(Protocol):
     """What the server needs of `peqa_runtime.scales.TaskLibrary`.
 
-    Every method may block on the disk, but for `acquire_soon`, `release`, `page`, `unusable` and `quarantined`.
+    Every method may block on the disk, but for `acquire_soon`, `has`, `release`, `page`, `unusable` and `quarantined`:
+    `Gate.store` has threads for these.
     """
 
     def acquire_soon(self, choice: str | Blend) -> Future[Lease]: ...
+
+    def has(self, task: str) -> bool: ...
 
     def release(self, lease: Lease) -> None: ...
 
@@ -116,6 +125,11 @@ class ServedModel:
     def model_id(self) -> str:
         """The name under which the base is served."""
         return self.manifest.model_id
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Texts of single tokens, as answers show them."""
+        return TokenTexts(self.tokenizer)
 
     @property
     def fingerprint(self) -> str:
@@ -164,7 +178,9 @@ class Gate:
         self.settings = settings
         self.metrics = metrics
         self.uploads = UploadLane(settings)
+        self.store = Threads(STORE_THREADS, "peqa-store")
         self.bodies = BodyRoom(settings.max_bodies_bytes)
+        self.readers = Threads(READERS, "peqa-bodies")
         self._caller: Caller = Anybody()
         self._life = _Life()
         self._life.idle.set()

@@ -14,6 +14,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from hashlib import blake2b
 from math import inf, isfinite
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def uniform(seed: int, position: int, attempt: int = 0) -> float:
 class Sampler:
     """Turns one step's logits into one `StepResult` per scheduled sequence.
 
-    Between steps it keeps what follows from a sequence's request and tokens alone: where it stands in its form.
+    Between steps it keeps what follows from a sequence's request and tokens alone: where it stands in its form, and
+    which tokens would end it.
     """
 
     def __init__(self, eos_token_ids: Items[int], guidance: Guidance | None = None) -> None:
@@ -51,6 +53,7 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._rules = RuleBook(guidance)
         self._masks = TokenMasks()
+        self._ends: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
 
     def sample(self, batch: Batch, logits: Tensor) -> list[StepResult]:
         """Choose the next token of every sequence that reached its end.
@@ -138,22 +141,28 @@ class Sampler:
 
     def _apply_min_tokens(self, layout: LogitRows, logits: Tensor, report: TokenReport | None) -> None:
         """Before min_tokens no token that would end the request can be chosen."""
-        rows: list[int] = []
-        tokens: list[int] = []
-        for row, sequence in layout.sampled:
+        held = [
+            (row, sequence)
+            for row, sequence in layout.sampled
+            if sequence.num_generated_tokens < sequence.request.params.min_tokens
+        ]
+        if not held:
+            return
+        if report is not None:
+            report.keep(row for row, _ in held)
+        ends = [self._ends_of(sequence, logits) for _, sequence in held]
+        rows = _index([row for row, _ in held], logits)
+        counts, tokens = _index([len(ids) for ids in ends], logits), torch.cat(ends)
+        logits[rows.repeat_interleave(counts, output_size=len(tokens)), tokens] = -inf
+
+    def _ends_of(self, sequence: Sequence, logits: Tensor) -> Tensor:
+        """Ids [n] of the tokens that would end the sequence, on the device of its logits."""
+        ends = self._ends.get(sequence)
+        if ends is None:
             params = sequence.request.params
-            if sequence.num_generated_tokens < params.min_tokens:
-                ends = (
-                    params.stop_token_ids
-                    if params.ignore_eos
-                    else params.stop_token_ids + self._eos_token_ids
-                )
-                rows += [row] * len(ends)
-                tokens += ends
-        if rows:
-            if report is not None:
-                report.keep(rows)
-            logits[_index(rows, logits), _index(tokens, logits)] = float("-inf")
+            ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids + self._eos_token_ids
+            ends = self._ends[sequence] = _index(list(ids), logits)
+        return ends
 
     def _draw(
         self,

@@ -314,7 +314,7 @@ class Scheduler:
         """Why the sequence ends with this token, and the stop token id that the client named, if it was one."""
         params, token_id, generated = sequence.request.params, result.token_id, sequence.num_generated_tokens
         if token_id is not None and generated > params.min_tokens:
-            if token_id in params.stop_token_ids:
+            if token_id in params.stop_tokens:
                 return "stop", token_id
             if token_id in self._eos_token_ids and not params.ignore_eos:
                 return "stop", None

@@ -233,6 +233,10 @@ class TaskLibrary:
             raise NoSuchRevision(f"revision {revision[:12]} is not in memory: acquire its task first")
         return found
 
+    def has(self, task: str) -> bool:
+        """True when there is such a task, as far as this process knows: a look into memory."""
+        return self.registry.peek(task) is not None
+
     def in_memory(self, task: str) -> bool:
         """True when `acquire` of this task would not read the disk at this moment."""
         revision = self.registry.current(task)

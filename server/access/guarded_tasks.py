@@ -46,6 +46,10 @@ class GuardedTasks:
             raise self._first_absent(names) from None
         return coming if isinstance(choice, str) else self._told(coming, names)
 
+    def has(self, task: str) -> bool:
+        """Whether there is such a task that the caller may use."""
+        return self._caller.may_use(task) and self._tasks.has(task)
+
     def release(self, lease: Lease) -> None:
         """Give a lease back."""
         self._tasks.release(lease)
@@ -182,12 +186,7 @@ class GuardedTasks:
 
     def _first_absent(self, names: Sequence[str]) -> UnknownTask:
         """Of names that are not all there, the first that is not."""
-        for name in names[:-1]:
-            try:
-                self._tasks.info(name)
-            except UnknownTask:
-                return absent(name)
-        return absent(names[-1])
+        return absent(next((name for name in names[:-1] if not self._tasks.has(name)), names[-1]))
 
 
 def check_match(task: str, kept: Sequence[RevisionInfo], if_match: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from starlette.requests import Request
 
 from peqa_server.access.guarded_tasks import GuardedTasks
 from peqa_server.observe.access_log import note_of
+from peqa_server.threads import Threads
 
 if TYPE_CHECKING:
     from peqa_server.services import TaskService
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def admitted_upload(
-    request: Request, tasks: TaskService, task: str, if_match: str | None
+    request: Request, tasks: TaskService, store: Threads, task: str, if_match: str | None
 ) -> AsyncIterator[None]:
-    """Around an upload of `task`: one of the places that its key has.
+    """Around an upload of `task`: one of the places that its key has. `store`: threads that may wait for the disk.
 
     Raises 403 where the key may not change the task, 413 where the announced size does not fit its quota (412 where
     `if_match` fails besides), 429 where too much of the key's work runs already.
@@ -28,7 +28,7 @@ async def admitted_upload(
     caller = note_of(request.scope).caller
     with caller.uploading():
         if isinstance(tasks, GuardedTasks):
-            await asyncio.to_thread(tasks.check_size, task, _announced(request), if_match)
+            await store.run(tasks.check_size, task, _announced(request), if_match)
         yield
 
 

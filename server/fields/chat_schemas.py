@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from peqa_runtime.sampling_params import MAX_LOGPROBS
 from peqa_server.fields.schemas import GenerationFields
-from peqa_server.fields.types import Strict, TaskChoice, between, one_of, valid_text
+from peqa_server.fields.types import ListOf, Strict, TaskChoice, between, one_of, valid_text
 
 MAX_TOOLS = 128
 
@@ -52,7 +52,7 @@ class AllowedTools(Strict):
     """Those of `tools` that the model may use for this answer. "auto": it may call one; "required": it must."""
 
     mode: Annotated[str, one_of("auto", "required")]
-    tools: list[Tool] = Field(min_length=1)
+    tools: ListOf[Tool] = Field(min_length=1)
 
 
 class AllowedToolChoice(Strict):
@@ -149,7 +149,7 @@ class ChatMessage(Strict):
     role: Annotated[str, one_of(*ROLES)]
     content: Content | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
@@ -219,21 +219,21 @@ ToolChoiceField = Annotated[
         json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice | AllowedToolChoice,
     ),
 ]
-Tools = Annotated[list[Tool], AfterValidator(_distinct)]
+Tools = Annotated[ListOf[Tool], AfterValidator(_distinct)]
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class ChatFields(Strict):
     """How a conversation becomes a prompt: what the chat route and /tokenize share."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: ListOf[ChatMessage] = Field(min_length=1)
     tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template: Text | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: ListOf[dict[str, Any]] | None = None
     reasoning_effort: Annotated[str, one_of(*REASONING_EFFORTS)] | None = None
     tool_choice: ToolChoiceField | None = None
 
@@ -271,7 +271,7 @@ class TokenizeChatRequest(ChatFields):
 class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
-    tokens: list[int]
+    tokens: ListOf[int]
     model: str | None = None
     task: TaskChoice | None = None
     adapter_id: str | None = None

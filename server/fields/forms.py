@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from peqa_server.fields.types import Strict, one_of, valid_text
+from peqa_runtime.sampling_params import MAX_BIASES
+from peqa_server.fields.types import ListOf, Strict, one_of, valid_text
 
 Text = Annotated[str, BeforeValidator(valid_text)]
-Texts = Annotated[list[str], BeforeValidator(valid_text)]
+Texts = Annotated[ListOf[str], BeforeValidator(valid_text)]
 
 
 def _biases(value: object) -> object:
@@ -19,6 +20,8 @@ def _biases(value: object) -> object:
         return ()
     if not isinstance(value, dict):
         raise PydanticCustomError("logit_bias", "must be an object of numbers by token id")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("logit_bias", "must name at most {most} tokens", {"most": MAX_BIASES})
     pairs = []
     for key, number in value.items():
         if not isinstance(key, str) or not (key.isascii() and key.isdigit()) or len(key) > 10:

@@ -7,6 +7,7 @@ accepted; the same fields with any other value are refused, because ignoring the
 from __future__ import annotations
 
 import difflib
+import gc
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
@@ -16,12 +17,14 @@ from peqa_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 from peqa_server.fields.foreign import is_neutral
 from peqa_server.fields.forms import LogitBias, ResponseFormat, Schema, StructuredOutputs, Text, Texts
 from peqa_server.fields.types import (
+    ListOf,
+    LogprobTokenList,
     Prompts,
     Side,
     StopStringList,
+    StopTokenList,
     Strict,
     TaskChoice,
-    TokenIdList,
     between,
 )
 from peqa_server.http.errors import ApiError, show
@@ -69,7 +72,7 @@ class GenerationFields(Strict):
     frequency_penalty: Annotated[float | None, between(-2, 2)] = None
     repetition_penalty: Annotated[float | None, between(0.01, 100)] = None
     logit_bias: LogitBias = ()
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: ListOf[int] | None = None
     bad_words: Texts | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -78,7 +81,7 @@ class GenerationFields(Strict):
     guided_choice: Texts | None = None
     guided_grammar: Text | None = None
     stop: StopStringList = ()
-    stop_token_ids: TokenIdList = ()
+    stop_token_ids: StopTokenList = ()
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -88,7 +91,7 @@ class GenerationFields(Strict):
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int | None, between(1)] = None
     prompt_logprobs: Annotated[int | None, between(0, MAX_LOGPROBS)] = None
-    logprob_token_ids: TokenIdList = ()
+    logprob_token_ids: LogprobTokenList = ()
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int | None, between(-1)] = None
@@ -110,7 +113,7 @@ class GenerationFields(Strict):
             stop_token_ids=self.stop_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids)),
+            logprob_token_ids=self.logprob_token_ids,
             **given,
         )
 
@@ -137,7 +140,7 @@ Model = TypeVar("Model", bound=Strict)
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Anything else: `ApiError` 400."""
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = _from_json(body)
     except ValueError as error:
         detail = str(error)
         raise ApiError(400, f"the body is not valid JSON: {detail[:200]}", code="invalid_json") from None
@@ -158,3 +161,15 @@ def parse(schema: type[Model], body: bytes | dict[str, Any]) -> Model:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ApiError(400, f"unknown field {name[:80]!r}{hint}", code="unknown_field", param=name[:80])
     return schema.model_validate(value)
+
+
+def _from_json(body: bytes) -> Any:
+    """The value of a body. Nothing else runs meanwhile, so it takes no time for looking through what it makes:
+    three quarters of a second, of one, where eight megabytes are nothing but lists."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(body, allow_inf_nan=False)
+    finally:
+        if collects:
+            gc.enable()

@@ -25,6 +25,12 @@ def with_controls(
     if wanted.logit_bias:
         params = replace(params, logit_bias=wanted.logit_bias)
     if wanted.allowed_token_ids is not None:
+        if len(wanted.allowed_token_ids) > model.vocab_size:
+            raise InvalidRequest(
+                f"allowed_token_ids has {len(wanted.allowed_token_ids)} ids, more than the {model.vocab_size} of the "
+                "vocabulary; name each token once",
+                param="allowed_token_ids",
+            )
         params = replace(params, allowed_token_ids=tuple(dict.fromkeys(wanted.allowed_token_ids)))
     if wanted.bad_words:
         params = replace(params, bad_words=tuple(dict.fromkeys(_bad_words(model, wanted.bad_words))))

@@ -1,4 +1,4 @@
-"""How much of request bodies is in memory while they come: bounded for all, and for each tenant a part of that.
+"""How much of request bodies is in memory until they are read: bounded for all, and for each tenant a part of that.
 
 A body within its own limit may take long to come, and nobody is asked for a place before it is there.
 """
@@ -24,7 +24,7 @@ class BodyRoom:
 
     @property
     def taken(self) -> int:
-        """Bytes of bodies that are on their way."""
+        """Bytes of bodies that are on their way, or wait to be read."""
         return self._taken
 
     @contextlib.contextmanager

@@ -16,8 +16,12 @@ from starlette.types import Message, Receive, Scope, Send
 from peqa_server.http.body_room import BodyRoom
 from peqa_server.http.connection import ABORT
 from peqa_server.http.errors import ApiError, to_api_error
+from peqa_server.http.json_text import json_parts
 from peqa_server.observe.access_log import log, note_of, refused
 from peqa_server.settings import ServerSettings
+from peqa_server.threads import Threads
+
+SMALL_BODY = 32768  # bytes; to read a larger one may take more than a few milliseconds
 
 DONE = b"data: [DONE]\n\n"
 
@@ -31,6 +35,11 @@ class ClientGone(Exception):
 def event(data: Mapping[str, object]) -> bytes:
     """One server-sent event. ASCII only: some clients split lines at U+2028 or U+0085."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+def long_event(data: Mapping[str, object]) -> bytes:
+    """One server-sent event of many values, to be made in a thread."""
+    return b"data: " + "".join(json_parts(data, ascii_only=True)).encode("ascii") + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:
@@ -186,15 +195,21 @@ async def body_parts(request: Request, settings: ServerSettings, limit: int) -> 
         yield part
 
 
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The whole body of a JSON request, at most `settings.max_request_bytes`. Raises what `BodyRoom` does, too."""
-    room: BodyRoom = request.app.state.gate.bodies
+async def read_body(request: Request, settings: ServerSettings, read: Callable[[bytes], Result]) -> Result:
+    """What `read` makes of the whole body of a JSON request, at most `settings.max_request_bytes`.
+
+    A long one is read in a thread, and takes its place in memory until that is done. Raises what `BodyRoom` does, too.
+    """
+    gate = request.app.state.gate
+    room: BodyRoom = gate.bodies
+    readers: Threads = gate.readers
     parts = []
     with room.one(note_of(request.scope).caller.tenant) as take:
         async for part in body_parts(request, settings, settings.max_request_bytes):
             take(len(part))
             parts.append(part)
-    return b"".join(parts)
+        body = b"".join(parts)
+        return await readers.run(read, body) if len(body) > SMALL_BODY else read(body)
 
 
 def _too_slow(settings: ServerSettings) -> ApiError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from peqa_runtime.core import Lease
-from peqa_runtime.text import token_bytes
 from peqa_server.openai.choice import Piece, TokenPiece
 from peqa_server.openai.completion_json import Answer, AnswerStyle, Gathered, Json, finite
 from peqa_server.services import ServedModel
@@ -115,8 +114,9 @@ class ChatAnswer(Answer):
         return {"content": content}
 
     def _entry(self, token_id: int, logprob: float) -> Json:
-        spelt = token_bytes(self._tokenizer, token_id)
-        return {"token": self._name(token_id), "logprob": finite(logprob), "bytes": list(spelt)}
+        # Kept bytes are not looked into by the garbage collector, which a large answer's lists of them kept busy.
+        spelt = self._texts.bytes(token_id)
+        return {"token": self._name(token_id), "logprob": finite(logprob), "bytes": spelt}
 
 
 def _whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 
 from peqa_runtime.constraint import Constraint
+from peqa_runtime.core import Lease
 from peqa_runtime.errors import InvalidRequest
 from peqa_server.fields.chat_schemas import ChatCompletionRequest
 from peqa_server.openai.chat_json import ChatAnswer
 from peqa_server.openai.chat_prompt import chat_prompt
+from peqa_server.openai.choice import Prompt
 from peqa_server.openai.plan import (
     Outline,
     Plan,
@@ -31,11 +33,10 @@ from peqa_server.tools.use import ToolUse, tool_use
 async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, settings: ServerSettings) -> Plan:
     """Check and encode a chat request. Raises `InvalidRequest`, `ApiError`, `PromptTooLong`."""
     model = admission.services.model
-    use = tool_use(wanted, wanted.parallel_tool_calls)
     n = checked_n(wanted, 1, settings)
     logprobs = _logprobs(wanted)
     max_tokens = _max_tokens(wanted)
-    prompt = await asyncio.to_thread(chat_prompt, model, admission.lease, wanted, use, settings)
+    use, prompt = await asyncio.to_thread(_tools_and_prompt, model, admission.lease, wanted, settings)
     prompt = truncated(model, prompt, wanted, 1 if max_tokens is None else max_tokens)
     if max_tokens is None:  # as long as fits: OpenAI's default for chats
         max_tokens = max(1, model.max_model_len - len(prompt.token_ids))
@@ -48,7 +49,7 @@ async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, setting
         skip_special_tokens=False if use is not None and _marks_by_special_token(model) else None,
         form=await _form(admission.services, wanted, use),
     )
-    job = common_job(model, wanted, outline)
+    job = await common_job(model, wanted, outline)
     answer = ChatAnswer(
         model,
         admission.lease,
@@ -59,6 +60,13 @@ async def plan_chat(admission: Admission, wanted: ChatCompletionRequest, setting
         begun=_begun(wanted),
     )
     return Plan(job, answer, wanted)
+
+
+def _tools_and_prompt(
+    model: ServedModel, lease: Lease, wanted: ChatCompletionRequest, settings: ServerSettings
+) -> tuple[ToolUse | None, Prompt]:
+    use = tool_use(wanted, wanted.parallel_tool_calls)
+    return use, chat_prompt(model, lease, wanted, use, settings)
 
 
 async def _form(services: Services, wanted: ChatCompletionRequest, use: ToolUse | None) -> AnswerForm | None:

@@ -9,6 +9,8 @@ from typing import Any
 from peqa_runtime.core import TokenLogprobs, TokenOutput
 from peqa_runtime.text import IncrementalDecoder, StopStrings
 
+LONG_PIECE = 1024  # tokens; to decode or write more takes more than a few milliseconds
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -65,12 +67,42 @@ class Piece:
         )
 
 
+class ShownPrompt:
+    """A prompt as the first piece of an answer, the same for all its choices but for the tokens' log-probabilities."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt, rules: TextRules) -> None:
+        text, skip = prompt.text, rules.skip_special_tokens
+        # A text is echoed as it came, its special tokens included.
+        decoder = IncrementalDecoder(tokenizer, (), skip_special_tokens=skip and text is None)
+        decoded = ""
+        starts = []
+        for token_id in prompt.token_ids:
+            starts.append(len(decoded))
+            decoded += decoder.push(token_id)
+        decoded += decoder.flush()
+        added = 0  # characters of the begin-of-text token that encoding put before the text
+        if text is None:
+            text = decoded
+        elif decoded.endswith(text):
+            added = len(decoded) - len(text)
+        self._tokens = [
+            (token_id, max(0, start - added))
+            for token_id, start in zip(prompt.token_ids, starts, strict=True)
+        ]
+        self._plain = Piece(text, tuple(TokenPiece(*token, None) for token in self._tokens), is_prompt=True)
+
+    def piece(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Piece:
+        """With the tokens' log-probabilities, where there are any."""
+        if logprobs is None:
+            return self._plain
+        pairs = zip(self._tokens, logprobs, strict=True)
+        return replace(self._plain, tokens=tuple(TokenPiece(*token, value) for token, value in pairs))
+
+
 class Choice:
     """Mutable state of one choice. `feed` takes the engine's outputs in order and says what the client may see."""
 
     def __init__(self, tokenizer: Any, prompt: Prompt, rules: TextRules) -> None:
-        self._tokenizer = tokenizer
-        self._prompt = prompt
         self._rules = rules
         self._decoder = IncrementalDecoder(
             tokenizer,
@@ -83,29 +115,9 @@ class Choice:
         self.num_tokens = 0
         self.finished = False
 
-    def echo(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Piece:
-        """The prompt as the first piece of the answer, with its tokens' log-probabilities where asked for."""
-        text, skip = self._prompt.text, self._rules.skip_special_tokens
-        # A text is echoed as it came, its special tokens included.
-        decoder = IncrementalDecoder(self._tokenizer, (), skip_special_tokens=skip and text is None)
-        decoded = ""
-        starts = []
-        for token_id in self._prompt.token_ids:
-            starts.append(len(decoded))
-            decoded += decoder.push(token_id)
-        decoded += decoder.flush()
-        added = 0  # characters of the begin-of-text token that encoding put before the text
-        if text is None:
-            text = decoded
-        elif decoded.endswith(text):
-            added = len(decoded) - len(text)
-        self._length = len(text)
-        values = logprobs if logprobs is not None else [None] * len(starts)
-        tokens = tuple(
-            TokenPiece(token_id, max(0, start - added), value)
-            for token_id, start, value in zip(self._prompt.token_ids, starts, values, strict=True)
-        )
-        return Piece(text=text, tokens=tokens, is_prompt=True)
+    def echo(self, piece: Piece) -> None:
+        """Take note that the answer begins with a piece, the prompt's."""
+        self._length = len(piece.text)
 
     def feed(self, output: TokenOutput) -> Piece:
         """Take one output. After a stop string is found (`finished` with the engine still running): cancel."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peqa_runtime.core import Lease, TokenLogprobs
-from peqa_runtime.text import token_text
-from peqa_server.openai.choice import Piece, TokenPiece
+from peqa_server.openai.choice import LONG_PIECE, Piece, TokenPiece
 from peqa_server.services import ServedModel
 
 LOWEST_LOGPROB = -9999.0
@@ -86,7 +85,7 @@ class Answer:
         model_name: str | None = None,
         request_id: str | None = None,
     ) -> None:
-        self._tokenizer = model.tokenizer
+        self._texts = model.token_texts
         self._style = style
         self._head: Json = {
             "id": self.prefix + (request_id or uuid.uuid4().hex),
@@ -97,6 +96,11 @@ class Answer:
             "revision": lease.revision or None,
             "system_fingerprint": model.fingerprint,
         }
+
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether to write of so many tokens takes more than a few milliseconds."""
+        shown = 1 + max(self._style.logprobs or 0, self._style.prompt_logprobs or 0)
+        return num_tokens * shown > LONG_PIECE
 
     def whole(self, choices: Sequence[Gathered], prompts: Sequence[tuple[int, ...]], usage: Usage) -> Json:
         """The complete answer; `prompts[i]` are the prompt tokens of choice i."""
@@ -189,7 +193,7 @@ class Answer:
         return entries
 
     def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._style.tokens_as_ids else token_text(self._tokenizer, token_id)
+        return f"token_id:{token_id}" if self._style.tokens_as_ids else self._texts.text(token_id)
 
     def _logprobs(self, tokens: Sequence[TokenPiece]) -> Json | None:
         """The completions format: four lists of equal length; a first prompt token has null values."""

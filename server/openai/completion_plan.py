@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peqa_runtime.errors import InvalidRequest
 from peqa_server.fields.schemas import CompletionRequest
 from peqa_server.openai.choice import Prompt
 from peqa_server.openai.completion_json import Answer
 from peqa_server.openai.plan import (
+    LONG_TEXT,
+    PER_PROMPT,
     Outline,
     Plan,
     answer_name,
@@ -21,6 +25,7 @@ from peqa_server.openai.structured import wanted_form
 from peqa_server.openai.task_choice import Admission
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
+from peqa_server.threads import aside
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -33,7 +38,8 @@ async def plan_completion(admission: Admission, wanted: CompletionRequest, setti
         raise InvalidRequest(f"best_of must equal n ({n}): choices are not ranked here", param="best_of")
     max_tokens = DEFAULT_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
     special = wanted.add_special_tokens is not False
-    prompts = [await _encoded(model, p, special) for p in wanted.prompt]
+    long = sum(PER_PROMPT + len(prompt) for prompt in wanted.prompt) > LONG_TEXT
+    prompts = await aside(long, _all_encoded, model, wanted.prompt, special)
     outline = Outline(
         prompts=tuple(truncated(model, p, wanted, max_tokens) for p in prompts),
         n=n,
@@ -42,18 +48,22 @@ async def plan_completion(admission: Admission, wanted: CompletionRequest, setti
         shown_prompt=bool(wanted.echo),
         form=await wanted_form(admission.services, wanted),
     )
-    job = common_job(model, wanted, outline)
+    job = await common_job(model, wanted, outline)
     style = answer_style(wanted, outline)
     name = answer_name(admission, wanted)
     return Plan(job, Answer(model, admission.lease, style, name, wanted.request_id), wanted)
 
 
-async def _encoded(model: ServedModel, prompt: str | list[int], special: bool) -> Prompt:
+def _all_encoded(model: ServedModel, prompts: Sequence[str | list[int]], special: bool) -> list[Prompt]:
+    return [_encoded(model, prompt, special) for prompt in prompts]
+
+
+def _encoded(model: ServedModel, prompt: str | list[int], special: bool) -> Prompt:
     if isinstance(prompt, list):
         check_ids(model, prompt, "prompt")
         found = Prompt(tuple(prompt))
     else:
-        found = await encoded(model, prompt, special)
+        found = encoded(model, prompt, special)
     if not found.token_ids:
         raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
     return found

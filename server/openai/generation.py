@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
@@ -15,9 +16,12 @@ from peqa_server.http.errors import ApiError
 from peqa_server.observe.access_log import RequestNote
 from peqa_server.observe.meter import ChoiceMeter, RequestMeter
 from peqa_server.observe.metrics import Metrics
-from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules
+from peqa_server.openai.choice import LONG_PIECE, Choice, Piece, Prompt, ShownPrompt, TextRules
 from peqa_server.openai.completion_json import Usage
 from peqa_server.services import ServedModel, Services, TokenStream
+from peqa_server.threads import aside
+
+GIVE_WAY_SECONDS = 0.005  # of handing choices to the engine, then others get their turn
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Generation:
         self._id = f"{note.request_id}/{uuid.uuid4().hex[:8]}"
         self._work = Work()
         self._streams: list[TokenStream] = []
-        tokenizer = services.model.tokenizer
-        self._choices = [Choice(tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
+        self._tokenizer = services.model.tokenizer
+        self._shown: list[ShownPrompt] = []
+        self._choices = [Choice(self._tokenizer, p, job.rules) for p in job.prompts for _ in range(job.n)]
         self._meters = [ChoiceMeter(self._meter, len(p.token_ids)) for p in job.prompts for _ in range(job.n)]
         self._cached = [0] * job.num_choices
         self.num_prompt_tokens = sum(len(p.token_ids) for p in job.prompts)
@@ -81,7 +86,7 @@ class Generation:
         cached = sum(self._cached[:: self._job.n])
         return Usage(self.num_prompt_tokens, self.num_generated_tokens, cached)
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Hand every choice to the engine; on a refusal of one, none stays."""
         complete = False
         caller, prompt_tokens = self._note.caller, self.num_prompt_tokens
@@ -93,7 +98,11 @@ class Generation:
         )
         self._meter.submitting()
         try:
+            due = time.monotonic() + GIVE_WAY_SECONDS
             for index in range(self._job.num_choices):
+                if time.monotonic() > due:
+                    await asyncio.sleep(0)
+                    due = time.monotonic() + GIVE_WAY_SECONDS
                 self._streams.append(self._services.engine.submit(self._request(index)))
             complete = True
         finally:
@@ -130,6 +139,8 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """`(choice index, piece)` in the order in which tokens come. Raises the named error of a failed choice."""
         try:
+            if self._job.rules.echo:
+                await aside(self.num_prompt_tokens > LONG_PIECE, self._show_prompts)
             if len(self._streams) == 1:
                 async for piece in self._read(0):
                     yield 0, piece
@@ -143,6 +154,9 @@ class Generation:
                 usage.completion_tokens,
                 usage.cached_tokens,
             )
+
+    def _show_prompts(self) -> None:
+        self._shown = [ShownPrompt(self._tokenizer, p, self._job.rules) for p in self._job.prompts]
 
     async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
         queue: asyncio.Queue[tuple[int, Piece] | asyncio.Task[None]] = asyncio.Queue()
@@ -179,7 +193,10 @@ class Generation:
                 raise _failure(output)
             if not echoed:
                 echoed = True
-                yield choice.echo(output.prompt_logprobs)
+                shown, values = self._shown[index // self._job.n], output.prompt_logprobs
+                prompt = await aside(len(values or ()) > LONG_PIECE, shown.piece, values)
+                choice.echo(prompt)
+                yield prompt
             self._cached[index] = output.num_cached_tokens
             piece = choice.feed(output)
             if choice.finished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -41,16 +40,17 @@ async def list_models(request: Request) -> Response:
 )
 async def get_model(request: Request, model: str) -> JSONResponse:
     """The base, or one task, by any name that `model` of a completion may have."""
-    services = gate_of(request).services
+    gate = gate_of(request)
+    services = gate.services
     try:
         task = chosen_task(services.model, model_name=model, names=())
         if task == BASE_TASK:
             return JSONResponse(_base_row(services.model))
         assert isinstance(task, str), "a model's name is no blend"
         name, prefix = split_revision(task)
-        info = await asyncio.to_thread(services.tasks.info, name)
+        info = await gate.store.run(services.tasks.info, name)
         if prefix is not None:
-            info = await asyncio.to_thread(_kept, services.tasks, info, prefix)
+            info = await gate.store.run(_kept, services.tasks, info, prefix)
     except NoSuchRevision as error:
         raise ApiError(404, str(error), code="revision_not_found", param="model") from None
     except TaskUnusable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,11 @@ from peqa_server.openai.structured import AnswerForm
 from peqa_server.openai.task_choice import Admission
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
+from peqa_server.threads import aside
 
-LONG_TEXT = 8192  # characters; a longer prompt is encoded in a thread, so that the event loop stays free
+LONG_TEXT = 8192  # characters or token ids of all prompts, some milliseconds of encoding and checking
+PER_PROMPT = 128  # characters whose encoding takes as long as beginning with a prompt
+_LOOKED_AT = 1 << 16  # token ids looked at in one go, a millisecond in which nothing else runs
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,13 @@ class Outline:
     form: AnswerForm | None = None
 
 
-def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -> Job:
+async def common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -> Job:
     """The job of a request. Raises `InvalidRequest`, `PromptTooLong`."""
+    long = bool(wanted.bad_words) or len(wanted.allowed_token_ids or ()) > LONG_TEXT
+    return await aside(long, _common_job, model, wanted, outline)
+
+
+def _common_job(model: ServedModel, wanted: GenerationFields, outline: Outline) -> Job:
     _check_stream(wanted)
     params = wanted.sampling_params(
         max_tokens=outline.max_tokens,
@@ -95,21 +102,19 @@ def checked_n(wanted: GenerationFields, num_prompts: int, settings: ServerSettin
     return n
 
 
-async def encoded(model: ServedModel, text: str, special: bool) -> Prompt:
+def encoded(model: ServedModel, text: str, special: bool) -> Prompt:
     """The prompt of a text, `special` with the begin-of-text token where the model has one."""
-    if len(text) > LONG_TEXT:
-        ids = await asyncio.to_thread(encode, model.tokenizer, text, add_special_tokens=special)
-    else:
-        ids = encode(model.tokenizer, text, add_special_tokens=special)
-    return Prompt(tuple(ids), text)
+    return Prompt(tuple(encode(model.tokenizer, text, add_special_tokens=special)), text)
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], field: str) -> None:
     """Raise `InvalidRequest` unless all ids are in the vocabulary."""
-    for token_id in ids:
-        if not 0 <= token_id < model.vocab_size:
+    for start in range(0, len(ids), _LOOKED_AT):
+        part = ids[start : start + _LOOKED_AT]
+        if not 0 <= min(part) <= max(part) < model.vocab_size:
+            wrong = next(token_id for token_id in part if not 0 <= token_id < model.vocab_size)
             raise InvalidRequest(
-                f"{field} holds the id {token_id}, which is not in the vocabulary: ids go from 0 to "
+                f"{field} holds the id {wrong}, which is not in the vocabulary: ids go from 0 to "
                 f"{model.vocab_size - 1}",
                 param=field,
             )

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from functools import partial
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from peqa_server.fields.chat_schemas import ChatCompletionRequest
 from peqa_server.fields.schemas import CompletionRequest, GenerationFields, StreamOptions, parse
 from peqa_server.http.api_document import json_body, refusals
-from peqa_server.http.streaming import ClientGone, EventStream, event, read_body, unless_gone
+from peqa_server.http.json_text import json_response
+from peqa_server.http.streaming import ClientGone, EventStream, event, long_event, read_body, unless_gone
 from peqa_server.observe.access_log import note_of
 from peqa_server.openai.answer_shapes import ChatAnswerWhole, ChatChunk, CompletionAnswer, stream_of
 from peqa_server.openai.chat_plan import plan_chat
 from peqa_server.openai.choice import Piece
-from peqa_server.openai.completion_json import Gathered
+from peqa_server.openai.completion_json import Gathered, Usage
 from peqa_server.openai.completion_plan import plan_completion
 from peqa_server.openai.generation import Generation
 from peqa_server.openai.plan import Plan
 from peqa_server.openai.task_choice import Admission, chosen_task
 from peqa_server.services import gate_of
+from peqa_server.threads import aside
 
 router = APIRouter()
 
@@ -38,7 +40,7 @@ _REFUSALS = refusals(404, 409, 429, 507)
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     gate = gate_of(request)
-    wanted = parse(CompletionRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, CompletionRequest))
     admission = Admission(gate)
     try:
         await _pin(request, admission, wanted, len(wanted.prompt))
@@ -57,7 +59,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, written as the task's prompt format or the model's chat template says."""
     gate = gate_of(request)
-    wanted = parse(ChatCompletionRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, ChatCompletionRequest))
     admission = Admission(gate)
     try:
         await _pin(request, admission, wanted, 1)
@@ -85,7 +87,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     """Generate and answer, in one piece or as a stream. The admission ends with the response."""
     note = note_of(request.scope)
     generation = Generation(admission.services, admission.lease, plan.job, note, admission.gate.metrics)
-    generation.submit()
+    await generation.submit()
     admission.submitted()
 
     def close() -> None:
@@ -95,8 +97,7 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
     if plan.wanted.stream:
         return EventStream(_events(generation, plan), close, admission.gate.settings.stalled_stream_seconds)
     try:
-        body = await unless_gone(request.receive, _gather(generation, plan))
-        return JSONResponse(body)
+        return await unless_gone(request.receive, _gather(generation, plan))
     except ClientGone:
         note.client_gone = True
         return Response(status_code=499)  # nobody reads it; the log and the metrics do
@@ -104,13 +105,19 @@ async def _answer(request: Request, admission: Admission, plan: Plan) -> Respons
         close()
 
 
-async def _gather(generation: Generation, plan: Plan) -> dict[str, Any]:
+async def _gather(generation: Generation, plan: Plan) -> Response:
     gathered = [Gathered() for _ in range(plan.job.num_choices)]
     async with aclosing(generation.pieces()) as pieces:
         async for index, piece in pieces:
             gathered[index].add(piece)
     prompts = [p.token_ids for p in plan.job.prompts for _ in range(plan.job.n)]
-    return plan.answer.whole(gathered, prompts, generation.usage)
+    num_tokens = sum(len(g.tokens) + len(g.prompt_logprobs or ()) for g in gathered)
+    num_tokens += sum(map(len, prompts)) if plan.wanted.return_token_ids else 0
+    return await aside(plan.answer.is_long(num_tokens), _whole, plan, gathered, prompts, generation.usage)
+
+
+def _whole(plan: Plan, gathered: list[Gathered], prompts: list[tuple[int, ...]], usage: Usage) -> Response:
+    return json_response(plan.answer.whole(gathered, prompts, usage))
 
 
 async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, None]:
@@ -122,7 +129,8 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
         async for index, piece in pieces:
             first = index not in begun
             prompt = plan.job.prompts[index // plan.job.n].token_ids if first else None
-            chunk = plan.answer.chunk(index, piece, prompt, always=always)
+            long = plan.answer.is_long(len(piece.tokens))
+            chunk = await aside(long, plan.answer.chunk, index, piece, prompt, always=always)
             if chunk is None:
                 continue
             begun.add(index)
@@ -134,7 +142,7 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
                     data["usage"] = generation.usage.json()
                 elif options.include_usage:
                     data["usage"] = None
-                yield event(data)
+                yield await aside(long, long_event if long else event, data)
     if options.include_usage:
         yield event(plan.answer.last(generation.usage))
 

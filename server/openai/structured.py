@@ -47,15 +47,32 @@ async def compiled(services: Services, form: AnswerForm) -> AnswerForm:
     return form
 
 
+_FIELDS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+
+
 async def wanted_form(services: Services, wanted: GenerationFields) -> AnswerForm | None:
     """The form that the request's own fields ask for; None: it is free. Raises `InvalidRequest`, `Overloaded`."""
+    if all(getattr(wanted, field) is None for field in _FIELDS):
+        return None
+    form = await asyncio.to_thread(_the_form, wanted)  # schemas may be megabytes
+    return await compiled(services, form) if form is not None else None
+
+
+def _the_form(wanted: GenerationFields) -> AnswerForm | None:
     forms = list(_forms(wanted))
     if len(forms) > 1:
         raise InvalidRequest(
             f"{forms[0].field} and {forms[1].field} both say what form the answer has; send one of them",
             param=forms[1].field,
         )
-    return await compiled(services, forms[0]) if forms else None
+    return forms[0] if forms else None
 
 
 def _forms(wanted: GenerationFields) -> Iterator[AnswerForm]:

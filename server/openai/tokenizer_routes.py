@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from peqa_runtime.core import BASE_REVISION, BASE_TASK, Lease
 from peqa_runtime.errors import InvalidRequest
-from peqa_runtime.text import decode, encode, token_text
+from peqa_runtime.text import decode, encode
 from peqa_server.fields.chat_schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from peqa_server.fields.schemas import parse, parse_object
 from peqa_server.http.api_document import json_body, refusals
+from peqa_server.http.json_text import json_response
 from peqa_server.http.streaming import read_body
 from peqa_server.openai.answer_shapes import DetokenizeAnswer, TokenizeAnswer, TokenizerAnswer
 from peqa_server.openai.chat_prompt import chat_prompt
+from peqa_server.openai.choice import LONG_PIECE
+from peqa_server.openai.plan import check_ids
 from peqa_server.openai.task_choice import acquire, chosen_task
-from peqa_server.services import Gate, gate_of
+from peqa_server.services import Gate, ServedModel, gate_of
+from peqa_server.settings import ServerSettings
+from peqa_server.threads import aside
 from peqa_server.tools.use import tool_use
 
 router = APIRouter()
@@ -31,33 +38,41 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
     openapi_extra=json_body(TokenizeRequest, TokenizeChatRequest),
     responses={200: {"model": TokenizeAnswer}, **refusals(404, 409, 507)},
 )
-async def tokenize(request: Request) -> JSONResponse:
+async def tokenize(request: Request) -> Response:
     """Text, or a conversation written as a chat completion would write it, to token ids."""
     gate = gate_of(request)
-    body = parse_object(await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, _wanted)
     model = gate.services.model
-    ids: tuple[int, ...]
-    wanted: TokenizeRequest | TokenizeChatRequest
-    for name in ("prompt", "messages"):
-        if name in body and body[name] is None:
-            del body[name]
-    if "messages" in body and "prompt" in body:
-        raise InvalidRequest("send prompt or messages, not both", param="messages")
-    if "messages" in body:
-        wanted = parse(TokenizeChatRequest, body)
-        lease = await _known(gate, wanted)
-        prompt = await asyncio.to_thread(chat_prompt, model, lease, wanted, tool_use(wanted), gate.settings)
-        ids = prompt.token_ids
+    lease = await _known(gate, wanted)
+    ids: Sequence[int]
+    if isinstance(wanted, TokenizeChatRequest):
+        ids = await asyncio.to_thread(_chat_ids, model, lease, wanted, gate.settings)
     else:
-        wanted = parse(TokenizeRequest, body)
-        await _known(gate, wanted)
         special = wanted.add_special_tokens is not False
-        ids = tuple(
-            await asyncio.to_thread(encode, model.tokenizer, wanted.prompt, add_special_tokens=special)
-        )
-    strings = [token_text(model.tokenizer, i) for i in ids] if wanted.return_token_strs else None
-    return JSONResponse(
-        {"count": len(ids), "max_model_len": model.max_model_len, "tokens": list(ids), "token_strs": strings}
+        ids = await asyncio.to_thread(encode, model.tokenizer, wanted.prompt, add_special_tokens=special)
+    return await aside(len(ids) > LONG_PIECE, _tokenized, model, ids, bool(wanted.return_token_strs))
+
+
+def _wanted(body: bytes) -> TokenizeRequest | TokenizeChatRequest:
+    value = parse_object(body)
+    for name in ("prompt", "messages"):
+        if name in value and value[name] is None:
+            del value[name]
+    if "messages" in value and "prompt" in value:
+        raise InvalidRequest("send prompt or messages, not both", param="messages")
+    return parse(TokenizeChatRequest, value) if "messages" in value else parse(TokenizeRequest, value)
+
+
+def _chat_ids(
+    model: ServedModel, lease: Lease, wanted: TokenizeChatRequest, settings: ServerSettings
+) -> tuple[int, ...]:
+    return chat_prompt(model, lease, wanted, tool_use(wanted), settings).token_ids
+
+
+def _tokenized(model: ServedModel, ids: Sequence[int], with_texts: bool) -> Response:
+    texts = [model.token_texts.text(token_id) for token_id in ids] if with_texts else None
+    return json_response(
+        {"count": len(ids), "max_model_len": model.max_model_len, "tokens": list(ids), "token_strs": texts}
     )
 
 
@@ -66,20 +81,18 @@ async def tokenize(request: Request) -> JSONResponse:
     openapi_extra=json_body(DetokenizeRequest),
     responses={200: {"model": DetokenizeAnswer}, **refusals(404, 409, 507)},
 )
-async def detokenize(request: Request) -> JSONResponse:
+async def detokenize(request: Request) -> Response:
     """Token ids to text, special tokens included unless `skip_special_tokens` is true."""
     gate = gate_of(request)
-    wanted = parse(DetokenizeRequest, await read_body(request, gate.settings))
+    wanted = await read_body(request, gate.settings, partial(parse, DetokenizeRequest))
     await _known(gate, wanted)
-    model = gate.services.model
-    for token_id in wanted.tokens:
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidRequest(
-                f"tokens holds the id {token_id}; ids go from 0 to {model.vocab_size - 1}", param="tokens"
-            )
+    return await aside(len(wanted.tokens) > LONG_PIECE, _detokenized, gate.services.model, wanted)
+
+
+def _detokenized(model: ServedModel, wanted: DetokenizeRequest) -> Response:
+    check_ids(model, wanted.tokens, "tokens")
     skip = bool(wanted.skip_special_tokens)
-    text = await asyncio.to_thread(decode, model.tokenizer, wanted.tokens, skip_special_tokens=skip)
-    return JSONResponse({"prompt": text})
+    return json_response({"prompt": decode(model.tokenizer, wanted.tokens, skip_special_tokens=skip)})
 
 
 @router.get("/tokenizer_info", responses={200: {"model": TokenizerAnswer}})

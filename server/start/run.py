@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import gc
 import logging
 import os
 import resource
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from peqa_server.http.connection import MAX_HEAD_BYTES, bounded_connection
 from peqa_server.observe.conditions import watch_conditions
 from peqa_server.observe.log_format import event
 from peqa_server.services import EngineService, Gate, Services
+from peqa_server.threads import ended_in_time
 
 log = logging.getLogger("peqa.server")
 
@@ -33,7 +35,11 @@ UNREAD_SECONDS = 120  # of bytes that the other side does not acknowledge, or ha
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 256  # handles for all that is no connection
 ENGINE_WATCH_SECONDS = 0.1
-LAST_ANSWERS_SECONDS = 3  # after the engine has stopped: time to send what says so
+ENGINE_SECONDS = (
+    2  # for the engine to stop; a step that takes longer may still end while the last answers are sent
+)
+ENDING_SECONDS = 3  # for the engine and the tasks together
+LAST_ANSWERS_SECONDS = 3  # after that: time to send what says so
 
 Load = Callable[[], Services]
 
@@ -132,6 +138,9 @@ class DrainingServer(uvicorn.Server):
                 log.exception("the server could not start")
                 self._tell(loop, self._fail, "the server could not start; its log says why")
             else:
+                # What is loaded stays. To look through it for garbage again would hold up everything for 0.2 s.
+                gc.collect()
+                gc.freeze()
                 self._tell(loop, self._open, services)
 
         threading.Thread(target=work, name="peqa-load", daemon=True).start()
@@ -172,14 +181,19 @@ class DrainingServer(uvicorn.Server):
         finished = await self.gate.drain(self.drain_seconds)
         if not finished:
             log.warning("some answers did not finish in %g s and are cut short", self.drain_seconds)
-        await asyncio.to_thread(self.gate.services.engine.stop, 0.0)
-        with contextlib.suppress(
-            asyncio.TimeoutError
-        ):  # its lock may be held elsewhere; what is on disk is whole
-            await asyncio.wait_for(asyncio.to_thread(self.gate.services.tasks.close), LAST_ANSWERS_SECONDS)
+        await self._end_services()
         seconds = round(time.perf_counter() - began, 1)
         event(log, logging.INFO, "drained; the server ends", seconds=seconds, all_finished=finished)
         self.should_exit = True
+
+    async def _end_services(self) -> None:
+        """Stop the engine, close the tasks. Neither may keep the process: the tasks' lock may be held elsewhere, and
+        what is on disk is whole."""
+        services, due = self.gate.services, time.monotonic() + ENDING_SECONDS
+        if not await ended_in_time(partial(services.engine.stop, 0.0), ENGINE_SECONDS, "peqa-stop"):
+            log.warning("the engine has not stopped in %g s", ENGINE_SECONDS)
+        if not await ended_in_time(services.tasks.close, due - time.monotonic(), "peqa-close"):
+            log.warning("the store's disk or lock keeps the server waiting; it ends without")
 
 
 def run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import time
@@ -76,8 +75,9 @@ async def list_tasks(request: Request) -> Response:
 )
 async def list_revisions(request: Request, task: TaskName) -> JSONResponse:
     """The kept revisions of a task, newest first."""
+    gate = gate_of(request)
     services = _services(request, task)
-    rows = await asyncio.to_thread(services.tasks.revisions, task)
+    rows = await gate.store.run(services.tasks.revisions, task)
     return JSONResponse({"object": "list", "task": task, "data": [_revision_json(row) for row in rows]})
 
 
@@ -92,14 +92,15 @@ async def list_revisions(request: Request, task: TaskName) -> JSONResponse:
 )
 async def get_content(request: Request, task: TaskName) -> Response:
     """The scale set file of a task, byte for byte as uploaded; `?revision=` for a kept one that begins so."""
+    gate = gate_of(request)
     services = _services(request, task)
     revision = request.query_params.get("revision")
-    info = await asyncio.to_thread(services.tasks.info, task)
+    info = await gate.store.run(services.tasks.info, task)
     wanted = info.revision
     try:
         if revision is not None:
-            wanted = await asyncio.to_thread(_kept, services.tasks, task, revision)
-        data = await asyncio.to_thread(services.tasks.content, task, wanted)
+            wanted = await gate.store.run(_kept, services.tasks, task, revision)
+        data = await gate.store.run(services.tasks.content, task, wanted)
     except NoSuchRevision as error:
         raise ApiError(404, str(error), code="no_such_revision", param="revision") from None
     headers = {"ETag": f'"{wanted}"', "Content-Disposition": f'attachment; filename="{task}.safetensors"'}
@@ -115,21 +116,21 @@ async def rollback(request: Request, task: TaskName) -> JSONResponse:
     """Make the previous revision current, or the kept one that begins with the body's `revision`."""
     gate = gate_of(request)
     services = _services(request, task)
-    body = await read_body(request, gate.settings)
-    wanted = parse(RollbackRequest, body) if body.strip() else RollbackRequest()
+    wanted = await read_body(request, gate.settings, _rollback_wanted)
     with _counted(request, gate, "rollback", task):
         revision = wanted.revision
         if revision is not None:
-            revision = await asyncio.to_thread(_kept, services.tasks, task, revision)
-        info = await asyncio.to_thread(services.tasks.rollback, task, revision, _if_match(request))
+            revision = await gate.store.run(_kept, services.tasks, task, revision)
+        info = await gate.store.run(services.tasks.rollback, task, revision, _if_match(request))
     return _changed(request, services.tasks, info)
 
 
 @router.get("/{task:path}", responses={200: {"model": TaskAnswer}, **refusals(404, 409, 422)})
 async def get_task(request: Request, task: TaskName) -> JSONResponse:
     """One task's current revision and what is known about it."""
+    gate = gate_of(request)
     services = _services(request, task)
-    info = await asyncio.to_thread(services.tasks.info, task)
+    info = await gate.store.run(services.tasks.info, task)
     return _task_response(services.tasks, info)
 
 
@@ -154,12 +155,12 @@ async def put_task(request: Request, task: TaskName) -> JSONResponse:
     limit = gate.settings.max_upload_bytes or largest_set(services.model)
     with _counted(request, gate, "upload", task), gate.entered():
         async with (
-            admitted_upload(request, services.tasks, task, if_match),
+            admitted_upload(request, services.tasks, gate.store, task, if_match),
             gate.uploads.place(note_of(request.scope).caller.tenant),
-            spooled_body(request, gate.settings, limit, services.spool_folder) as file,
+            spooled_body(request, gate.settings, limit, services.spool_folder, gate.uploads.writers) as file,
         ):
             received = time.perf_counter()
-            info = await gate.uploads.run(services.tasks.upload, task, file, if_match)
+            info = await gate.uploads.checkers.run(services.tasks.upload, task, file, if_match)
             gate.metrics.upload_seconds.observe(time.perf_counter() - received)
     return _changed(request, services.tasks, info)
 
@@ -174,8 +175,12 @@ async def delete_task(request: Request, task: TaskName) -> JSONResponse:
     gate = gate_of(request)
     services = _services(request, task)
     with _counted(request, gate, "delete", task):
-        await asyncio.to_thread(services.tasks.delete, task, _if_match(request))
+        await gate.store.run(services.tasks.delete, task, _if_match(request))
     return JSONResponse({"task": task, "deleted": True})
+
+
+def _rollback_wanted(body: bytes) -> RollbackRequest:
+    return parse(RollbackRequest, body) if body.strip() else RollbackRequest()
 
 
 def largest_set(model: ServedModel) -> int:

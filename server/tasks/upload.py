@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request
 
@@ -19,23 +16,26 @@ from peqa_runtime.errors import StoreError
 from peqa_server.http.errors import ApiError
 from peqa_server.http.streaming import body_parts
 from peqa_server.settings import MIB, ServerSettings
+from peqa_server.threads import Threads
 
 log = logging.getLogger("peqa.server")
 
 CHECKERS = 2  # threads; a third upload at once would only take time from those that generate
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+WRITERS = 4  # threads; a part of a body is written in a millisecond or two
 
 
 class UploadLane:
-    """Few uploads at once, checked and committed in threads of their own: no other request waits for one of these."""
+    """Few uploads at once, in threads of their own: no other request waits for one of these.
+
+    `writers` write the bodies as they come, `checkers` check and commit them.
+    """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._count = 0
         self._by_tenant: Counter[str] = Counter()
-        self._threads = ThreadPoolExecutor(CHECKERS, thread_name_prefix="peqa-upload")
+        self.writers = Threads(WRITERS, "peqa-spool")
+        self.checkers = Threads(CHECKERS, "peqa-upload")
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str) -> AsyncIterator[None]:
@@ -55,13 +55,6 @@ class UploadLane:
             if not self._by_tenant[tenant]:
                 del self._by_tenant[tenant]
 
-    async def run(
-        self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        """Await the call in one of the lane's threads."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
-
 
 def _too_many(status: int, what: str) -> ApiError:
     message = f"{what}; send this one again shortly"
@@ -70,35 +63,37 @@ def _too_many(status: int, what: str) -> ApiError:
 
 @contextlib.asynccontextmanager
 async def spooled_body(
-    request: Request, settings: ServerSettings, limit: int, folder: Path
+    request: Request, settings: ServerSettings, limit: int, folder: Path, writers: Threads
 ) -> AsyncIterator[Path]:
     """The request's body as a temporary file in `folder` (the store's volume), removed at the end.
 
-    Raises what `body_parts` raises, and `StoreError` when the disk does not take it.
+    Only `writers` touch the disk. Raises what `body_parts` raises, and `StoreError` when the disk does not take it.
     """
     try:
-        path = await asyncio.to_thread(_new_file, folder)
+        file, path = await writers.run(_new_file, folder)
     except OSError as error:
         raise _not_written(error) from error
     try:
         try:
-            await _receive(request, settings, limit, path)
+            await _receive(request, settings, limit, file, writers)
         except OSError as error:
             raise _not_written(error) from error
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        await writers.run(_remove, file, path)
 
 
-async def _receive(request: Request, settings: ServerSettings, limit: int, path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        buffer = bytearray()
-        async for part in body_parts(request, settings, limit):
-            buffer += part
-            if len(buffer) >= MIB:
-                await asyncio.to_thread(_write_all, file, bytes(buffer))
-                buffer.clear()
-        await asyncio.to_thread(_write_all, file, bytes(buffer))
+async def _receive(
+    request: Request, settings: ServerSettings, limit: int, file: io.RawIOBase, writers: Threads
+) -> None:
+    buffer = bytearray()
+    async for part in body_parts(request, settings, limit):
+        buffer += part
+        if len(buffer) >= MIB:
+            await writers.run(_write_all, file, bytes(buffer))
+            buffer.clear()
+    await writers.run(_write_all, file, bytes(buffer))
+    await writers.run(file.close)
 
 
 def _write_all(file: io.RawIOBase, data: bytes) -> None:
@@ -114,7 +109,15 @@ def _not_written(error: OSError) -> StoreError:
     return StoreError(f"the upload cannot be written ({reason}); nothing was changed")
 
 
-def _new_file(folder: Path) -> Path:
+def _new_file(folder: Path) -> tuple[io.RawIOBase, Path]:
+    """A file that is open for writing, and its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-", suffix=".tmp", delete=False) as file:
-        return Path(file.name)
+    number, name = tempfile.mkstemp(dir=folder, prefix="upload-", suffix=".tmp")
+    return open(number, "wb", buffering=0), Path(name)
+
+
+def _remove(file: io.RawIOBase, path: Path) -> None:
+    try:
+        file.close()
+    finally:
+        path.unlink(missing_ok=True)

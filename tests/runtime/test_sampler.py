@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from peqa_runtime.core import Request
+from peqa_runtime.engine import sampler as sampler_module
 from peqa_runtime.engine.batch import Batch, ScheduledSequence, StepResult
 from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.sampler import Sampler, uniform
 from peqa_runtime.engine.sequence import Sequence
 from peqa_runtime.errors import InvalidRequest
-from peqa_runtime.sampling_params import SamplingParams
+from peqa_runtime.sampling_params import MAX_STOP_TOKENS, SamplingParams
 
 VOCAB = 2000
 EOS = 1
@@ -184,6 +186,43 @@ def test_min_tokens_holds_back_every_end() -> None:
     assert one(logits, generated=1, **params).token_id == 40
     assert one(logits, generated=2, **params).token_id == EOS
     assert one(logits, generated=1, ignore_eos=True, **params).token_id == EOS  # no end then: not held back
+
+
+def test_min_tokens_keeps_each_row_to_its_own_ends() -> None:
+    logits = torch.zeros(4, VOCAB)
+    logits[:, [EOS, 30, 40, 50]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    greedy = {"temperature": 0.0, "min_tokens": 2}
+    ends: list[dict[str, object]] = [
+        {"stop_token_ids": (30, 40)}, {}, {"ignore_eos": True}, {"ignore_eos": True, "stop_token_ids": (EOS,)},
+    ]  # fmt: skip
+    items = [share(sequence(**greedy, **params)) for params in ends]  # type: ignore[arg-type]
+    assert [r.token_id for r in run(logits, *items)] == [50, 30, EOS, 30]
+
+
+def test_the_ends_of_a_sequence_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    make = sampler_module._index
+
+    def index(numbers: list[int], like: Tensor) -> Tensor:
+        counted.append(len(numbers))
+        return make(numbers, like)
+
+    monkeypatch.setattr(sampler_module, "_index", index)
+    batch = Batch((share(sequence(min_tokens=9, stop_token_ids=tuple(range(100, 1100)))),))
+    sampler = Sampler((EOS,))
+    sampler.sample(batch, random_logits(1))
+    assert max(counted) > 1000
+    counted.clear()
+    sampler.sample(batch, random_logits(1))
+    assert sum(counted) < 10
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "logprob_token_ids"])
+def test_too_many_tokens_are_refused_in_few_words(field: str) -> None:
+    fields: dict[str, Any] = {"logprobs": 1, field: tuple(range(MAX_STOP_TOKENS))}
+    SamplingParams(**fields)
+    with pytest.raises(InvalidRequest, match=f"{field} must be at most 1024 token ids.*, got 1025 of them$"):
+        SamplingParams(**fields | {field: tuple(range(MAX_STOP_TOKENS + 1))})
 
 
 def test_tokens_asked_for_by_name_are_reported_with_the_same_floats() -> None:

@@ -132,6 +132,17 @@ def test_ends(
     assert s.blocks.num_used == 0
 
 
+def test_a_long_list_of_stop_tokens_is_not_gone_through_for_each_token() -> None:
+    class Listed(tuple[int, ...]):
+        def __contains__(self, token: object) -> bool:
+            raise AssertionError("looked for one by one")
+
+    s = scheduler()
+    s.add(sequence("a", 5, max_tokens=9, stop_token_ids=Listed((8, 7))))
+    assert step(s, 6)[1][-1].finish_reason is None
+    assert step(s, 7)[1][-1].stop_reason == 7
+
+
 def test_too_few_blocks_stop_admission_in_order() -> None:
     s = scheduler(blocks=6, block_size=4)
     s.add(sequence("a", 12, max_tokens=1))

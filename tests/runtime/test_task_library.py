@@ -69,6 +69,7 @@ def test_an_upload_is_live_and_durable_when_it_returns(folder: Path) -> None:
     assert lease.revision == info.revision == revision_of(A)
     assert value_of(library, lease.revision) == 0.8
     assert [i.task for i in library.page()] == ["sql"]
+    assert (library.has("sql"), library.has("qa")) == (True, False)
     again = new_library(folder)
     assert again.acquire("sql").revision == info.revision
     assert again.content("sql") == A

@@ -9,14 +9,17 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peqa_runtime import text as text_module
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.text import (
     REPLACEMENT,
     IncrementalDecoder,
     StopStrings,
+    TokenTexts,
     apply_chat_template,
     decode,
     encode,
+    token_bytes,
     token_text,
 )
 
@@ -91,6 +94,38 @@ def test_token_text_keeps_its_space(metaspace_tokenizer: Any, bytes_tokenizer: A
     assert token_text(metaspace_tokenizer, 2) == " world"
     assert token_text(bytes_tokenizer, encode(bytes_tokenizer, " ")[0]) == " "
     assert token_text(bytes_tokenizer, encode(bytes_tokenizer, "é")[0]) == REPLACEMENT
+
+
+def test_texts_of_tokens_are_found_once(metaspace_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = TokenTexts(metaspace_tokenizer)
+    ids = range(4, 200)
+    want = [(token_text(metaspace_tokenizer, i), tuple(token_bytes(metaspace_tokenizer, i))) for i in ids]
+    assert [(texts.text(i), texts.bytes(i)) for i in ids] == want
+    monkeypatch.setattr(text_module, "_decode", None)
+    assert [(texts.text(i), texts.bytes(i)) for i in ids] == want
+
+
+def test_a_long_list_is_decoded_while_other_threads_run(bytes_tokenizer: Any) -> None:
+    """`decode` of the tokenizers library keeps the interpreter to itself: half a second for a million tokens."""
+
+    class Backend:
+        def decode(self, ids: list[int], **options: bool) -> str:
+            assert len(ids) < 10_000
+            return str(bytes_tokenizer.backend_tokenizer.decode(ids, **options))
+
+        def decode_batch(self, lists: list[list[int]], **options: bool) -> list[str]:
+            return list(bytes_tokenizer.backend_tokenizer.decode_batch(lists, **options))
+
+    class Tokenizer:
+        backend_tokenizer = Backend()
+
+        def __len__(self) -> int:
+            return len(bytes_tokenizer)
+
+    text = "naïve 日本 " * 1000
+    ids = [*encode(bytes_tokenizer, text), bytes_tokenizer.eos_token_id]
+    assert decode(Tokenizer(), ids) == text
+    assert decode(Tokenizer(), ids, skip_special_tokens=False) == text + "<eos>"
 
 
 def test_special_tokens_are_shown_only_on_request(bytes_tokenizer: Any) -> None:

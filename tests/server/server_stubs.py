@@ -221,6 +221,9 @@ class StubTasks:
             arrive()
         return future
 
+    def has(self, task: str) -> bool:
+        return bool(self.history.get(task))
+
     def release(self, lease: Lease) -> None:
         self.leases.remove(lease)
 

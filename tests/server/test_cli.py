@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -18,12 +20,15 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from server_stubs import Live, revision_of, wait_until
+from server_stubs import MANIFEST, ByteTokenizer, Live, StubEngine, StubTasks, revision_of, wait_until
 from typer.testing import CliRunner
 
 from peqa_runtime.engine.config import EngineConfig
+from peqa_server.app import create_loading_app
 from peqa_server.cli import app
+from peqa_server.services import ServedModel, Services
 from peqa_server.settings import ServerSettings
+from peqa_server.start.run import DrainingServer
 
 
 def peqa(*arguments: str, **environment: str) -> Any:
@@ -249,8 +254,12 @@ from peqa_server.services import ServedModel, Services
 def load():
     time.sleep({load_seconds})
     engine = StubEngine(lambda r: Script([97] * 20, delay=0.05))
+    tasks = StubTasks(upload_seconds={upload_seconds})
+    for call in {hanging!r}:
+        owner, name = call.split(".")
+        setattr(locals()[owner], name, lambda *_: time.sleep(60))
     model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
-    return Services(engine, StubTasks(upload_seconds={upload_seconds}), model, Path({spool!r}))
+    return Services(engine, tasks, model, Path({spool!r}))
 
 listener = listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
@@ -266,12 +275,14 @@ class Process:
         load_seconds: float = 0.0,
         drain_seconds: float = 10.0,
         upload_seconds: float = 0.0,
+        hanging: tuple[str, ...] = (),
     ) -> None:
         code = SERVE_STUB.format(
             folder=str(Path(__file__).parent),
             load_seconds=load_seconds,
             drain_seconds=drain_seconds,
             upload_seconds=upload_seconds,
+            hanging=hanging,
             spool=str(spool),
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -287,6 +298,14 @@ class Process:
     def stream(self) -> Any:
         body = {"prompt": "x", "max_tokens": 20, "stream": True}
         return httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=10)
+
+
+def open_request(url: str, path: str) -> socket.socket:
+    """A connection on which somebody waits for an answer."""
+    address = httpx.URL(url)
+    connection = socket.create_connection((address.host, address.port))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.host}\r\n\r\n".encode())
+    return connection
 
 
 def test_sigterm_drains_and_exits_cleanly(tmp_path: Path) -> None:
@@ -333,6 +352,23 @@ def test_an_upload_that_hangs_does_not_outlast_the_drain(tmp_path: Path) -> None
     thread.join()
 
 
+@pytest.mark.parametrize("hanging", [("engine.stop", "tasks.close"), ("tasks.info",)])
+def test_what_hangs_does_not_outlast_the_drain(tmp_path: Path, hanging: tuple[str, ...]) -> None:
+    """A step without end, a disk that does not answer, and more who ask for what is on it than there are threads."""
+    server = Process(tmp_path, drain_seconds=0.2, hanging=hanging)
+    server.wait_ready()
+    asking = [open_request(server.url, "/v1/tasks/sql") for _ in range(40)] if "tasks.info" in hanging else []
+    with server.stream() as answer:
+        next(answer.iter_lines())
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        assert server.process.wait(9) == 0, "6 s, and what a busy machine adds"
+    finally:
+        server.process.kill()
+        for connection in asking:
+            connection.close()
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     server = Process(tmp_path, drain_seconds=60)
     server.wait_ready()
@@ -345,6 +381,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         with pytest.raises(httpx.HTTPError):
             list(lines)
     assert server.process.wait(5) == 0
+
+
+def test_what_was_loaded_is_not_looked_through_for_garbage_again(tmp_path: Path) -> None:
+    model = ServedModel(MANIFEST, ByteTokenizer(), max_model_len=200, vocab_size=257)
+
+    async def serve() -> int:
+        server = DrainingServer(create_loading_app(), 1)
+        server.load_in_thread(lambda: Services(StubEngine(), StubTasks(), model, tmp_path))
+        while not server.opened:
+            await asyncio.sleep(0.01)
+        return gc.get_freeze_count()
+
+    try:
+        assert asyncio.run(serve()) > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:

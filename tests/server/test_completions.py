@@ -19,7 +19,8 @@ from server_stubs import (
 )
 
 from peqa_runtime.core import Lease, TokenLogprobs
-from peqa_server.openai.choice import Choice, Piece, Prompt, TextRules, TokenPiece
+from peqa_server.fields.schemas import CompletionRequest
+from peqa_server.openai.choice import Piece, Prompt, ShownPrompt, TextRules, TokenPiece
 from peqa_server.openai.completion_json import Answer, AnswerStyle, Gathered, Usage
 from peqa_server.services import ServedModel
 
@@ -215,6 +216,19 @@ def test_wrong_fields_are_named(server: Any, field: str, value: Any) -> None:
     assert not server.engine.requests
 
 
+@pytest.mark.parametrize("field", ["stop_token_ids", "logprob_token_ids"])
+def test_lists_of_token_ids_have_a_limit(live: Any, field: str) -> None:
+    server = live()
+    for given in ([7] * 5000, [7, 9, 7]):
+        server.complete(max_tokens=1, logprobs=1, **{field: given})
+        assert getattr(server.engine.requests[-1].params, field) == tuple(dict.fromkeys(given))
+    error = server.error(400, prompt="x", logprobs=1, **{field: list(range(1025))})
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field} must hold at most 1024 token ids")
+    described = CompletionRequest.model_json_schema()["properties"][field]["anyOf"]
+    assert {"type": "array", "items": {"type": "integer"}, "maxItems": 1024} in described
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"no json", b"[1]", b'"text"', b"null", b'{"prompt": "x"', b'{"prompt": "x", "temperature": NaN}',
@@ -341,7 +355,7 @@ def test_a_request_id_is_the_answers(server: Any) -> None:
 @pytest.mark.parametrize("bos", [(), (EOS,)])
 def test_offsets_of_an_echoed_text_count_its_special_tokens(bos: tuple[int, ...]) -> None:
     prompt = Prompt((*bos, 97, EOS, 98), "a</s>b")
-    piece = Choice(ByteTokenizer(), prompt, TextRules(echo=True)).echo(None)
+    piece = ShownPrompt(ByteTokenizer(), prompt, TextRules(echo=True)).piece(None)
     assert piece.text == "a</s>b"
     assert [t.offset for t in piece.tokens] == [0] * len(bos) + [0, 1, 5]
 

@@ -233,6 +233,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"allowed_token_ids": [300]}, "allowed_token_ids"),
     ({"allowed_token_ids": [1.5]}, "allowed_token_ids[0]"),
+    ({"allowed_token_ids": [1] * 400}, "allowed_token_ids"),
     ({"bad_words": [" "]}, "bad_words"),
     ({"bad_words": ["x" * 300]}, "bad_words"),
     ({"bad_words": "x"}, "bad_words"),

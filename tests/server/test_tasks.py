@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from server_stubs import StubEngine, check_error, revision_of, wait_until
 
 from peqa_server.settings import ServerSettings
+from peqa_server.tasks import upload as upload_module
 
 
 def names(server: Any) -> set[str]:
@@ -302,6 +304,45 @@ def test_a_slow_commit_does_not_hold_up_others(live: Any) -> None:
     assert time.monotonic() - begin < 0.3
     uploading.join()
     assert names(server) == {"t"}
+
+
+@pytest.mark.parametrize("what", ["reading", "spooling"])
+def test_a_disk_that_hangs_holds_up_nobody_else(
+    live: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More wait for the store's disk than there are threads of any kind; who needs nothing of it is served."""
+    server = live(settings=ServerSettings(max_uploads=60))
+    server.tasks.upload("t", b"SET")
+    back = threading.Event()
+    hanging: list[str] = []
+
+    def hang(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def wait(*args: Any) -> Any:
+            hanging.append(name)
+            back.wait(20)
+            return call(*args)
+
+        monkeypatch.setattr(owner, name, wait)
+
+    hang(server.tasks, "info") if what == "reading" else hang(upload_module, "_new_file")
+    reads = [("GET", "/v1/tasks/t"), ("GET", "/v1/models/t"), ("GET", "/v1/tasks/t/content")]
+    calls = reads if what == "reading" else [("PUT", "/v1/tasks/new")] * 3
+    with ThreadPoolExecutor(60) as pool, httpx.Client(base_url=server.url, timeout=30) as client:
+        asking = [pool.submit(client.request, *call, content=b"SET new") for call in calls * 20]
+        try:
+            wait_until(lambda: len(hanging) >= 4)
+            time.sleep(0.3)  # for the rest of them
+            chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            assert server.client.post("/v1/chat/completions", json=chat, timeout=5).status_code == 200
+            assert (
+                server.client.post("/tokenize", json={"prompt": "x" * 20_000}, timeout=5).status_code == 200
+            )
+            assert server.client.get("/metrics", timeout=5).status_code == 200
+        finally:
+            back.set()
+        assert {answer.result().status_code for answer in asking} == {200}
 
 
 def test_uploads_do_not_block_the_loop(live: Any) -> None:

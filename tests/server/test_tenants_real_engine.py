@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from server_stubs import check_error, wait_until
 
 from peqa_runtime.model import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
+from peqa_runtime.scales.task_folder import TaskFolders
 from peqa_server.app import create_loading_app
 from peqa_server.settings import ServerSettings
 from peqa_server.start.loading import ServeOptions, load_services
@@ -114,6 +116,26 @@ def test_the_real_library_tells_no_names(client: httpx.Client) -> None:
         check_error(answer, 404)
         assert "secret" not in answer.text.replace("'zeta-secret'", "")
     assert client.post("/v1/completions", json=bodies[3], headers=bearer("bob")).status_code == 200
+
+
+def test_an_absent_member_of_a_blend_is_told_without_the_disk(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop says it: a disk that hangs would hold up every request."""
+    back = threading.Event()
+    history = TaskFolders.history
+
+    def hang(self: TaskFolders, task: str) -> Any:
+        back.wait(20)
+        return history(self, task)
+
+    monkeypatch.setattr(TaskFolders, "history", hang)
+    body = {"prompt": "x", "max_tokens": 1, "task": {"acme-sql": 0.5, "acme-zzz": 0.5}}
+    try:
+        answer = client.post("/v1/completions", json=body, headers=bearer("amy"), timeout=5)
+    finally:
+        back.set()
+    assert "acme-zzz" in check_error(answer, 404)["message"]
 
 
 def with_note(data: bytes, note: str) -> bytes:
