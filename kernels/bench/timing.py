@@ -103,8 +103,8 @@ class Clock:
 class GraphReplay:
     """CUDA events around replays of a graph that holds whole passes over the rotation, as a served step does.
 
-    Launches cost nothing that way, and no call finds its weight in the L2 cache. What a replay itself costs, some 10 us,
-    vanishes in a pass of milliseconds.
+    Launches cost nothing that way, and no call finds its weight in the L2 cache. What a replay itself costs, some
+    10 us, vanishes in a pass of milliseconds.
     """
 
     def __init__(
@@ -146,7 +146,9 @@ class GraphReplay:
         cuda = self._cuda
         stream = cuda.Stream()
         stream.wait_stream(cuda.current_stream())
-        with cuda.stream(stream):  # libraries choose algorithms and workspaces now, where no capture is under way
+        with cuda.stream(
+            stream
+        ):  # libraries choose algorithms and workspaces now, where no capture is under way
             for _ in range(2):
                 _run(way.calls)
         cuda.current_stream().wait_stream(stream)

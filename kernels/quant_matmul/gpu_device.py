@@ -78,5 +78,6 @@ def gpu_device(device: torch.device) -> GpuDevice:
         found.multi_processor_count,
         register_products=nvidia and found.major == 9,
         early_launch=nvidia and found.major >= 9,
+        shared=found.shared_memory_per_multiprocessor,
     )
     return GpuDevice(gpu, TileTable.load(found.name), assembly=nvidia and found.major >= 8)

@@ -103,11 +103,12 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
         Tile(16, 128, 4, 1, taskwise=True),
         Tile(32, 64, 4, 3, taskwise=True),
         Tile(8, 256, 8, 2, splits=2),
+        Tile(32, 256, 8, 2, splits=2),
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
         [(bits, groups) for bits, groups in ((4, 1), (4, 8), (3, 2)) if bits in WIDTHS],
-        zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input"], strict=True),
+        zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input", "channel"], strict=True),
     ):
         if tile.outputs == 256 and groups > 1:
             continue  # not chosen there

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from peqa_kernels.packing import packed_width
 from peqa_kernels.quant_matmul.gpu_device import GpuDevice
 from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of, padded_outputs
-from peqa_kernels.quant_matmul.tile_rule import Gpu, tile_for
+from peqa_kernels.quant_matmul.tile_rule import Gpu, cost, may_split, tile_for
 from peqa_kernels.quant_matmul.tuning import BUCKETS, Scales, Tile, TileTable, line_of, table_path
 
 H200 = Gpu("NVIDIA H200", 132, register_products=True, early_launch=True)
@@ -52,6 +52,48 @@ def test_few_panels_split_k_to_fill_the_processors() -> None:
     assert tile_for(layout(4096, 4096), 8, torch.bfloat16, "channel", H200).splits >= 4
     assert tile_for(layout(44032, 8192), 8, torch.bfloat16, "channel", H200).splits <= 4
     assert tile_for(layout(44032, 8192), 4096, torch.bfloat16, "channel", H200).splits == 1
+
+
+def test_a_processor_loads_what_it_has_under_way_however_few_the_others_are() -> None:
+    """96 programs, two loads of 8 KiB each: a third of what the memory could deliver is asked for."""
+    cut = layout(12288, 4096)
+    floor = 12288 * 4096 / 2 / H200.processors
+    shallow = Tile(8, 128, 4, 3)
+    assert floor / cost(shallow, cut, 8, H200) < 0.4
+    for deeper in (shallow._replace(stages=4), shallow._replace(splits=4)):
+        assert cost(deeper, cut, 8, H200) < 0.75 * cost(shallow, cut, 8, H200)
+    assert tile_for(cut, 32, torch.bfloat16, "channel", H200).stages >= 4
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "least"),
+    [
+        *((12288, 4096, rows, least) for rows, least in ((8, 0.79), (16, 0.70), (32, 0.56))),
+        *((22016, 4096, rows, least) for rows, least in ((8, 0.92), (16, 0.84), (32, 0.74))),
+        *((24576, 8192, rows, least) for rows, least in ((8, 0.98), (16, 0.93), (32, 0.88))),
+        *((44032, 8192, rows, least) for rows, least in ((8, 0.99), (16, 0.99), (32, 0.91))),
+    ],
+)
+def test_what_the_rule_expects_of_its_choices(n: int, k: int, rows: int, least: float) -> None:
+    """Bytes over cost, by the rule's own figures, none of them measured: the bars are 0.8 at 4096 and 0.9 at 8192."""
+    tile = tile_for(layout(n, k), rows, torch.bfloat16, "channel", H200)
+    assert n * k / 2 / H200.processors / cost(tile, layout(n, k), rows, H200) >= least, tile
+
+
+def test_no_program_adds_up_more_sums_than_its_registers_hold() -> None:
+    assert may_split(Tile(32, 256, 8, 4), 4, 32)
+    assert not may_split(Tile(32, 256, 8, 4), 5, 32)
+    assert not may_split(Tile(8, 128, 4, 4), 2, 72), "there are counters for eight row tiles"
+    assert may_split(Tile(64, 256, 8, 4), 1, 4096)
+
+
+def test_shared_memory_bounds_the_programs_of_a_processor() -> None:
+    """Four programs of 8 rows fit, but not on a GPU with 100 KiB of it."""
+    from peqa_kernels.quant_matmul.tile_rule import programs_per_processor
+
+    small = Gpu("NVIDIA L4", 58, register_products=False, early_launch=False, shared=100 << 10)
+    assert programs_per_processor(Tile(8, 128, 4, 4), layout(4096, 4096), H200) == 4
+    assert programs_per_processor(Tile(8, 128, 4, 4), layout(4096, 4096), small) == 3
 
 
 def test_launches_begin_early_where_the_gpu_can() -> None:
