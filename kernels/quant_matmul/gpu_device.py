@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from peqa_kernels.quant_matmul.gpu_layout import Layout
-from peqa_kernels.quant_matmul.tile_rule import Gpu, safe, tile_for
+from peqa_kernels.quant_matmul.tile_rule import MOST_SPLIT_ROW_TILES, Gpu, safe, tile_for
 from peqa_kernels.quant_matmul.tuning import Scales, Tile, TileTable, bucket
 
 
@@ -26,10 +26,10 @@ class GpuDevice:
     def choose(
         self, layout: Layout, rows: int, dtype: torch.dtype, scales: Scales, *, invariant: bool = False
     ) -> Tile:
-        """Give the measured tile, or else the rule's; a row-invariant one always comes from the rule."""
+        """Give the measured tile where it fits, or else the rule's; a row-invariant one always comes from the rule."""
         if not invariant:
             found = self.table.find(layout, rows, dtype, scales)
-            if found is not None:
+            if found is not None and _fits(found, layout, rows):
                 return found
         return tile_for(layout, rows, dtype, scales, self.gpu, invariant=invariant)
 
@@ -56,6 +56,15 @@ class GpuDevice:
                     )
             self._proven[key] = chosen
         return self._proven[key]
+
+
+def _fits(tile: Tile, layout: Layout, rows: int) -> bool:
+    """Whether a tile measured on a weight of these sizes can run on this one, whose siblings may end elsewhere."""
+    if tile.dense:
+        return True
+    split = (tile.splits - 1) * -(-layout.tiles // tile.splits) < layout.tiles
+    counted = tile.splits == 1 or tile.in_turn or -(-bucket(rows) // tile.rows) <= MOST_SPLIT_ROW_TILES
+    return tile.outputs in layout.widths and split and counted
 
 
 def key_of(layout: Layout, rows: int, dtype: torch.dtype, scales: Scales) -> object:

@@ -21,11 +21,11 @@ H200 = Gpu("NVIDIA H200", 132, register_products=True, early_launch=True)
 KINDS: tuple[Scales, ...] = ("base", "channel", "channel+input", "group")
 
 
-def layout(n: int, k: int, bits: int = 4, group: int = -1) -> Layout:
+def layout(n: int, k: int, bits: int = 4, group: int = -1, segments: tuple[int, ...] = ()) -> Layout:
     groups = 1 if group == -1 else k // group
     scales = torch.empty((n, groups), device="meta")
     qweight = torch.empty((n, packed_width(k, bits)), dtype=torch.uint8, device="meta")
-    return layout_of(QuantizedWeight(qweight, scales, scales, bits, k), (n,))
+    return layout_of(QuantizedWeight(qweight, scales, scales, bits, k), segments or (n,))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -173,6 +173,30 @@ def test_a_measured_tile_comes_before_the_rule(tmp_path: Path) -> None:
     ):
         assert other != measured
     assert TileTable.load("another GPU", tmp_path).lines == []
+
+
+@pytest.mark.parametrize(
+    ("segments", "measured"),
+    [
+        ((832, 64, 64), Tile(16, 128, 4, 4)),  # panels of 64: filling up to 128 would cost a fifth
+        ((640, 192, 128), Tile(16, 256, 8, 4)),  # a sibling ends within two panels
+    ],
+)
+def test_a_measured_tile_that_does_not_fit_the_siblings_is_passed_over(
+    segments: tuple[int, ...], measured: Tile
+) -> None:
+    """The table's key has the outputs of a whole launch, not where its siblings end."""
+    line = line_of(layout(960, 4096), 16, torch.bfloat16, "channel", measured, 5.0)
+    device = GpuDevice(H200, TileTable([line]), assembly=True)
+    cut = layout(960, 4096, segments=segments)
+    assert measured.outputs not in cut.widths
+    assert device.choose(cut, 16, torch.bfloat16, "channel") == tile_for(
+        cut, 16, torch.bfloat16, "channel", H200
+    )
+    single = layout(1024, 4096)
+    line = line_of(single, 16, torch.bfloat16, "channel", measured, 5.0)
+    device = GpuDevice(H200, TileTable([line]), assembly=True)
+    assert device.choose(single, 16, torch.bfloat16, "channel") == measured
 
 
 def test_a_new_measurement_replaces_the_old_one() -> None:
