@@ -15,7 +15,15 @@ from peqa_kernels.packing import packed_width
 from peqa_kernels.quant_matmul.gpu_device import GpuDevice
 from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of, padded_outputs
 from peqa_kernels.quant_matmul.tile_rule import Gpu, cost, may_split, tile_for
-from peqa_kernels.quant_matmul.tuning import BUCKETS, Scales, Tile, TileTable, line_of, table_path
+from peqa_kernels.quant_matmul.tuning import (
+    BUCKETS,
+    Measured,
+    Scales,
+    Tile,
+    TileTable,
+    line_of,
+    table_path,
+)
 
 H200 = Gpu("NVIDIA H200", 132, register_products=True, early_launch=True)
 KINDS: tuple[Scales, ...] = ("base", "channel", "channel+input", "group")
@@ -215,14 +223,15 @@ def test_a_new_measurement_replaces_the_old_one() -> None:
 def test_tuning_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from peqa_kernels.quant_matmul import prepare
     from peqa_kernels.quant_matmul.cli import main, random_weight
-    from peqa_kernels.quant_matmul.gpu_tune import candidates, neighbours, tune
+    from peqa_kernels.quant_matmul.gpu_compile import Compilers
+    from peqa_kernels.quant_matmul.gpu_tune import Wanted, candidates, neighbours, tune
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--shapes", "64x64"]) == 2
     assert "torch sees none" in capsys.readouterr().err
     prepared = prepare(random_weight(256, 512, 4, 128, "cpu"), backend="gpu")
     with pytest.raises(ValueError, match="CUDA device"):
-        tune(prepared, 16)
+        tune(prepared, [Wanted(16)], Compilers(), Measured())
     weight = prepared.impl
     for rows, least in ((16, 6), (2048, 4)):
         first = weight.tile(rows, torch.bfloat16, "channel")  # type: ignore[attr-defined]
@@ -234,6 +243,45 @@ def test_tuning_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert neighbours(first) == []
     assert {tile.stages for tile in neighbours(Tile(16, 128, 4, 3, ahead=4))} == {2, 3, 4, 5}
     assert {tile.ahead for tile in neighbours(Tile(16, 128, 4, 3, ahead=4))} == {0, 2, 4, 8}
+
+
+def test_times_outlast_an_interruption(tmp_path: Path) -> None:
+    """But for the line that was being written, and not for another compiler."""
+    path, cut = tmp_path / "tables" / "measured.jsonl", layout(12288, 4096)
+    launch = (cut, 16, torch.bfloat16, "channel")
+    measured = Measured(path, "triton 3.6.0")
+    measured.add(*launch, Tile(16, 128, 4, 4), 7.25)
+    measured.add(*launch, Tile(16, 256, 8, 9), None)
+    path.write_text(path.read_text() + '{"bits": 4, "gro')
+    known = Measured(path, "triton 3.6.0")
+    assert known.of(*launch) == {Tile(16, 128, 4, 4): 7.25, Tile(16, 256, 8, 9): None}
+    assert known.of(cut, 32, torch.bfloat16, "channel") == {}
+    assert Measured(path, "triton 3.8.0").of(*launch) == {}
+    known.forget()
+    assert not path.exists()
+    assert known.of(*launch) == {}
+
+
+@pytest.mark.slow
+def test_processes_compile_each_job_once() -> None:
+    """Here the work is a function of Python's that gives its argument back as the reason of a failure."""
+    from peqa_kernels.quant_matmul.gpu_compile import Compilers
+
+    with Compilers(1, work=repr) as compilers:
+        assert compilers.compile([3, 4, 3]) == ["3", "4"]  # type: ignore[list-item]
+        assert compilers.compile([4, 5]) == ["5"]  # type: ignore[list-item]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_time_only() -> None:
+    import os
+
+    from peqa_kernels.quant_matmul.gpu_compile import Compilers
+
+    with Compilers(1, work=os._exit) as compilers:  # type: ignore[arg-type]
+        with pytest.warns(RuntimeWarning, match="has died"):
+            assert compilers.compile([3]) == []  # type: ignore[list-item]
+        assert compilers.compile([4]) == []  # type: ignore[list-item]
 
 
 @pytest.mark.gpu
