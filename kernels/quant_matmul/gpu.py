@@ -227,7 +227,7 @@ def options(tile: Tile) -> dict[str, Any]:
     made: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": True}
     if tile.ahead:
         made["launch_pdl"] = True
-    if tile.warps == 8 and tile.rows <= 32:
+    if tile.warps == 8 and (tile.rows <= 16 or (tile.rows == 32 and tile.outputs == 256)):
         made["maxnreg"] = 128  # two such programs a processor; left alone it takes 164, which allows one
     if tile.outputs == 64 and tile.warps == 4:
         made["maxnreg"] = 255  # left alone it takes 128 for some of them and spills two

@@ -12,9 +12,7 @@ from peqa_kernels.quant_matmul.tuning import Scales, Tile, bucket
 
 MOST_SPLIT_ROW_TILES = 8  # of a launch that splits K: each has counters
 MOST_SPLITS = 16
-MOST_SUMS = (
-    1 << 15
-)  # that one program adds up: with more, the splits cost more than they bring, and registers spill
+MOST_SUMS = 128  # that one thread adds up: more splits cost more than they bring, and registers spill
 DENSE_ROWS = 1024  # from here on floats made once per launch cost less than codes unpacked in every tile
 
 # The costs below are in bytes that one processor could have loaded from memory meanwhile: 32 a nanosecond on an H200.
@@ -106,7 +104,7 @@ def cost(tile: Tile, layout: Layout, rows: int, gpu: Gpu) -> float:
 def programs_per_processor(tile: Tile, layout: Layout, gpu: Gpu) -> int:
     """Programs that share a processor's registers, as the compiled kernels take them, and its shared memory."""
     if tile.warps == 8:
-        fit = 2 if tile.rows <= 32 else 1
+        fit = 2 if tile.rows <= 16 or (tile.rows == 32 and tile.outputs == 256) else 1
     else:
         fit = 4 if tile.rows <= 16 else 3 if tile.rows <= 32 else 2
     weights, inputs = tile.outputs * layout.step * layout.bits // 8, 2 * tile.rows * layout.step
@@ -180,7 +178,7 @@ def _best(tiles: list[Tile], layout: Layout, rows: int, gpu: Gpu) -> Tile:
 def may_split(tile: Tile, splits: int, rows: int) -> bool:
     """Whether a launch of `rows` may have so many splits: by its counters, and by what one program adds up."""
     counted = -(-rows // tile.rows) <= MOST_SPLIT_ROW_TILES
-    return splits == 1 or (counted and splits * tile.rows * tile.outputs <= MOST_SUMS)
+    return splits == 1 or (counted and splits * tile.rows * tile.outputs <= 32 * tile.warps * MOST_SUMS)
 
 
 def splits_of(tiles: int) -> list[int]:

@@ -93,6 +93,7 @@ def test_no_program_adds_up_more_sums_than_its_registers_hold() -> None:
     assert not may_split(Tile(32, 256, 8, 4), 5, 32)
     assert not may_split(Tile(8, 128, 4, 4), 2, 72), "there are counters for eight row tiles"
     assert may_split(Tile(64, 256, 8, 4), 1, 4096)
+    assert not may_split(Tile(64, 128, 4, 4), 4, 64), "40 bytes spilled"
 
 
 def test_shared_memory_bounds_the_programs_of_a_processor() -> None:
