@@ -20,7 +20,13 @@ from peqa_runtime.bench.equality import (
     random_cases,
     run_together,
 )
-from peqa_runtime.bench.gpu import answers_of_both, cost_of_equal_bits, eager_steps, steps_against_floor
+from peqa_runtime.bench.gpu import (
+    answers_of_both,
+    cost_of_equal_bits,
+    eager_steps,
+    memory_rows,
+    steps_against_floor,
+)
 from peqa_runtime.bench.profile import step_profile
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.throughput import mixed_against_base
@@ -132,11 +138,20 @@ def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
     config = EngineConfig(num_blocks=128, max_sequences=64)
     with engine_with_tasks(tmp_path / "base", load.task_names, config, "cpu") as engine:
         rows = steps_against_floor(engine, machine, load, Prompts(300, 0))
+        on_device = memory_rows(engine, machine, 10**9)
+        cache = sum(tensor.nbytes for caches in engine.kv_cache.layers for tensor in caches)
     assert [row.name for row in rows] == [
         *(f"engine/gpu/random-7b/{n}-sequences/of-floor" for n in (1, 8, 32, 64)),
-        "engine/gpu/random-7b/memory-with-1000-tasks",
+        *(
+            f"engine/gpu/random-7b/memory-{part}"
+            for part in ("with-1000-tasks", "base-and-workspaces", "bank", "kv-cache")
+        ),
     ]
-    assert [row.bar for row in rows] == [0.6, None, 0.7, None, None]
+    assert [row.bar for row in rows] == [0.6, None, 0.7, None, None, None, None, None]
+    whole, base, bank, kv_cache = (row.value for row in on_device)
+    assert whole == pytest.approx(base + bank)
+    assert kv_cache == pytest.approx(cache / 1e9)
+    assert whole + kv_cache == pytest.approx(1.0), "all that is in use, the cache apart"
     weights = sum(n * k for n, k in shape.linears.values()) * 2
     outputs = sum(n for n, _ in shape.linears.values()) * 2
     moved = weights // 2 + 4 * outputs + 300 * 32 * 4  # codes, scales, the head in fp32
