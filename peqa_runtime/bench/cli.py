@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
 from peqa_runtime.bench.run import PARTS, Options, measure
@@ -21,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = tuple(given.only.split(",")) if given.only else PARTS
     if unknown := set(parts) - set(PARTS):
         print(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    if parts == ("gpu",) and given.sets is None and not torch.cuda.is_available():
+        print("no CUDA device is to be had here, and --only gpu needs one", file=sys.stderr)
         return 2
     try:
         base = given.base or _demo_base()
