@@ -90,7 +90,10 @@ class TritonGpu:
         key = (bucket(rows), dtype, scales)
         tile = self._tiles.get(key)
         if tile is None:
-            tile = self.device.choose(self.layout, rows, dtype, scales, invariant=self._invariant)
+            fractional = self.zeros_mode == gpu_kernel.FRACTIONAL.value
+            tile = self.device.choose(
+                self.layout, rows, dtype, scales, invariant=self._invariant, fractional=fractional
+            )
             if self.scales.is_cuda and not tile.dense:
                 if torch.cuda.is_current_stream_capturing():
                     return tile  # no time for a trial; `warm_up` is to be called before a capture

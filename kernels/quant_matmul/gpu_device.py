@@ -24,14 +24,21 @@ class GpuDevice:
         self._proven: dict[object, Tile] = {}
 
     def choose(
-        self, layout: Layout, rows: int, dtype: torch.dtype, scales: Scales, *, invariant: bool = False
+        self,
+        layout: Layout,
+        rows: int,
+        dtype: torch.dtype,
+        scales: Scales,
+        *,
+        invariant: bool = False,
+        fractional: bool = False,
     ) -> Tile:
         """Give the measured tile where it fits, or else the rule's; a row-invariant one always comes from the rule."""
         if not invariant:
             found = self.table.find(layout, rows, dtype, scales)
             if found is not None and _fits(found, layout, rows):
                 return found
-        return tile_for(layout, rows, dtype, scales, self.gpu, invariant=invariant)
+        return tile_for(layout, rows, dtype, scales, self.gpu, invariant=invariant, fractional=fractional)
 
     def proven(self, key: object, tile: Tile, is_exact: Callable[[Tile], bool]) -> Tile:
         """Give `tile`, or a safe one (with a warning) where `is_exact` finds that it computes wrongly here.

@@ -41,10 +41,18 @@ class Gpu:
 
 
 def tile_for(
-    layout: Layout, rows: int, dtype: torch.dtype, scales: Scales, gpu: Gpu, *, invariant: bool = False
+    layout: Layout,
+    rows: int,
+    dtype: torch.dtype,
+    scales: Scales,
+    gpu: Gpu,
+    *,
+    invariant: bool = False,
+    fractional: bool = False,
 ) -> Tile:
     """The untuned tile for a batch of `rows`; a test compiles each for sm_80 and sm_90 without spills.
 
+    `fractional`: zero points are no integers, which takes a few registers more where there are groups.
     `invariant`: the same tile and the same splits whatever the number of rows and the kind of scales, so that a row's
     bits do not depend on the batch. Large batches then do the splits one after the other.
     """
@@ -55,11 +63,11 @@ def tile_for(
     elif invariant:
         tiles = [_invariant_tile(layout, gpu)]
     elif rows <= 64:
-        tiles = list(decode_tiles(layout, rows, scales, gpu))
+        tiles = list(decode_tiles(layout, rows, scales, gpu, fractional=fractional))
     elif rows >= DENSE_ROWS and scales != "group":
         return _prefill_tile(layout, scales, gpu)._replace(dense=True)
     else:
-        tiles = [_prefill_tile(layout, scales, gpu)]
+        tiles = [_prefill_tile(layout, scales, gpu, fractional=fractional)]
     if invariant:
         splits = _best([tiles[0]], layout, tiles[0].rows, gpu).splits
         return tiles[0]._replace(splits=splits, in_turn=splits > 1 and rows > 64, ahead=ahead)
@@ -112,13 +120,15 @@ def programs_per_processor(tile: Tile, layout: Layout, gpu: Gpu) -> int:
     return max(1, min(fit, gpu.shared // taken))
 
 
-def decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterator[Tile]:
+def decode_tiles(
+    layout: Layout, rows: int, scales: Scales, gpu: Gpu, *, fractional: bool = False
+) -> Iterator[Tile]:
     """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales.
 
     All that the rule chooses from, before splits and an early launch; `rows` is a bucket.
     """
     odd = layout.bits in (2, 3)
-    many = layout.groups_per_tile > 2 and (odd or rows > 8)
+    many = layout.groups_per_tile > 2 and (odd or fractional or rows > 8)
     if scales == "group" and (many or (layout.bits != 4 and layout.groups > 1 and not gpu.register_products)):
         yield Tile(16, 64, 4, 3)  # sums of a group, of all, and scales of both kinds at once
         return
@@ -143,11 +153,12 @@ def decode_tiles(layout: Layout, rows: int, scales: Scales, gpu: Gpu) -> Iterato
             yield Tile(size, 256, 8, 4)  # inputs come from the cache half as often
 
 
-def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu) -> Tile:
+def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu, *, fractional: bool = False) -> Tile:
     """More than 64 activations. Groups of inputs add as many sums again, which fill the registers."""
     warps = 8 if layout.panel == 128 else 4
     taskwise = scales == "group"
-    if warps == 4 or not gpu.register_products or layout.groups_per_tile > 1 or taskwise:
+    crowded = layout.groups_per_tile > 1 or (fractional and layout.groups > 1)
+    if warps == 4 or not gpu.register_products or crowded or taskwise:
         size = 64 if gpu.register_products or layout.bits != 8 else 32
         if taskwise and layout.groups_per_tile > 1:
             size = 32

@@ -122,6 +122,19 @@ def test_wide_tiles_read_the_inputs_of_many_activations_half_as_often() -> None:
     assert tile_for(layout(44032, 8192), 1, torch.bfloat16, "channel", H200).outputs == 128
 
 
+def test_zero_points_that_are_no_integers_take_a_smaller_tile_where_there_are_groups() -> None:
+    """Triton 3.6 spills 24 bytes of the larger one, and 8 of a decode step's four groups a tile."""
+    device = GpuDevice(H200, TileTable([]), assembly=True)
+    for cut, rows, kind, usual, smaller in (
+        (layout(12288, 4096, 4, 128), 512, "channel", (128, 128), (64, 128)),
+        (layout(12288, 4096, 4, 32), 8, "group", (8, 128), (16, 64)),
+        (layout(12288, 4096), 512, "channel", (128, 128), (128, 128)),
+    ):
+        for fractional, want in ((False, usual), (True, smaller)):
+            tile = device.choose(cut, rows, torch.bfloat16, kind, fractional=fractional)  # type: ignore[arg-type]
+            assert (tile.rows, tile.outputs) == want
+
+
 def test_long_batches_make_floats_once() -> None:
     cut = layout(4096, 4096)
     for kind in KINDS:

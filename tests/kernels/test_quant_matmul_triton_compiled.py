@@ -77,7 +77,15 @@ def compile_case(case: Case, tile: Any = None) -> tuple[Any, Any]:
     layout, device = layout_of_case(case), gpu_of(case.arch)
     dtype = DTYPES[case.dtype]
     if tile is None:
-        tile = tile_rule.tile_for(layout, case.rows, dtype, case.scales, device, invariant=case.invariant)
+        tile = tile_rule.tile_for(
+            layout,
+            case.rows,
+            dtype,
+            case.scales,
+            device,
+            invariant=case.invariant,
+            fractional=case.zeros == 2,
+        )
     assert not tile.dense, case
     copied = needs_copies(case.rows, totals=case.zeros == 2)
     inputs = "none" if case.scales != "channel+input" else "copies" if copied else "by row"
