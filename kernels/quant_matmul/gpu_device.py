@@ -94,6 +94,6 @@ def gpu_device(device: torch.device) -> GpuDevice:
         found.multi_processor_count,
         register_products=nvidia and found.major == 9,
         early_launch=nvidia and found.major >= 9,
-        shared=found.shared_memory_per_multiprocessor,
+        shared=found.shared_memory_per_multiprocessor if nvidia else 64 << 10,
     )
     return GpuDevice(gpu, TileTable.load(found.name), assembly=nvidia and found.major >= 8)

@@ -11,7 +11,7 @@ import torch
 
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
-from peqa_runtime.bench.run import PARTS, Options, measure
+from peqa_runtime.bench.run import PARTS, Options, has_weights, measure
 from peqa_runtime.bench.workload import Load, random_set
 from peqa_runtime.errors import PeqaError
 from peqa_runtime.model.base_checkpoint import read_manifest
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured(given: argparse.Namespace, base: Path, parts: tuple[str, ...]) -> int:
     """Measure, print and write; 0."""
+    if parts == ("gpu",) and not has_weights(base):
+        print(f"{base} has a tokenizer only: the answers of CPU and GPU are not compared", file=sys.stderr)
     load = Load(given.prompt_tokens, given.output_tokens, given.tasks)
     options = Options(base, parts, given.device, given.seconds, given.batches, given.seed, load)
     progress = Progress(len(parts), sys.stderr)
@@ -79,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m peqa_runtime.bench --only mixed,profile --out rows.json",
     )
     parser.add_argument(
-        "base", type=Path, nargs="?", help="a base folder; default: the demo's, under $PEQA_HOME"
+        "base",
+        type=Path,
+        nargs="?",
+        help="a base folder, or for --only gpu that of a tokenizer; default: the demo's base, under $PEQA_HOME",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as one JSON array")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
