@@ -276,7 +276,7 @@ def quant_matmul_kernel(
     op = xp
     gp = xp
     # Two programs of this tile share a processor: the tasks' registers are needed in the loop, see PARTS.
-    LATE: tl.constexpr = BN == 256 and BM == 32 and INPUTS != BY_ROW
+    LATE: tl.constexpr = BN == 256 and BM == 32 and INPUTS != BY_ROW and GROUPED != TASKWISE
     if (HAS_OUT and not LATE) or INPUTS == BY_ROW:
         task = rows_of(row, rm, live, bank_rows).to(tl.int64)
         op = out + task * N + first

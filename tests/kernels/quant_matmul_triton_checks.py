@@ -106,11 +106,16 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
         Tile(32, 64, 4, 3, taskwise=True),
         Tile(8, 256, 8, 2, splits=2),
         Tile(32, 256, 8, 2, splits=2),
+        Tile(32, 256, 8, 2, taskwise=True),
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
         [(bits, groups) for bits, groups in ((4, 1), (4, 8), (3, 2)) if bits in WIDTHS],
-        zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input", "channel"], strict=True),
+        zip(
+            tiles,
+            ["channel", "mixed", "group", "mixed", "group", "channel+input", "channel", "group"],
+            strict=True,
+        ),
     ):
         if tile.outputs == 256 and groups > 1:
             continue  # not chosen there
