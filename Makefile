@@ -3,7 +3,8 @@
 #   make test    the tests (ALL=1: the slow ones too; JOBS=2: two at a time, but for those that judge times; CI does both)
 #   make lint    ruff and mypy
 #   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
-#   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one
+#   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one;
+#                SETUP=0 ARGS="--device cuda": only the GPU's table, with what $(PYTHON) has (torch and triton are enough)
 #   make bench-tuning DATA=DIR [OUT=FILE] [DOCUMENT=FILE] [FULL=1]   tuned sets against LoRA and the float model, one to
 #                two hours on two cores; rows that OUT has are kept, DOCUMENT gets its tables anew.
 #                `python -m peqa_runtime.bench.tuning fetch DIR` gets the data
@@ -18,6 +19,7 @@ OUT ?=
 FULL ?=
 DATA ?=
 DOCUMENT ?=
+SETUP ?= 1
 PEQA_HOME ?= $(CURDIR)/.peqa
 export PEQA_HOME
 TORCH_VERSION ?= 2.13.0
@@ -31,7 +33,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: serve test lint format setup setup-dev clean bench-kernels bench-engine bench-tuning
+.PHONY: serve test lint format setup setup-dev clean imports bench-kernels bench-engine bench-tuning
 
 serve: $(STAMP)
 	$(BIN)/peqa serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -45,18 +47,27 @@ else
 	$(BIN)/python -m pytest -m "$(CHOSEN)" $(ARGS)
 endif
 
-# mypy follows no import hook, which is what an editable install with renamed folders is: give it the import names.
-lint: $(STAMP_DEV)
+# The folders under their import names, for who cannot use an editable install: a machine without network, and mypy, which
+# follows no import hook.
+imports:
 	@mkdir -p build/types && for pair in kernels:peqa_kernels server:peqa_server loadtest:peqa_loadtest \
 	  peqa_runtime:peqa_runtime; do ln -sfn ../../$${pair%%:*} build/types/$${pair##*:}; done
+
+lint: $(STAMP_DEV) imports
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	MYPYPATH=build/types $(BIN)/mypy -p peqa_kernels -p peqa_runtime -p peqa_server -p peqa_loadtest
 
 format: $(STAMP_DEV)
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench-kernels: $(STAMP)
-	$(BIN)/python -m peqa_kernels.bench $(if $(OUT),--out $(OUT)) $(ARGS)
+ifeq ($(SETUP),0)
+ifneq ($(filter-out bench-kernels imports clean,$(MAKECMDGOALS)),)
+$(error SETUP=0 goes with bench-kernels only)
+endif
+endif
+BARE := $(filter 0,$(SETUP))
+bench-kernels: $(if $(BARE),imports,$(STAMP))
+	$(if $(BARE),PYTHONPATH=build/types $(PYTHON),$(BIN)/python) -m peqa_kernels.bench $(if $(OUT),--out $(OUT)) $(ARGS)
 
 bench-engine: $(STAMP)
 	$(BIN)/python -m peqa_loadtest.bench $(MODEL) $(if $(OUT),--out $(OUT)) $(if $(FULL),--minutes 20) $(ARGS)

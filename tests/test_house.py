@@ -164,3 +164,63 @@ def test_make_installs_the_torch_that_fits_the_machine(gpu: bool, tmp_path: Path
     ).stdout
     assert ("for CUDA" in planned) is gpu
     assert ('[ -n "yes" ]' in planned) is gpu  # the branch without "+cpu"
+
+
+def test_the_kernels_bench_runs_without_set_up() -> None:
+    """On a machine that has torch and triton, and no network."""
+
+    def dry(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            "make",
+            "-n",
+            *arguments,
+            "SETUP=0",
+            "PYTHON=python3.x",
+            "ARGS=--device cuda",
+            "OUT=rows.json",
+        ]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True
+        )
+
+    done = dry("bench-kernels")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "PYTHONPATH=build/types python3.x -m peqa_kernels.bench --out rows.json --device cuda" in done.stdout
+    )
+    assert "pip" not in done.stdout
+    refused = dry("bench-engine")
+    assert refused.returncode != 0
+    assert "SETUP=0 goes with bench-kernels only" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "status", "sentence"),
+    [
+        (["peqa_kernels.bench", "--help"], 0, "--device"),
+        (["peqa_kernels.bench", "--device", "cuda"], 2, "no CUDA device"),
+        (["peqa_kernels.quant_matmul.cli", "--rows", "16"], 2, "torch sees none"),
+        (["peqa_runtime.bench", "--help"], 0, "--only"),
+        (["peqa_runtime.bench", "no-such-base", "--only", "gpu"], 2, "no CUDA device"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_gpu_benches_start_without_the_servers_packages(
+    command: list[str], status: int, sentence: str, tmp_path: Path
+) -> None:
+    """As far as they come without a GPU."""
+    missing = ("fastapi", "pydantic", "uvicorn", "starlette", "prometheus_client", "llguidance")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr[-2000:]
+    assert sentence in done.stdout + done.stderr

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +17,9 @@ from peqa_kernels.bench.machine import measure_machine
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Clock, GraphReplay, Timer
+
+if TYPE_CHECKING:
+    from peqa_kernels.quant_matmul.gpu_compile import Job
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         devices = ["cpu"]
     cases = {name: [c for c in _cases(name) if options.only in c.name] for name in devices}
-    progress = Progress(sum(map(len, cases.values())) + len(devices), sys.stderr)
+    compiles = "cuda" in devices and not options.only
+    progress = Progress(sum(map(len, cases.values())) + len(devices) + compiles, sys.stderr)
     rows: list[Row] = []
     failed: list[str] = []
     try:
         with torch.inference_mode():
+            if compiles:
+                progress.case("compiling")
+                compile_beforehand(gpu.jobs(gpu.PLAN))
             for name in devices:
                 _measure(torch.device(name), cases[name], options.seconds, progress, rows, failed)
     finally:  # what was measured is kept, also after Ctrl-C
@@ -43,6 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     for name in failed:
         print(f"not measured: {name}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def compile_beforehand(jobs: Iterable[Job]) -> None:
+    """Fill Triton's cache by many processes, which are gone before anything is measured."""
+    from peqa_kernels.quant_matmul.gpu_compile import Compilers
+
+    with Compilers() as compilers:
+        for reason in compilers.compile(jobs):
+            print(f"not compiled beforehand: {reason}", file=sys.stderr)
 
 
 def _measure(

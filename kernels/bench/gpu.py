@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,15 @@ from peqa_kernels.bench.weights import (
     dense,
     dense_rotation,
     group_bank,
+    layout,
     ours,
     rotation,
     task_rows,
 )
+from peqa_kernels.quant_matmul.tuning import Scales, bucket
+
+if TYPE_CHECKING:
+    from peqa_kernels.quant_matmul.gpu_compile import Job
 
 SMALL_SHARE, LARGE_SHARE = 0.80, 0.90  # of the floor, below and from LARGE_IN inputs on
 LARGE_IN = 8192
@@ -39,6 +44,7 @@ LORA_SPEEDUP = 1.5
 LORA_RANK = 16
 PREFILL_SHARE = 0.85
 BF16 = 2  # bytes
+MIDDLE = 0  # how the kernel holds zero points that are all the middle code, as these weights' are
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,24 @@ def cases(plan: GpuPlan) -> list[Case]:
         Case(f"gpu {shape.name} {shape.format} decode", partial(_formats, plan, shape))
         for shape in plan.informing
     ]
+
+
+def jobs(plan: GpuPlan) -> list[Job]:
+    """The kinds of launches of quant_matmul in the cases of the plan, each once: what can be compiled beforehand."""
+    from peqa_kernels.quant_matmul.gpu_compile import Job
+
+    asked: list[tuple[Shape, int, Scales, bool]] = []
+    for shape in plan.shapes:
+        for rows in (*plan.rows, plan.tasks, plan.lora_tasks, *plan.prefill[:1]):
+            asked.append((shape, rows, "channel", False))
+        asked += [(shape, rows, "channel", True) for rows in plan.invariant_rows]
+        asked.append((replace(shape, group_size=plan.group_size), plan.group_tasks, "group", False))
+    asked += [(shape, rows, "channel", False) for shape in plan.informing for rows in plan.informing_rows]
+    made = [
+        Job(layout(shape), MIDDLE, torch.float16, bucket(rows), torch.bfloat16, scales, None, invariant)
+        for shape, rows, scales, invariant in asked
+    ]
+    return list(dict.fromkeys(made))
 
 
 def _formats(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[Row]:

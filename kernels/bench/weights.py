@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from peqa_kernels.quant_matmul import (
     prepare,
     quant_matmul,
 )
+
+if TYPE_CHECKING:
+    from peqa_kernels.quant_matmul.gpu_layout import Layout
 
 PEER_GROUPS = (256, 128, 64, 32)  # group sizes of torch's int4 ops, the cheapest first
 INNER_K_TILES = 8  # of the CUDA op's layout: its widest loads
@@ -90,6 +95,16 @@ def random_weight(shape: Shape, device: torch.device) -> QuantizedWeight:
         if shape.halves:
             zeros = (scales * zeros).half().float() / scales
     return QuantizedWeight(qweight, scales, zeros, shape.bits, k)
+
+
+def layout(shape: Shape) -> Layout:
+    """How a GPU's kernel cuts such a weight up."""
+    from peqa_kernels.quant_matmul.gpu_layout import layout_of
+
+    empty = partial(torch.empty, device="meta")
+    qweight = empty((shape.out_features, packed_width(shape.in_features, shape.bits)), dtype=torch.uint8)
+    scales = empty((shape.out_features, shape.groups))
+    return layout_of(QuantizedWeight(qweight, scales, scales, shape.bits, shape.in_features), shape.segments)
 
 
 def rotation(shape: Shape, device: torch.device, span: int) -> list[PreparedWeight]:

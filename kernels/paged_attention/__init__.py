@@ -101,7 +101,7 @@ def paged_attention(
             kv_heads (query head h reads h // (heads // kv_heads)). On a CPU of any float dtype: it is computed in fp32.
         value_cache: [blocks, block_size, kv_heads, d_v], likewise.
         block_tables: int32 [seqs, max_blocks].
-        query_starts: int32 [seqs + 1], first row of each sequence in q; the last entry is `tokens`.
+        query_starts: int32 [seqs + 1], first row of each sequence in q: 0 first, `tokens` last.
         seq_lens: int32 [seqs], keys of each sequence, the new tokens included.
         scaling: factor on q·k.
         sliding_window: a query sees its own position and the sliding_window - 1 before it.
@@ -109,7 +109,8 @@ def paged_attention(
         sinks: [heads], each one more logit in the softmax that carries no value.
         plan: what the host knows of the step, for launches on a GPU.
 
-    Raises AttentionInputError, before anything is computed, for shapes, dtypes, devices or layouts that do not fit.
+    Raises AttentionInputError, before anything is computed, for shapes, dtypes, devices, layouts or query starts that
+    do not fit (on a GPU query starts are read, which waits for the device, where no plan is given).
     """
     check_attention(
         q, key_cache, value_cache, block_tables, query_starts, seq_lens, sliding_window, softcap, sinks, plan

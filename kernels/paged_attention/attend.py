@@ -181,10 +181,11 @@ def decode_kernel(
     PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One split of the keys of a sequence with one new token; PACKED query heads of one key/value head in a tile.
+    """Splits of the keys of a sequence with one new token; PACKED query heads of one key/value head in a tile.
 
-    Grid: (sequences, kv_heads * tiles per kv head, splits). Writes out [tokens, heads, d_v] where the sequence has one
-    split only, else part [sequences, splits, heads, d_v] and stat [sequences, splits, heads, 2] (maximum, denominator).
+    Grid: (sequences, kv_heads * tiles per kv head, programs that take the splits in turn). Writes out [tokens, heads,
+    d_v] where the sequence has one split only, else part [sequences, splits, heads, d_v] and stat [sequences, splits,
+    heads, 2] (maximum, denominator).
     """
     if EARLY:
         begin_early()
@@ -197,8 +198,7 @@ def decode_kernel(
         key_from = tl.maximum(0, length - window) if HAS_WINDOW else 0
         first_split = _split_of(key_from)
         last_split = _split_of(length - 1)
-        split = first_split + tl.program_id(2)
-        if split <= last_split:
+        if first_split + tl.program_id(2) <= last_split:
             kv_head = tl.program_id(1) // chunks
             row = tl.arange(0, ROWS)
             in_group = (tl.program_id(1) % chunks) * PACKED + row
@@ -209,30 +209,31 @@ def decode_kernel(
             q = _query_rows(
                 q_ptr, tokens, head, real, q_token_stride, q_head_stride, key_ptr.dtype.element_ty, d, D
             )
-            best = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, D_V], tl.float32)
-            best, total, acc = _span(
-                tl.maximum(_split_start(split), key_from // KEYS * KEYS),
-                tl.minimum(_split_start(split + 1), length),
-                best, total, acc, q, key_ptr, value_ptr, table_ptr + sequence.to(tl.int64) * table_stride,
-                key_from, length, position, window, scale, cap, kv_head, kv_heads, block_size, d, d_v,
-                HAS_CAP, HAS_WINDOW, True, False, KEYS, D, D_V,
-            )  # fmt: skip
-            if first_split == last_split:
-                best_0, total_0, acc_0 = _start(sinks_ptr, head, real, HAS_SINKS, ROWS, D_V)
-                best, total, acc = _merge(best_0, total_0, acc_0, best, total, acc)
-                _store(out_ptr, tokens, head, real, total, acc, heads, d_v, D_V)
-            else:
-                line = (sequence.to(tl.int64) * splits + tl.program_id(2)) * heads + head
-                at_v = tl.arange(0, D_V)
-                tl.store(
-                    part_ptr + line[:, None] * d_v + at_v[None, :],
-                    acc,
-                    mask=real[:, None] & (at_v < d_v)[None, :],
-                )
-                tl.store(stat_ptr + line * 2, best, mask=real)
-                tl.store(stat_ptr + line * 2 + 1, total, mask=real)
+            for split in range(first_split + tl.program_id(2), last_split + 1, tl.num_programs(2)):
+                best = tl.full([ROWS], float("-inf"), tl.float32)
+                total = tl.zeros([ROWS], tl.float32)
+                acc = tl.zeros([ROWS, D_V], tl.float32)
+                best, total, acc = _span(
+                    tl.maximum(_split_start(split), key_from // KEYS * KEYS),
+                    tl.minimum(_split_start(split + 1), length),
+                    best, total, acc, q, key_ptr, value_ptr, table_ptr + sequence.to(tl.int64) * table_stride,
+                    key_from, length, position, window, scale, cap, kv_head, kv_heads, block_size, d, d_v,
+                    HAS_CAP, HAS_WINDOW, True, False, KEYS, D, D_V,
+                )  # fmt: skip
+                if first_split == last_split:
+                    best_0, total_0, acc_0 = _start(sinks_ptr, head, real, HAS_SINKS, ROWS, D_V)
+                    best, total, acc = _merge(best_0, total_0, acc_0, best, total, acc)
+                    _store(out_ptr, tokens, head, real, total, acc, heads, d_v, D_V)
+                else:
+                    line = (sequence.to(tl.int64) * splits + split - first_split) * heads + head
+                    at_v = tl.arange(0, D_V)
+                    tl.store(
+                        part_ptr + line[:, None] * d_v + at_v[None, :],
+                        acc,
+                        mask=real[:, None] & (at_v < d_v)[None, :],
+                    )
+                    tl.store(stat_ptr + line * 2, best, mask=real)
+                    tl.store(stat_ptr + line * 2 + 1, total, mask=real)
 
 
 @triton.jit(do_not_specialize=["window", "splits"])

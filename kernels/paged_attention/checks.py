@@ -1,6 +1,12 @@
-"""What a call of paged attention must look like. Shapes, dtypes and layouts only: no tensor's values are read."""
+"""What a call of paged attention must look like: shapes, dtypes, layouts, and where each sequence's queries begin.
+
+Those are read on a CPU, and on a GPU where no plan came with them: there the host has to wait for the device, which a
+step that the host has planned never does.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -63,6 +69,24 @@ def check_attention(
         _same_device("sinks", sinks, key_cache)
     if plan is not None and not 1 <= plan.max_new <= plan.max_len:
         _refuse(f"a plan wants 1 <= max_new <= max_len, not {plan.max_new} and {plan.max_len}")
+    if _may_read(query_starts, plan):
+        check_starts(query_starts.tolist(), q.shape[0])
+
+
+def check_starts(starts: list[int], tokens: int) -> None:
+    """Raise AttentionInputError for queries that belong to no sequence, or to two: their rows would not be written."""
+    if starts[0] == 0 and starts[-1] == tokens and starts == sorted(starts):
+        return
+    wrong = next(
+        (s for s, (first, last) in enumerate(itertools.pairwise(starts)) if last < first or last > tokens),
+        None,
+    )
+    if wrong is None:
+        wrong = 0 if starts[0] != 0 else max(0, len(starts) - 2)
+    _refuse(
+        f"sequence {wrong} does not fit: query starts must rise from 0 to the {tokens} tokens, and they begin with "
+        f"{starts[:4]} and end with {starts[-1]}"
+    )
 
 
 def check_write(
@@ -100,6 +124,13 @@ def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
     if layout is None or (on_gpu and not (key_cache.is_contiguous() and value_cache.is_contiguous())):
         _refuse("the caches must be contiguous, or on the CPU as `new_caches` lays them out")
     _same_device("value_cache", value_cache, key_cache)
+
+
+def _may_read(tensor: Tensor, plan: AttentionPlan | None) -> bool:
+    """Whether its values can be looked at without a wait that a launch must not have, or cannot."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not tensor.is_cuda or (plan is None and not torch.cuda.is_current_stream_capturing())
 
 
 def _same_device(name: str, tensor: Tensor, cache: Tensor) -> None:

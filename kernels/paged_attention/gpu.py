@@ -6,6 +6,7 @@ FlashAttention 3 on Hopper (4 on Blackwell), packages that torch does not bring,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peqa_kernels.paged_attention.tiles import LEAST_WIDTH, Tile, decode_tile, m
 from peqa_kernels.paged_attention.write import write_kernel
 
 _LOG2E = 1.4426950408889634
+_PROGRAMS = 4  # of a decode step, for each processor: as many as its registers and shared memory hold
 
 
 def paged_attention_gpu(
@@ -73,7 +75,8 @@ def paged_attention_gpu(
         splits = most_splits(plan.max_len, sliding_window)
         parts = torch.empty(seqs, splits, heads, d_v, dtype=torch.float32, device=q.device)
         stats = torch.empty(seqs, splits, heads, 2, dtype=torch.float32, device=q.device)
-        attend.decode_kernel[(seqs, kv_heads * chunks, splits)](
+        programs = split_programs(seqs * kv_heads * chunks, splits, _processors(q.device))
+        attend.decode_kernel[(seqs, kv_heads * chunks, programs)](
             *inputs, parts, stats, *numbers, splits, *strides,
             **shape, **_tile_constants(tile, packed, d, d_v), **_options(tile), **early,
         )  # fmt: skip
@@ -84,6 +87,16 @@ def paged_attention_gpu(
                 D_V=triton.next_power_of_2(d_v), num_warps=1, enable_fp_fusion=False, **early,
             )  # fmt: skip
     return out
+
+
+def split_programs(others: int, splits: int, processors: int) -> int:
+    """Programs among which the splits of each sequence and key/value head are dealt out, `others` being those.
+
+    A CUDA graph is launched for the longest sequences that it may meet: one program for each split would mean
+    thousands that find nothing to do, and each of them keeps a place on a processor until it knows. So no more than
+    fill the processors a few times; where all sequences are short, the first program has all the work.
+    """
+    return max(1, min(splits, -(-_PROGRAMS * processors // others)))
 
 
 def packing(repeat: int, tile: Tile) -> tuple[int, int]:
@@ -158,6 +171,12 @@ def warm_up(
     plan = AttentionPlan(max_new=2, max_len=1 << 13, invariant=invariant)
     caches = (key_cache, value_cache, table, starts, lens)
     paged_attention_gpu(q, *caches, scaling, sliding_window, softcap, sinks, plan)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors. (No GPU: the interpreter in a test, few, so that its programs take several splits.)"""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _has_wgmma(device: torch.device) -> bool:

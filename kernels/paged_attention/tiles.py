@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 # The first SPLITS_PER_LEVEL splits have FIRST_SPLIT keys each, the next as many twice that, and so on: a sequence of
-# 4 096 keys is read by 16 programs per key/value head, one of 128 000 by 81, and a launch for the longest sequence that
-# a server takes is not a thousand programs of which a short sequence needs two. Boundaries are absolute positions.
+# 4 096 keys is read by up to 16 programs per key/value head, one of 128 000 by up to 81, and a launch for the longest
+# sequence that a server takes has no room for a thousand partial results where a short one gives two. Boundaries are
+# absolute positions.
 FIRST_SPLIT = 256
 SPLITS_PER_LEVEL = 16
 

@@ -90,7 +90,10 @@ class TritonGpu:
         key = (bucket(rows), dtype, scales)
         tile = self._tiles.get(key)
         if tile is None:
-            tile = self.device.choose(self.layout, rows, dtype, scales, invariant=self._invariant)
+            fractional = self.zeros_mode == gpu_kernel.FRACTIONAL.value
+            tile = self.device.choose(
+                self.layout, rows, dtype, scales, invariant=self._invariant, fractional=fractional
+            )
             if self.scales.is_cuda and not tile.dense:
                 if torch.cuda.is_current_stream_capturing():
                     return tile  # no time for a trial; `warm_up` is to be called before a capture
@@ -227,7 +230,7 @@ def options(tile: Tile) -> dict[str, Any]:
     made: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": True}
     if tile.ahead:
         made["launch_pdl"] = True
-    if tile.warps == 8 and tile.rows <= 16:
+    if tile.warps == 8 and (tile.rows <= 16 or (tile.rows == 32 and tile.outputs == 256)):
         made["maxnreg"] = 128  # two such programs a processor; left alone it takes 164, which allows one
     if tile.outputs == 64 and tile.warps == 4:
         made["maxnreg"] = 255  # left alone it takes 128 for some of them and spills two

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from peqa_kernels.quant_matmul.gpu_layout import Layout
-from peqa_kernels.quant_matmul.tile_rule import Gpu, safe, tile_for
+from peqa_kernels.quant_matmul.tile_rule import MOST_SPLIT_ROW_TILES, Gpu, safe, tile_for
 from peqa_kernels.quant_matmul.tuning import Scales, Tile, TileTable, bucket
 
 
@@ -24,14 +24,21 @@ class GpuDevice:
         self._proven: dict[object, Tile] = {}
 
     def choose(
-        self, layout: Layout, rows: int, dtype: torch.dtype, scales: Scales, *, invariant: bool = False
+        self,
+        layout: Layout,
+        rows: int,
+        dtype: torch.dtype,
+        scales: Scales,
+        *,
+        invariant: bool = False,
+        fractional: bool = False,
     ) -> Tile:
-        """Give the measured tile, or else the rule's; a row-invariant one always comes from the rule."""
+        """Give the measured tile where it fits, or else the rule's; a row-invariant one always comes from the rule."""
         if not invariant:
             found = self.table.find(layout, rows, dtype, scales)
-            if found is not None:
+            if found is not None and _fits(found, layout, rows):
                 return found
-        return tile_for(layout, rows, dtype, scales, self.gpu, invariant=invariant)
+        return tile_for(layout, rows, dtype, scales, self.gpu, invariant=invariant, fractional=fractional)
 
     def proven(self, key: object, tile: Tile, is_exact: Callable[[Tile], bool]) -> Tile:
         """Give `tile`, or a safe one (with a warning) where `is_exact` finds that it computes wrongly here.
@@ -58,6 +65,15 @@ class GpuDevice:
         return self._proven[key]
 
 
+def _fits(tile: Tile, layout: Layout, rows: int) -> bool:
+    """Whether a tile measured on a weight of these sizes can run on this one, whose siblings may end elsewhere."""
+    if tile.dense:
+        return True
+    split = (tile.splits - 1) * -(-layout.tiles // tile.splits) < layout.tiles
+    counted = tile.splits == 1 or tile.in_turn or -(-bucket(rows) // tile.rows) <= MOST_SPLIT_ROW_TILES
+    return tile.outputs in layout.widths and split and counted
+
+
 def key_of(layout: Layout, rows: int, dtype: torch.dtype, scales: Scales) -> object:
     """What tells launches apart that are compiled differently; outputs are no part of it."""
     cut = (layout.bits, layout.groups, layout.group_size, layout.step, layout.panel)
@@ -78,5 +94,6 @@ def gpu_device(device: torch.device) -> GpuDevice:
         found.multi_processor_count,
         register_products=nvidia and found.major == 9,
         early_launch=nvidia and found.major >= 9,
+        shared=found.shared_memory_per_multiprocessor if nvidia else 64 << 10,
     )
     return GpuDevice(gpu, TileTable.load(found.name), assembly=nvidia and found.major >= 8)

@@ -121,6 +121,8 @@ def _sums(
     PER_GROUP: tl.constexpr = TILES // GROUPS if TILES > GROUPS else 1  # tiles in a group
     PAIRS: tl.constexpr = CODES // 2 // SUBS
     EVEN: tl.constexpr = GROUPS * SIZE == TILES * BK
+    # A tile of which two are to share a processor unpacks a quarter at a time: 103 registers, where it took 177.
+    PARTS: tl.constexpr = 4 if BN == 256 and BM == 32 and BITS == 4 and BK == 128 else 1
     dtype: tl.constexpr = xp.dtype.element_ty
     rn = tl.arange(0, BN)
     words += tl.cast(start, tl.int64) * padded * STRIDE
@@ -133,9 +135,11 @@ def _sums(
         loaded = load_words(words, rn, padded, BITS, BN, WORDS)
         words += padded * STRIDE
         if GROUPS == 1:
-            w = run_of(unpack(loaded, away, dtype, BITS, 1, BN, WORDS, ASM), 0, PAIRS, BN, WORDS)
-            xt = _inputs(xp, ip, tile * BK, SIZE - tile * BK, live, BK, EVEN, INPUTS)
-            acc = _dot(w, xt, acc)
+            values = unpack(loaded, away, dtype, BITS, 1, BN, WORDS, ASM)
+            for part in tl.static_range(PARTS):
+                k = tile * BK + part * (BK // PARTS)
+                w = run_of(values, part * (PAIRS // PARTS), PAIRS // PARTS, BN, WORDS)
+                acc = _dot(w, _inputs(xp, ip, k, SIZE - k, live, BK // PARTS, EVEN, INPUTS), acc)
         else:
             if ZEROS == INTEGER:
                 of_groups = _group_zeros(zeros + rn, tile, padded, dtype, SUBS, PER_GROUP, ASM)
@@ -271,7 +275,9 @@ def quant_matmul_kernel(
     tp = totals + wide * GROUPS
     op = xp
     gp = xp
-    if HAS_OUT or INPUTS == BY_ROW:
+    # Two programs of this tile share a processor: the tasks' registers are needed in the loop, see PARTS.
+    LATE: tl.constexpr = BN == 256 and BM == 32 and INPUTS != BY_ROW and GROUPED != TASKWISE
+    if (HAS_OUT and not LATE) or INPUTS == BY_ROW:
         task = rows_of(row, rm, live, bank_rows).to(tl.int64)
         op = out + task * N + first
         if INPUTS == BY_ROW:
@@ -308,6 +314,8 @@ def quant_matmul_kernel(
             split, xp, ip, tp, gp, words, scales, zeros, live, store, padded, N,
             BITS, GROUPS, SIZE, BK, TILES, SPLITS, INPUTS, GROUPED, ZEROS, ASM, BM, BN, STAGES,
         )  # fmt: skip
+        if HAS_OUT and LATE:
+            op = out + rows_of(row, rm, live, bank_rows).to(tl.int64) * N + first
         last = split == split
         if SPLITS > 1:
             if IN_TURN:

@@ -78,6 +78,50 @@ class TileTable:
         return path
 
 
+class Measured:
+    """Microseconds of tiles, kept line by line in a file: a search that ends early goes on where it stopped."""
+
+    def __init__(self, path: Path | None = None, stamp: str = "") -> None:
+        """Read what the file holds; lines with another `stamp` (a compiler's version) count for nothing."""
+        self._path = path
+        self._stamp = stamp
+        self._times: dict[tuple[Any, ...], dict[Tile, float | None]] = {}
+        for text in path.read_text().splitlines() if path is not None and path.exists() else []:
+            try:
+                line = json.loads(text)
+                if line["stamp"] == stamp:
+                    self._times.setdefault(_key_of(line), {})[Tile(*line["tile"])] = line["us"]
+            except (KeyError, TypeError, ValueError):
+                continue  # cut off in the middle
+
+    def of(self, layout: Layout, rows: int, dtype: torch.dtype, scales: Scales) -> dict[Tile, float | None]:
+        """What is known of a launch; None for a tile that does not run."""
+        return self._times.get(_key(layout, rows, dtype, scales), {})
+
+    def add(
+        self,
+        layout: Layout,
+        rows: int,
+        dtype: torch.dtype,
+        scales: Scales,
+        tile: Tile,
+        us: float | None,
+    ) -> None:
+        """Keep one more."""
+        self._times.setdefault(_key(layout, rows, dtype, scales), {})[tile] = us
+        if self._path is not None:
+            line = {**line_of(layout, rows, dtype, scales, tile, us or 0.0), "us": us, "stamp": self._stamp}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def forget(self) -> None:
+        """Delete the file, once all of a search is done."""
+        self._times.clear()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
 def table_path(gpu_name: str, folder: Path = TABLES) -> Path:
     """Where the table of a GPU lies: its name as CUDA gives it, in small letters and hyphens."""
     return folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")

@@ -7,9 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
-from peqa_runtime.bench.run import PARTS, Options, measure
+from peqa_runtime.bench.run import PARTS, Options, has_weights, measure
 from peqa_runtime.bench.workload import Load, random_set
 from peqa_runtime.errors import PeqaError
 from peqa_runtime.model.base_checkpoint import read_manifest
@@ -21,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = tuple(given.only.split(",")) if given.only else PARTS
     if unknown := set(parts) - set(PARTS):
         print(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    if parts == ("gpu",) and given.sets is None and not torch.cuda.is_available():
+        print("no CUDA device is to be had here, and --only gpu needs one", file=sys.stderr)
         return 2
     try:
         base = given.base or _demo_base()
@@ -35,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured(given: argparse.Namespace, base: Path, parts: tuple[str, ...]) -> int:
     """Measure, print and write; 0."""
+    if parts == ("gpu",) and not has_weights(base):
+        print(f"{base} has a tokenizer only: the answers of CPU and GPU are not compared", file=sys.stderr)
     load = Load(given.prompt_tokens, given.output_tokens, given.tasks)
     options = Options(base, parts, given.device, given.seconds, given.batches, given.seed, load)
     progress = Progress(len(parts), sys.stderr)
@@ -74,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m peqa_runtime.bench --only mixed,profile --out rows.json",
     )
     parser.add_argument(
-        "base", type=Path, nargs="?", help="a base folder; default: the demo's, under $PEQA_HOME"
+        "base",
+        type=Path,
+        nargs="?",
+        help="a base folder, or for --only gpu that of a tokenizer; default: the demo's base, under $PEQA_HOME",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as one JSON array")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")

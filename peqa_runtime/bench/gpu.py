@@ -68,10 +68,23 @@ def steps_against_floor(engine: Engine, machine: Machine, load: Load, prompts: P
             name = f"engine/gpu/random-7b/{count}-sequences/graph-against-eager"
             times = {"device": machine.name, "graph_us": seconds * 1e6, "eager_us": eager * 1e6}
             rows.append(Row(name, eager / seconds, "x", ">=", None, times))
-    memory = {"bank_gb": _bank_bytes(engine) / 1e9, "tasks": RESIDENT, "device": machine.name}
-    used = torch.cuda.memory_allocated() if machine.device.type == "cuda" else _bank_bytes(engine)
-    rows.append(Row("engine/gpu/random-7b/memory-with-1000-tasks", used / 1e9, "GB", "<=", None, memory))
-    return rows
+    used = torch.cuda.memory_allocated() if machine.device.type == "cuda" else None
+    return rows + memory_rows(engine, machine, used)
+
+
+def memory_rows(engine: Engine, machine: Machine, used: int | None) -> list[Row]:
+    """Gigabytes of what serving RESIDENT tasks takes, and of its parts, of `used` bytes (None: not known).
+
+    The KV cache stands apart: it takes what is left of the device, however many tasks there are.
+    """
+    cache, bank = _cache_bytes(engine), _bank_bytes(engine)
+    base = _linear_bytes(engine) if used is None else used - cache - bank
+    parts = {"with-1000-tasks": base + bank, "base-and-workspaces": base, "bank": bank, "kv-cache": cache}
+    facts = {"tasks": RESIDENT, "device": machine.name}
+    return [
+        Row(f"engine/gpu/random-7b/memory-{name}", size / 1e9, "GB", "<=", None, facts)
+        for name, size in parts.items()
+    ]
 
 
 def eager_steps(engine: Engine, load: Load, prompts: Prompts, sequences: int) -> list[float]:
@@ -139,3 +152,7 @@ def _hidden(engine: Engine) -> int:
 def _bank_bytes(engine: Engine) -> int:
     tensors = [t for bank in engine.bank.banks for t in (bank.out_scale, bank.in_scale, bank.group_scale)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _cache_bytes(engine: Engine) -> int:
+    return sum(tensor.nbytes for caches in engine.kv_cache.layers for tensor in caches)

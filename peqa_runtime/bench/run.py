@@ -76,8 +76,14 @@ def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
         machine = measure_machine(torch.device("cuda"), GraphReplay(show=progress.detail))
         progress.detail("decode steps of a random 7B base")
         yield random_base_steps(options.base, LlamaShape(), machine, replace(load, tasks=GPU_TASKS), seed)
-        progress.detail("the answers of CPU and GPU")
-        yield [answers_of_both(options.base, "cuda", load, seed)]
+        if has_weights(options.base):
+            progress.detail("the answers of CPU and GPU")
+            yield [answers_of_both(options.base, "cuda", load, seed)]
+
+
+def has_weights(base: Path) -> bool:
+    """False for a tokenizer's folder, which is all that the steps of a random base need of another one."""
+    return (base / "config.json").exists()
 
 
 def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:

@@ -104,6 +104,26 @@ def check_bits(device: str) -> int:
     return 4
 
 
+def check_programs(device: str) -> int:
+    """The same bits however many programs the splits are dealt out to: where keys are cut hangs on no launch."""
+    from peqa_kernels.paged_attention import gpu
+
+    narrow = {"heads": 2, "kv_heads": 1, "d": 16, "dtype": torch.float16, "device": device}
+    case = cases.make_case([(1, 1500), (1, 700), (1, 40), (2, 300)], **narrow)
+    for options, invariant in itertools.product(({}, {"sliding_window": 600}), (False, True)):
+        options = cases.options_for(case, options)
+        answers, launched = [], []
+        for processors in (1, 5, 1000):
+            with patch.object(gpu, "_processors", lambda _, processors=processors: processors):
+                answers.append(attend(case, invariant, **options))
+            launched.append(gpu.split_programs(4, 6, processors))
+        assert launched == [1, 5, 6]
+        assert torch.equal(answers[0], answers[1]), options
+        assert torch.equal(answers[0], answers[2]), options
+        cases.close(answers[0], paged_attention_reference(*case.args, **options), RATIO[torch.float16])
+    return 4
+
+
 def check_chunks(device: str) -> int:
     """In the invariant mode a prompt's bits do not hang on how it is cut: whole, in chunks, token by token.
 
@@ -190,6 +210,7 @@ if __name__ == "__main__":
         check_write,
         check_attention,
         check_bits,
+        check_programs,
         check_chunks,
         check_nothing_foreign_is_read,
         check_queries_as_they_come,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from peqa_kernels.bench.timing import Way
 from peqa_kernels.quant_matmul import (
     LinearBank,
     QuantizedWeight,
@@ -103,11 +105,17 @@ def check_tiles(device: str, dtype: torch.dtype) -> int:
         Tile(16, 128, 4, 1, taskwise=True),
         Tile(32, 64, 4, 3, taskwise=True),
         Tile(8, 256, 8, 2, splits=2),
+        Tile(32, 256, 8, 2, splits=2),
+        Tile(32, 256, 8, 2, taskwise=True),
     ]
     count = 0
     for (bits, groups), (tile, kind) in itertools.product(
         [(bits, groups) for bits, groups in ((4, 1), (4, 8), (3, 2)) if bits in WIDTHS],
-        zip(tiles, ["channel", "mixed", "group", "mixed", "group", "channel+input"], strict=True),
+        zip(
+            tiles,
+            ["channel", "mixed", "group", "mixed", "group", "channel+input", "channel", "group"],
+            strict=True,
+        ),
     ):
         if tile.outputs == 256 and groups > 1:
             continue  # not chosen there
@@ -258,6 +266,49 @@ def check_released_weight(device: str) -> int:
     return 1
 
 
+def check_search(device: str) -> int:
+    """All is compiled before anything is timed; a second search times nothing, and finds the same."""
+    from peqa_kernels.bench.timing import Timing
+    from peqa_kernels.quant_matmul.gpu_compile import Compilers, Job, compiled, job_of
+    from peqa_kernels.quant_matmul.gpu_tune import Search, Wanted, lines
+    from peqa_kernels.quant_matmul.tuning import Measured, Tile
+
+    events: list[object] = []
+
+    class Recorded(Compilers):
+        def compile(self, jobs: Iterable[Job]) -> list[str]:
+            events.extend(job.tile for job in jobs)
+            return []
+
+    class Stages:
+        """Fewer stages are faster, whatever else a tile is."""
+
+        def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
+            events.append(label)
+            return {way.name: Timing(float(way.name.split("stages=")[1][0]), 0.0, 1) for way in ways}
+
+    problem = Problem(device, 4, (256,), 256, 1, "channel", 3, torch.float16, integers=False)
+    weight, wanted = problem.prepared.impl, [Wanted(5, torch.float16), Wanted(16, torch.float16)]
+    measured = Measured()
+    found = list(lines(Search(weight, Recorded(), measured, Stages()), wanted))
+    assert [line["rows"] for line in found] == [8, 16]
+    assert [line["tile"][3] for line in found] == [4, 2], "two fewer than the rule has"
+    timings = [place for place, event in enumerate(events) if isinstance(event, str)]
+    assert [events[place] for place in timings] == ["8 rows", "16 rows", "8 rows", "16 rows"]
+    assert timings[1] == timings[0] + 1
+    assert timings[3] == timings[2] + 1 == len(events) - 1
+    events.clear()
+    assert list(lines(Search(weight, Recorded(), measured, Stages()), wanted)) == found
+    assert events == []
+    for tile in (None, Tile(16, 128, 4, 2, splits=2)):
+        assert compiled(job_of(weight, 16, torch.float16, "channel+input", tile)) == ""
+    no_such_width = job_of(weight, 16, torch.float16, "channel", Tile(16, 32, 4, 2))
+    with Compilers(1) as compilers:
+        (reason,) = compilers.compile([no_such_width, no_such_width._replace(tile=None)])
+    assert "KeyError" in reason
+    return 5
+
+
 def check_warm_up(device: str) -> int:
     """Each kernel once; the exactness trial, which passes here; a broken tile is replaced, with a warning."""
     from peqa_kernels.quant_matmul.gpu_check import is_exact
@@ -302,7 +353,7 @@ if __name__ == "__main__":
         + check_empty_and_strided(where)
     )
     if 4 in WIDTHS:  # these are of 4 bits
-        done += check_single_rows(where, half) + check_warm_up(where)
+        done += check_single_rows(where, half) + check_warm_up(where) + check_search(where)
     done += check_released_weight(where)
     if where == "cpu":
         done += check_rows_outside_the_bank()

@@ -99,6 +99,27 @@ def test_without_a_gpu_only_cpu_rows_are_asked_for(capsys: pytest.CaptureFixture
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("only", ["", "good"])
+def test_on_a_gpu_kernels_are_compiled_before_anything_is_measured(
+    only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def good(*_: object) -> list[Row]:
+        events.append("measured")
+        return [Row("good", 1.0, "x", ">=")]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "GraphReplay", lambda **_: None)
+    monkeypatch.setattr(
+        cli, "measure_machine", lambda *_: Machine(torch.device("cuda"), "test", 1.0, 1.0, 1.0)
+    )
+    monkeypatch.setattr(cli, "_cases", lambda _: [Case("good", good)])
+    monkeypatch.setattr(cli, "compile_beforehand", lambda jobs: events.append("compiled"))
+    assert cli.main(["--device", "cuda", "--only", only]) == 0
+    assert events == (["measured"] if only else ["compiled", "measured"])
+
+
 def test_progress_is_one_line_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from peqa_kernels.bench.lora import LoraSets
 from peqa_kernels.bench.machine import Machine
 from peqa_kernels.bench.timing import GraphReplay
 from peqa_kernels.bench.weights import Shape, channel_bank, random_weight, task_rows
+from peqa_kernels.quant_matmul import prepare
 
 GPU_PLAN = gpu.GpuPlan(
     (Shape((64, 32), 256),),
@@ -216,6 +218,28 @@ def test_every_task_of_a_mixed_batch_has_a_row() -> None:
     scales = random_weight(halves, CPU).scales
     assert torch.equal(scales, scales.half().float())
     assert random_weight(Shape((8,), 32, group_size=32, fractional=True), CPU).zeros.frac().any()
+
+
+def test_launches_that_are_compiled_beforehand_are_those_of_the_cases() -> None:
+    """Each bucket of rows once for each shape, in both modes; a job's weight is held as the cases' weights are."""
+    pytest.importorskip("triton")
+    from peqa_kernels.quant_matmul.gpu_compile import _stand_in, example
+
+    small = Shape((256, 256), 512, halves=True)
+    plan = gpu.GpuPlan((small,), (replace(small, bits=3),), prefill=(2048, 4096))
+    jobs = gpu.jobs(plan)
+    asked = [(job.layout.bits, job.layout.groups, job.rows, job.scales, job.invariant) for job in jobs]
+    assert len(set(asked)) == len(asked)
+    assert {one[2] for one in asked if one[3:] == ("channel", False) and one[0] == 4} == {8, 16, 32, 64, 2048}
+    assert {one[2] for one in asked if one[4]} == {8, 32, 2048}
+    assert [one for one in asked if one[3] == "group"] == [(4, 4, 32, "group", False)]
+    assert {one[2] for one in asked if one[0] == 3} == {8, 16}
+    for job in jobs[:1]:
+        stand_in = _stand_in(job.layout, job.zeros_mode, job.scales_dtype)
+        own = prepare(random_weight(small, CPU), segments=small.segments, backend="gpu").impl
+        assert stand_in.layout == own.layout
+        assert (stand_in.zeros_mode, stand_in.scales.dtype) == (own.zeros_mode, own.scales.dtype)
+        assert example(stand_in, 8, job.dtype, job.scales)[1].out_scale.dtype == torch.float16
 
 
 @pytest.mark.gpu

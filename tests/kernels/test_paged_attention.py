@@ -363,6 +363,44 @@ def test_tables_that_point_outside_are_named_on_the_cpu(index: int, change) -> N
         op.paged_attention(*case.args, scaling=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tokens_before_the_first_sequence_are_named(dtype: torch.dtype) -> None:
+    """Their rows of the answer would be whatever the memory held."""
+    case = make_case([(3, 20)], dtype=dtype)
+    q = torch.cat([case.q[:2], case.q])
+    starts = torch.tensor([2, 5], dtype=torch.int32)
+    for plan in (None, op.AttentionPlan(3, 20)):
+        with pytest.raises(
+            op.AttentionInputError, match=r"rise from 0 to the 5 tokens, and they begin with \[2, 5\]"
+        ):
+            op.paged_attention(q, *case.args[1:4], starts, case.seq_lens, scaling=1.0, plan=plan)
+
+
+@pytest.mark.parametrize("starts", [[1, 2, 4], [0, 3, 2, 4], [0, 2, 3], [0, 5, 4], [0, 1, 5]])
+def test_query_starts_rise_from_0_to_the_number_of_tokens(starts: list[int]) -> None:
+    from peqa_kernels.paged_attention.checks import check_starts
+
+    check_starts([0, 1, 1, 4], 4)
+    check_starts([0], 0)
+    with pytest.raises(op.AttentionInputError, match=r"sequence \d does not fit"):
+        check_starts(starts, 4)
+
+
+def test_on_a_gpu_query_starts_are_read_where_no_plan_says_that_the_host_knows_them() -> None:
+    from types import SimpleNamespace
+    from typing import Any
+    from unittest.mock import patch
+
+    from peqa_kernels.paged_attention.checks import _may_read
+
+    there: Any = SimpleNamespace(is_cuda=True, is_meta=False)
+    with patch("torch.cuda.is_current_stream_capturing", lambda: False):
+        assert _may_read(there, None)
+        assert not _may_read(there, op.AttentionPlan(1, 1))
+    with patch("torch.cuda.is_current_stream_capturing", lambda: True):
+        assert not _may_read(there, None)
+
+
 def test_entries_that_are_not_read_may_hold_anything() -> None:
     case = make_case([(1, 100), (3, 100), (0, 40)])
     want = op.paged_attention(*case.args, scaling=0.125, sliding_window=20)

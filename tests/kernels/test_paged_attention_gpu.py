@@ -189,6 +189,20 @@ def test_splits_cover_all_positions_in_order() -> None:
             assert needed <= most_splits(length, window) <= most_splits(100_000, window)
 
 
+def test_a_decode_graph_launches_no_more_programs_than_fill_the_gpu() -> None:
+    """32 sequences and heads under a reach of 4096 tokens: 16 splits each, whatever the lengths will be."""
+    from peqa_kernels.paged_attention.gpu import split_programs
+    from peqa_kernels.paged_attention.tiles import most_splits
+
+    assert split_programs(32 * 32, most_splits(4096, None), 132) == 1
+    assert split_programs(32 * 8, most_splits(4096, None), 132) == 3
+    assert split_programs(8, most_splits(4096, None), 132) == 16, (
+        "one sequence alone has a program for each split"
+    )
+    assert split_programs(8, most_splits(128_000, None), 132) == 66
+    assert split_programs(4096, 1, 132) == 1
+
+
 @pytest.mark.skipif(
     version("triton") < "3.9" and int(version("numpy").split(".")[1]) >= 4,
     reason="the interpreter of Triton before 3.9 fails on loops with a run-time bound under NumPy 2.4",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from peqa_kernels.bench.machine import Machine
+from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Timing, Way
 from peqa_kernels.quant_matmul import bank_dtype
-from peqa_runtime.bench import cli
+from peqa_runtime.bench import cli, run
 from peqa_runtime.bench.equality import (
     answers_alone,
     little_memory,
@@ -20,7 +22,13 @@ from peqa_runtime.bench.equality import (
     random_cases,
     run_together,
 )
-from peqa_runtime.bench.gpu import answers_of_both, cost_of_equal_bits, eager_steps, steps_against_floor
+from peqa_runtime.bench.gpu import (
+    answers_of_both,
+    cost_of_equal_bits,
+    eager_steps,
+    memory_rows,
+    steps_against_floor,
+)
 from peqa_runtime.bench.profile import step_profile
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.throughput import mixed_against_base
@@ -132,11 +140,20 @@ def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
     config = EngineConfig(num_blocks=128, max_sequences=64)
     with engine_with_tasks(tmp_path / "base", load.task_names, config, "cpu") as engine:
         rows = steps_against_floor(engine, machine, load, Prompts(300, 0))
+        on_device = memory_rows(engine, machine, 10**9)
+        cache = sum(tensor.nbytes for caches in engine.kv_cache.layers for tensor in caches)
     assert [row.name for row in rows] == [
         *(f"engine/gpu/random-7b/{n}-sequences/of-floor" for n in (1, 8, 32, 64)),
-        "engine/gpu/random-7b/memory-with-1000-tasks",
+        *(
+            f"engine/gpu/random-7b/memory-{part}"
+            for part in ("with-1000-tasks", "base-and-workspaces", "bank", "kv-cache")
+        ),
     ]
-    assert [row.bar for row in rows] == [0.6, None, 0.7, None, None]
+    assert [row.bar for row in rows] == [0.6, None, 0.7, None, None, None, None, None]
+    whole, base, bank, kv_cache = (row.value for row in on_device)
+    assert whole == pytest.approx(base + bank)
+    assert kv_cache == pytest.approx(cache / 1e9)
+    assert whole + kv_cache == pytest.approx(1.0), "all that is in use, the cache apart"
     weights = sum(n * k for n, k in shape.linears.values()) * 2
     outputs = sum(n for n, _ in shape.linears.values()) * 2
     moved = weights // 2 + 4 * outputs + 300 * 32 * 4  # codes, scales, the head in fp32
@@ -144,6 +161,32 @@ def test_a_random_base_serves(tiny_base: Path, tmp_path: Path) -> None:
     moved += scale * outputs + 2 * 2 * 8 * 2 * 4 * (6 + 5 // 2)  # one task, keys and values of 8 tokens
     assert rows[0].facts["bytes_floor_us"] == pytest.approx(moved / 1e9 * 1e6)
     assert rows[0].facts["flops_floor_us"] == pytest.approx(2 * (weights + 300 * 32) / 1e12 * 1e6)
+
+
+def test_a_tokenizer_is_all_that_the_steps_on_a_gpu_need(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base may be too large to be brought to a machine without network."""
+    for file in tiny_base.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+
+    def steps(base: Path, *rest: object) -> list[Row]:
+        write_random_base(tmp_path / "random", LlamaShape(32, 64, 1, 4, 2, 300), base)
+        return [Row("steps", 1.0, "x", ">=")]
+
+    answers = Row("answers", 1.0, "share", ">=")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "GraphReplay", lambda **_: None)
+    monkeypatch.setattr(run, "measure_machine", lambda *_: None)
+    monkeypatch.setattr(run, "random_base_steps", steps)
+    monkeypatch.setattr(run, "answers_of_both", lambda *_: answers)
+    assert cli.main([str(tmp_path), "--only", "gpu"]) == 0
+    said = capsys.readouterr()
+    assert "1 rows" in said.out
+    assert "has a tokenizer only" in said.err
+    shutil.rmtree(tmp_path / "random")
+    assert cli.main([str(tiny_base), "--only", "gpu"]) == 0
+    assert "2 rows" in capsys.readouterr().out
 
 
 class NoGraph:
