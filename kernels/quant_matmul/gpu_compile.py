@@ -57,7 +57,7 @@ def compiled(job: Job) -> str:
 
 
 class Compilers:
-    """Processes that compile jobs, as many as there are cores; each has the device to itself as a process has it.
+    """Processes that compile jobs, as many as there are cores. They rest while the device is measured.
 
     Where a process dies, one warning says so, and launches compile what they need themselves.
     """

@@ -35,9 +35,7 @@ class Gpu:
     processors: int  # streaming multiprocessors
     register_products: bool  # wgmma with the weights in registers (Hopper)
     early_launch: bool  # a launch may begin while the one before it ends (Hopper and later)
-    shared: int = (
-        228 << 10
-    )  # bytes of shared memory of a processor; 227 KiB for programs on Hopper, 163 on an A100
+    shared: int = 228 << 10  # bytes of shared memory of a processor; those of Hopper unless told
 
 
 def tile_for(
@@ -141,9 +139,7 @@ def decode_tiles(
         most = 32
     size = min(most, max(16, rows) if odd else rows)
     wide = size == 64 and layout.groups > 1  # sums of a group beside those of all: two threads share them
-    stages = (
-        4 if size <= 16 or gpu.register_products else 3
-    )  # an A100's memory is slower, its shared memory smaller
+    stages = 4 if size <= 16 or gpu.register_products else 3  # an A100 has less shared memory
     yield Tile(size, layout.panel, 8 if wide and layout.panel == 128 else 4, stages)
     plain = layout.groups == 1 and scales in ("base", "channel") and layout.bits == 4
     if plain and size == rows and gpu.register_products:
