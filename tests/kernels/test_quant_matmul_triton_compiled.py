@@ -60,7 +60,8 @@ def choices(case: Case) -> list[Any]:
     """Tiles that the rule has for a decode step of these rows, alone and with the most splits that it gives them."""
     from peqa_kernels.quant_matmul import tile_rule
 
-    tiles = tile_rule.decode_tiles(layout_of_case(case), case.rows, case.scales, gpu_of(case.arch))
+    layout, fractional = layout_of_case(case), case.zeros == 2
+    tiles = tile_rule.decode_tiles(layout, case.rows, case.scales, gpu_of(case.arch), fractional=fractional)
     splits = range(tile_rule.MOST_SPLITS, 1, -1)
     return [
         tile._replace(splits=number, ahead=4 if case.arch == 90 else 0)
@@ -202,7 +203,15 @@ def test_all_compile_without_spills(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [*DECODE, Case(90, 4, -1, 32, dtype="fp16"), Case(90, 4, -1, 32, zeros=2)], ids=str
+    "case",
+    dict.fromkeys(
+        [
+            *DECODE,
+            *(Case(90, 4, -1, 32, **more) for more in ({"dtype": "fp16"}, {"zeros": 2})),
+            *(case for case in SHIPPED if case.rows <= 64 and not case.invariant and case.dtype != "fp32"),
+        ]
+    ),
+    ids=str,
 )
 def test_whatever_the_rule_chooses_compiles_without_spills(case: Case, tmp_path: Path) -> None:
     for tile in choices(case):
