@@ -97,6 +97,7 @@ def test_sigterm_lets_a_running_answer_finish(
     assert answers[0]["usage"]["completion_tokens"] == 400
 
 
+@pytest.mark.alone
 def test_a_second_start_is_ready_within_15_s(
     smollm2_base: Path, tmp_path: Path, start_server: Callable[[list[str]], Any]
 ) -> None:
