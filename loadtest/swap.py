@@ -64,12 +64,12 @@ class UploadHistory:
 
 
 async def ticks(every: float, stop: asyncio.Event) -> AsyncIterator[None]:
-    """A tick every `every` seconds, or as soon as the last one's work is done, until `stop` is set."""
+    """A tick every `every` seconds, until `stop` is set; those that came while work was done follow at once."""
     due = time.perf_counter()
     while True:
-        due = max(due + every, time.perf_counter())
+        due += every
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(stop.wait(), due - time.perf_counter())
+            await asyncio.wait_for(stop.wait(), max(0.0, due - time.perf_counter()))
         if stop.is_set():
             return
         yield
@@ -97,7 +97,7 @@ class SwapCheck:
         self._violations: list[str] = []
 
     async def keep_swapping(self, client: CompletionClient, every: float, stop: asyncio.Event) -> None:
-        """Upload the next set every `every` seconds, or as fast as the server takes them, until `stop` is set."""
+        """Upload the next set every `every` seconds, late ones at once, until `stop` is set."""
         revisions = itertools.cycle(self._revisions.values())
         async for _ in ticks(every, stop):
             await self._upload(client, next(revisions))

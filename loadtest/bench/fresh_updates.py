@@ -34,7 +34,7 @@ class FreshUpdates:
         self._digests = {now.digest}
 
     async def keep_updating(self, client: CompletionClient, every: float, stop: asyncio.Event) -> None:
-        """Upload the next variant every `every` seconds, or as fast as the server takes them, until `stop` is set."""
+        """Upload the next variant every `every` seconds, late ones at once, until `stop` is set."""
         async for _ in ticks(every, stop):
             started, number = time.perf_counter(), len(self._digests)
             if number == MOST_VARIANTS:

@@ -105,7 +105,7 @@ def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
     assert not rows["mixed"]["ok"]
     assert not rows["stale"]["ok"]
     assert rows["failed"]["value"] == 1, "no update fell into the run: that is a failure too"
-    assert not rows["of-each-task"]["ok"], "nor is that five a second"
+    assert not rows["per-second"]["ok"], "nor is that five a second"
     rows = rows_of([failed, good])
     assert rows["failed"]["value"] == 2
     assert rows["inter-token-p99-ratio"]["value"] == pytest.approx(1.0)
@@ -220,7 +220,7 @@ NAMES = [
             "structured/greedy/vs-free-text",
             "structured/sampled/vs-free-text",
             "structured/top-p/vs-free-text",
-            "updates/of-each-task",
+            "updates/per-second",
             "updates/failed",
             "updates/mixed",
             "updates/stale",
