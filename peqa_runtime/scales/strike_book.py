@@ -19,9 +19,8 @@ class StrikeBook:
     def __init__(self, strikes: int) -> None:
         """`strikes`: after how many failures a revision is set aside."""
         self._limit = strikes
-        self._failures: OrderedDict[str, tuple[int, frozenset[str]]] = (
-            OrderedDict()
-        )  # and the tasks concerned
+        # By revision: how many, and the tasks concerned.
+        self._failures: OrderedDict[str, tuple[int, frozenset[str]]] = OrderedDict()
 
     def strike(self, lease: Lease) -> bool:
         """Count a failure; True when it is the one that sets the revision aside."""

@@ -72,7 +72,7 @@ class TaskRegistry:
         self._holders: Counter[str] = Counter()  # revision -> leases
         self._blends: dict[
             str, Lease
-        ] = {}  # revisions without a name that are leased or resident, see `hold`
+        ] = {}  # by revision, those without a name that are leased or resident: `hold`
         self._resident: OrderedDict[str, tuple[int, int]] = OrderedDict()  # least recently used first
         self._unwritten: set[str] = set()  # resident, but the content of the row is not known to be right
         self._strikes: Counter[str] = Counter()  # revision -> requests that ended with NaN or infinity
