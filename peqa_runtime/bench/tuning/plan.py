@@ -127,6 +127,7 @@ REDUCED = Plan(
     40,
     300,
     100_000,
+    task_steps=0.5,
 )
 FULL = Plan(
     PARTS,

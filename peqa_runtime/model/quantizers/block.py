@@ -25,7 +25,9 @@ from peqa_runtime.model.quantizers.rounding import quantize_rtn
 from peqa_runtime.model.quantizers.skeleton import Call
 from peqa_runtime.model.quantizers.workbench import HiddenStates
 
-_STAGES = 8  # passes over the calibration text at most; a block with more distinct inputs (experts) takes one
+_STAGES = 8  # groups of linears with an input of their own; a block with more (experts) counts as one group
+_AT_ONCE = 1 << 31  # bytes of activations for which all windows go through a block together
+_WIDE = 4  # tensors as wide as its widest linear that a block holds at a time: gate, its activation, up, their product
 
 
 class _Enough(Exception):
@@ -44,11 +46,14 @@ class BlockOptions:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Integers of a block's linears, the relative error of each one's outputs, and what training gained."""
+    """Integers of a block's linears, the relative error of each one's outputs, and what training gained. `outputs` of
+    all windows [windows, tokens, D] behind the quantized linears, where they came about on the way.
+    """
 
     weights: dict[str, QuantizedWeight]
     errors: dict[str, float]
     gain: BlockGain | None
+    outputs: Tensor | None = None
 
 
 class Block:
@@ -94,24 +99,32 @@ class Block:
         """
         rounded: dict[str, Rounded] = {}
         errors: dict[str, float] = {}
-        for stage in self._stages(inputs):
-            hessians = self._hessians(stage, inputs)
+
+        def finish(stage: list[str], hessians: Mapping[str, Tensor]) -> None:
             for name in stage:
                 plan = self.plans[name]
                 if plan is not None:
                     rounded[name], errors[name] = self._round(name, plan, hessians[name], options)
-            del hessians
             for name in stage:
                 if name in rounded:
                     self._settle(name, rounded[name].weight)
+
+        stages, outputs = self._stages(inputs), None
+        if len(stages) > 1 and self._goes_through_together(inputs):
+            outputs = self._in_one_pass(stages, inputs, finish)
+        else:
+            for stage in stages:
+                finish(stage, self._hessians(stage, inputs))
         weights = {name: found.weight for name, found in rounded.items()}
         trained = [name for name, plan in self.plans.items() if plan and plan.method == "blockwise"]
         gain = None
         if trained:
             assert targets is not None, "blockwise needs the float block's outputs"
+            outputs = None
             gain, better = self._train({name: rounded[name] for name in trained}, inputs, targets, options)
             weights |= better
-        return BlockResult({name: weights[name] for name in self.linears if name in weights}, errors, gain)
+        made = {name: weights[name] for name in self.linears if name in weights}
+        return BlockResult(made, errors, gain, outputs)
 
     def _round(
         self, name: str, plan: LinearPlan, hessian: Tensor, options: BlockOptions
@@ -156,6 +169,52 @@ class Block:
         stages.append([name for name, plan in self.plans.items() if plan and name not in reached])
         stages = [list(dict.fromkeys(stage)) for stage in stages if stage]
         return stages if len(stages) <= _STAGES else [[name for stage in stages for name in stage]]
+
+    def _goes_through_together(self, inputs: HiddenStates) -> bool:
+        """Whether all windows fit in memory at once, and the call, made for one, gives the same for several."""
+        widest = max(max(linear.in_features, linear.out_features) for linear in self.linears.values())
+        if 4 * inputs.windows * inputs.tokens * widest * _WIDE > _AT_ONCE or inputs.windows < 2:
+            return False
+        two = [inputs.read(window).to(self._device) for window in (0, inputs.windows - 1)]
+        with torch.no_grad():
+            alone = torch.cat([self.run(window) for window in two])
+            try:
+                together = self.run(torch.cat(two))
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                return False
+        return together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-3, atol=1e-5)
+
+    def _in_one_pass(
+        self,
+        stages: list[list[str]],
+        inputs: HiddenStates,
+        finish: Callable[[list[str], Mapping[str, Tensor]], None],
+    ) -> Tensor:
+        """Every stage is finished when its input is there, and the windows go on through the quantized linears.
+
+        Gives what the block makes of them in the end, [windows, tokens, D].
+        """
+        open_stages = {stage[0]: stage for stage in stages}
+
+        def reach(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if name not in open_stages:  # a linear that the block calls again
+                    return
+                hessian = Hessian(args[0].shape[-1], self._device)
+                for window in args[0].split(inputs.tokens) if args[0].dim() == 2 else args[0]:
+                    hessian.add(window)
+                mean, stage = hessian.mean(), open_stages.pop(name)
+                finish(stage, dict.fromkeys(stage, mean))
+
+            return hook
+
+        hidden = torch.cat([inputs.read(window) for window in range(inputs.windows)]).to(self._device)
+        with hooked({name: reach(name) for name in open_stages}, self.linears), torch.no_grad():
+            outputs = self.run(hidden)
+        for stage in list(open_stages.values()):  # not reached by any token
+            means = {name: Hessian(self.linears[name].in_features, self._device).mean() for name in stage}
+            finish(stage, means)
+        return outputs
 
     def _hessians(self, stage: list[str], inputs: HiddenStates) -> dict[str, Tensor]:
         """Second moments of the stage's inputs; linears with the same input share one."""

@@ -59,7 +59,8 @@ class Hessian:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         power = rows.square().sum(-1)
         rows = rows * (_LOUDEST * power.median() / power.clamp_min(1e-20)).clamp_max(1).sqrt()[:, None]
-        self._sum += matmul(rows.t(), rows).to(self._sum.dtype)
+        # Transposed in memory: the product of a view took twice as long (512 tokens, 1536 inputs, Zen 4).
+        self._sum += matmul(rows.t().contiguous(), rows).to(self._sum.dtype)
         self.tokens += len(rows)
 
     def mean(self) -> Tensor:

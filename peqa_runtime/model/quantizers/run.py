@@ -124,7 +124,8 @@ class BlockRun:
             options = replace(self.options, seed=self.options.seed * 1_000_003 + index)
             result = block.quantize(inputs, targets, options)
             if index + 1 < len(self.skeleton.blocks):
-                self._hidden("quantized", index + 1, shape).write(block.outputs(inputs))
+                outputs = block.outputs(inputs) if result.outputs is None else result.outputs.split(1)
+                self._hidden("quantized", index + 1, shape).write(outputs)
         report = {
             "block": name,
             "errors": result.errors,
