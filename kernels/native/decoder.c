@@ -243,7 +243,8 @@ static void keep_outputs(run *r, int32_t *picked)
     r->rows = count;
 }
 
-/* The first token whose id, position or slot lies outside of the tensors, or the first wanted token that is none; -1. */
+/* The first token whose id, position or slot lies outside of the tensors, or the tokens plus the
+ * number of the first wanted token that is none; -1 where all is well. */
 EXPORT int64_t peqa_decode_misfit(const peqa_decoder *m, const decoder_step *s)
 {
     const int64_t slots = m->blocks * m->block_size;
@@ -253,7 +254,7 @@ EXPORT int64_t peqa_decode_misfit(const peqa_decoder *m, const decoder_step *s)
             return i;
     for (int64_t i = 0; i < s->output_count; i++)
         if (s->outputs[i] < 0 || s->outputs[i] >= s->tokens)
-            return s->outputs[i];
+            return s->tokens + i;
     return -1;
 }
 

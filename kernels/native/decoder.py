@@ -14,11 +14,13 @@ from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.ops import NativeOps
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.paged_attention.checks import AttentionInputError
+from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 KINDS = ("matmul", "attention", "elementwise", "head")
 """What a step's time is spent on, in the order of decoder.h."""
 
+_NO_LIMIT = 1 << 31  # of rows of group scales that are not there
 _CALIBRATION = 0.02  # seconds: the counter runs at a fixed rate, which nothing else tells
 
 
@@ -143,6 +145,9 @@ class NativeDecoder:
         self._scratch_floats = ops.function(
             "peqa_decode_scratch", c_int64, c_void_p, c_int64, c_int64, c_int64
         )
+        self._first_outside = ops.function("peqa_first_outside", c_int64, c_void_p, c_int64, c_int64)
+        self._bank_rows: dict[tuple[int, int], tuple[int, int]] = {}
+        self._limits = (0, 0)  # rows of the smallest bank, and of its group scales
         self._layers = (_Layer * len(spec.layers))(*(_layer_struct(layer) for layer in spec.layers))
         intermediate = spec.layers[0].down.packed.in_features
         for layer in spec.layers:
@@ -189,6 +194,7 @@ class NativeDecoder:
             assert self._ops.reads_caches(cache.dtype), cache.dtype
             assert cache.dtype == key_cache.dtype, (cache.dtype, key_cache.dtype)
             assert cache.shape[2:] == (self._spec.kv_heads, self._spec.d), cache.shape
+            assert cache.shape[:2] == key_cache.shape[:2], cache.shape
         self._layers[layer].keys = key_cache.data_ptr()
         self._layers[layer].values = value_cache.data_ptr()
         self._layers[layer].key_block = key_cache.stride(0)
@@ -206,6 +212,10 @@ class NativeDecoder:
             scales = getattr(bank, name)
             assert scales is None or (scales.dtype == bank.out_scale.dtype and scales.is_contiguous()), name
             setattr(struct, name, None if scales is None else scales.data_ptr())
+        own = len(bank.out_scale) if bank.in_scale is None else min(len(bank.out_scale), len(bank.in_scale))
+        self._bank_rows[layer, linear] = own, _NO_LIMIT if bank.group_scale is None else len(bank.group_scale)
+        rows, group_rows = zip(*self._bank_rows.values(), strict=True)
+        self._limits = min(rows), min(group_rows)
 
     def ticks(self) -> tuple[int, ...]:
         """What all steps so far spent on each of KINDS, in ticks of the processor's counter."""
@@ -233,11 +243,27 @@ class NativeDecoder:
         """Compute a step of packed tokens: float32 [R, vocab], or the normed hidden states [R, hidden] without a head.
 
         A row's bits depend on its sequence, its position and its scales, on nothing else in the step. Raises
-        AttentionInputError when tables, lengths or query starts point outside of the caches, before anything is done.
+        AttentionInputError when tables, lengths or query starts point outside of the caches, QuantMatmulInputError when
+        a row is none of a bank's, before anything is done.
         """
-        tokens, count = len(ids), len(outputs)
-        assert count <= tokens, (count, tokens)
-        assert ids.dtype == positions.dtype == slots.dtype == outputs.dtype == torch.int64
+        tokens, count, sequences = len(ids), len(outputs), len(seq_lens)
+        whole = (ids, positions, slots, outputs)
+        words = (block_tables, query_starts, seq_lens, row, group_row)
+        if (
+            count > tokens
+            or any(len(each) != tokens for each in (positions, slots, row, group_row) if each is not None)
+            or (sequences == 0 and tokens > 0)
+            or not len(block_tables) == sequences == len(query_starts) - 1
+            or any(each.dtype != torch.int64 or not each.is_contiguous() for each in whole)
+            or any(each is not None and each.dtype != torch.int32 for each in words)
+            or any(each is not None and not each.is_contiguous() for each in words[1:])
+            or (block_tables.shape[1] > 1 and block_tables.stride(1) != 1)
+        ):
+            shapes = [None if each is None else (each.dtype, tuple(each.shape)) for each in (*whole, *words)]
+            raise AssertionError(f"a step's tensors do not go together: {shapes}")
+        for name, numbers, limit in zip(("row", "group_row"), (row, group_row), self._limits, strict=True):
+            if numbers is not None and self._bank_rows:
+                check_range(self._first_outside(numbers.data_ptr(), tokens, limit), name, numbers, limit)
         result = torch.empty((count, self._result_width))
         threads = torch.get_num_threads()
         step = self._step
@@ -264,7 +290,10 @@ class NativeDecoder:
     def _check(self, step: _Step, table_width: int) -> None:
         """Nothing points outside of its tensor: a microsecond, where a slip would be a write into foreign memory."""
         token = self._misfit(self._address, self._step_address)
-        assert token == -1, f"token {token} of {step.tokens} has an id, position, slot or number out of range"
+        if token != -1:
+            raise AssertionError(
+                f"token {token} of {step.tokens} has an id, position or slot out of range, or a wanted token is none"
+            )
         decoder = self._decoder
         sequence = self._misplaced(
             *(step.block_tables, step.table_stride, step.query_starts, step.seq_lens, step.sequences),

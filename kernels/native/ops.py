@@ -162,6 +162,11 @@ class NativeOps:
             bias = bias.float()
         assert x.dtype == torch.float32, x.dtype
         assert x.stride(1) == 1, x.stride()
+        n, k = packed.out_features, packed.in_features
+        assert x.shape[1] == k, (x.shape, k)
+        assert bias is None or (bias.shape == (n,) and bias.is_contiguous()), bias.shape
+        for numbers in (row, group_row):
+            assert numbers is None or (numbers.shape == (rows,) and numbers.is_contiguous()), numbers.shape
         assert row is None or row.dtype == torch.int32, row.dtype
         assert group_row is None or group_row.dtype == torch.int32, group_row.dtype
         dtype = None
@@ -242,8 +247,8 @@ class NativeOps:
         out = torch.empty((tokens, heads, d_v))
         if q.stride(2) != 1:
             q = q.contiguous()
-        if sinks is not None and sinks.dtype != torch.float32:
-            sinks = sinks.float()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
         assert q.dtype == torch.float32, q.dtype
         assert self.reads_caches(key_cache.dtype), (self.isa.name, key_cache.dtype)
         assert value_cache.dtype == key_cache.dtype, (value_cache.dtype, key_cache.dtype)

@@ -173,7 +173,7 @@ INLINE float pack_block(const peqa_weight *w, const cuts *c, const row_target *t
     int32_t exponent = top & INFINITE, most = 32767;
     exponent = exponent < 15 << 23 ? 15 << 23 : exponent;
     float step = float_of(finite ? exponent - (14 << 23) : INFINITE | 1 << 22);
-    float by = finite ? float_of((268 << 23) - exponent) : 0.0f;
+    float by = finite ? float_of((int32_t)((268u << 23) - (uint32_t)exponent)) : 0.0f;
     if (w->activation_bits == 8) {
         most = 127;
         if (finite) {

@@ -34,10 +34,12 @@ class Pool:
     def __init__(self, serve: Callable[[int], None]) -> None:
         """`serve(address of the state)` is the C function that a thread lives in."""
         self._serve = serve
-        self._lock = threading.Lock()
         self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)
 
     def _begin(self) -> None:
+        self._lock = threading.Lock()  # a fork may have copied one that another thread held
         self._state = _State()
         self.address = ctypes.addressof(self._state)
         self._helpers = 0
@@ -52,10 +54,14 @@ class Pool:
                 while self._helpers < threads - 1:
                     # The closure keeps the state alive as long as a thread reads it: for ever.
                     state = self._state
-                    threading.Thread(
+                    helper = threading.Thread(
                         target=lambda state=state: self._serve(ctypes.addressof(state)),
                         name="peqa-kernel",
                         daemon=True,
-                    ).start()
+                    )
+                    try:
+                        helper.start()
+                    except RuntimeError:  # no more threads may be had: the caller does their parts, too
+                        break
                     self._helpers += 1
         return self.address

@@ -16,7 +16,7 @@ static void work_tile(void *data, int part, int parts)
     const job *j = &r->job;
     int32_t x[ROWS_MAX * CHAIN / 2] __attribute__((aligned(64))) = {0}, counts[ROWS_MAX * CHAIN / UNIT] = {0};
     float steps[ROWS_MAX] = {0};
-    unpacked codes;
+    unpacked codes = {0}; /* bytes fill half of it */
     totals buffer, *const total = in_memory(&buffer);
     const block_place b = place_block(&j->c, 0);
     const stripe_place s = {.rows = ROWS_MAX, .x = x, .counts = counts, .steps = steps};

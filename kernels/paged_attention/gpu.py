@@ -49,7 +49,7 @@ def paged_attention_gpu(
         plan = AttentionPlan(tokens, max(tokens, block_tables.shape[1] * block_size))
     q = _rows(q)
     out = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device)
-    sink = q if sinks is None else sinks  # a kernel without sinks reads none
+    sink = q if sinks is None else sinks.contiguous()  # a kernel without sinks reads none
     inputs = (q, key_cache, value_cache, block_tables, query_starts, seq_lens, sink, out)
     # Scores in units of log2; under a softcap the kernel wants 2 x / softcap for its tanh.
     scale = scaling * _LOG2E if softcap is None else 2.0 * scaling / softcap * _LOG2E

@@ -14,6 +14,7 @@ from peqa_kernels.native.isa import usable
 from peqa_kernels.paged_attention import new_caches
 from peqa_kernels.paged_attention.checks import AttentionInputError
 from peqa_kernels.paged_attention.reference import to_cache
+from peqa_kernels.quant_matmul import QuantMatmulInputError
 from peqa_kernels.quant_matmul.weight import LinearBank
 from peqa_runtime.model import ForwardContext, LoadedModel, load
 from peqa_runtime.model.quantized_linear import QuantizedLinear
@@ -324,7 +325,18 @@ def test_slots_of_minus_one_are_not_written(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["id", "negative id", "position", "slot", "output", "block", "length", "queries"]
+    "wrong",
+    [
+        "id",
+        "negative id",
+        "position",
+        "slot",
+        "output",
+        "output before the first",
+        "block",
+        "length",
+        "queries",
+    ],
 )
 def test_nothing_outside_of_a_tensor_is_touched(wrong: str, tiny_base: Path) -> None:
     loaded = load(tiny_base, device="cpu")
@@ -338,6 +350,7 @@ def test_nothing_outside_of_a_tensor_is_touched(wrong: str, tiny_base: Path) -> 
         "position": (positions, 512),
         "slot": (slots, 16),
         "output": (outputs, 2),
+        "output before the first": (outputs, -1),
         "block": (tables, 2),
         "length": (lengths, 9),
         "queries": (starts, 3),
@@ -351,6 +364,33 @@ def test_nothing_outside_of_a_tensor_is_touched(wrong: str, tiny_base: Path) -> 
     tensor.view(-1)[-1] = value
     with pytest.raises((AssertionError, AttentionInputError), match=r"out of range|does not fit"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (torch.tensor([0, 3], dtype=torch.int32), "bank has rows 0 to 2"),
+        (torch.tensor([-1, 0], dtype=torch.int32), "bank has rows 0 to 2"),
+        (torch.tensor([1, 2]), "do not go together"),
+        (torch.tensor([1], dtype=torch.int32), "do not go together"),
+        (torch.tensor([1, 0, 2, 0], dtype=torch.int32)[::2], "do not go together"),
+    ],
+)
+def test_a_row_that_no_bank_has_is_refused(rows: Tensor, error: str, tiny_base: Path) -> None:
+    loaded = load(tiny_base, device="cpu")
+    bind(loaded, 2)
+    attach_banks(loaded)
+    tables = torch.tensor([[1]], dtype=torch.int32)
+    starts, lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    context = ForwardContext(tables, starts, lengths, torch.tensor([8, 9]))
+
+    def run(row: Tensor) -> Tensor:
+        loaded.step_rows.row = row
+        return loaded.forward(context, torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([1]))
+
+    run(torch.tensor([0, 2], dtype=torch.int32))
+    with pytest.raises((AssertionError, QuantMatmulInputError), match=error):
+        run(rows)
 
 
 def test_a_step_looks_at_one_linear_to_see_that_no_bank_is_another(
