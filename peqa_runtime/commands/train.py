@@ -74,7 +74,7 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--lr", help="Per step, on the relative scale. Default: by kind.", envvar="PEQA_LR"),
+        typer.Option("--lr", help="Per step, on the relative scale. Default: 0.01.", envvar="PEQA_LR"),
     ] = None,
     schedule: Annotated[
         Literal["cosine", "linear", "constant"] | None,

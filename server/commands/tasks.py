@@ -71,7 +71,10 @@ def list_(server: Server = LOCAL, api_key: ApiKey = None, as_json: AsJson = Fals
 def push(
     file: Annotated[Path, typer.Argument(help="Scale set file (.safetensors).", envvar="PEQA_SCALE_SET")],
     name: Annotated[
-        str | None, typer.Option(help="Name of the task. Default: as noted in the file.", envvar="PEQA_NAME")
+        str | None,
+        typer.Option(
+            help="Name of the task. Default: as noted in the file, else the file's name.", envvar="PEQA_NAME"
+        ),
     ] = None,
     if_match: IfMatch = None,
     server: Server = LOCAL,
