@@ -23,12 +23,12 @@ NAMES = ("gate", "up", "down", "idle")
 class Perceptron(nn.Module):
     """Two linears on one input, a third on what they give, and one that no token reaches."""
 
-    def __init__(self, centre: bool = False, single: bool = False) -> None:
+    def __init__(self, centre: bool = False, single: bool = False, twice: bool = False) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.gate, self.up, self.idle = (nn.Linear(WIDTH, 64, bias=False) for _ in range(3))
         self.down = nn.Linear(64, WIDTH)
-        self.centre, self.single, self.calls = centre, single, 0
+        self.centre, self.single, self.twice, self.calls = centre, single, twice, 0
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor]:
@@ -37,6 +37,11 @@ class Perceptron(nn.Module):
             raise ValueError("one window, please")
         if self.centre:  # over all windows: together they are something else than alone
             hidden = hidden - hidden.mean((0, 1))
+        if self.twice:  # one linear on two inputs, each time beside another one
+            return (
+                hidden
+                + self.down(self.gate(hidden) * self.up(hidden) + self.gate(-hidden) * self.idle(hidden)),
+            )
         return (hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden)),)
 
 
@@ -76,7 +81,7 @@ def test_all_windows_together_give_what_they_give_one_by_one(
     torch.testing.assert_close(found.outputs, outputs)
 
 
-@pytest.mark.parametrize("kind", ["centre", "single"])
+@pytest.mark.parametrize("kind", ["centre", "single", "twice"])
 def test_a_block_that_wants_one_window_gets_one(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,8 @@ class Block:
                     self._settle(name, rounded[name].weight)
 
         stages, outputs = self._stages(inputs), None
-        if len(stages) > 1 and self._goes_through_together(inputs):
+        once = sum(map(len, stages)) == len(set().union(*stages))  # no linear is called with two inputs
+        if len(stages) > 1 and once and self._goes_through_together(inputs):
             outputs = self._in_one_pass(stages, inputs, finish)
         else:
             for stage in stages:
