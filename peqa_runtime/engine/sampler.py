@@ -179,7 +179,7 @@ class Sampler:
             p = sequence.request.params
             if not p.greedy and isfinite(best[row]):
                 number = uniform(sequence.seed, sequence.num_tokens, attempt)
-                top_k = min(max(0, p.top_k), logits.shape[-1])
+                top_k = p.top_k if 0 < p.top_k < logits.shape[-1] else 0  # 0: of all tokens
                 draws.append(Draw(row, best[row], number, p.temperature, top_k, p.top_p, p.min_p))
         if draws:
             for chosen, token in zip(draws, draw(logits, draws), strict=True):

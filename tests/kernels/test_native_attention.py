@@ -117,6 +117,15 @@ def test_agrees_with_the_reference(
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+def test_sinks_may_be_a_part_of_a_larger_tensor(ops: NativeOps) -> None:
+    cache = Cache([9], 2, 16, 16, 4)
+    every_other = torch.randn(12)[::2]
+    args = (torch.randn(9, 6, 16), cache.keys, cache.values, cache.tables, starts_of([9]))
+    lens = torch.tensor([9], dtype=torch.int32)
+    got = ops.paged_attention(*args, lens, 0.25, sinks=every_other)
+    assert torch.equal(got, ops.paged_attention(*args, lens, 0.25, sinks=every_other.clone().contiguous()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "options", [{}, {"sliding_window": 50}, {"softcap": 3.0, "sinks": torch.arange(6.0)}]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps, PackedWeight
+from peqa_kernels.native.pool import Pool
 from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import QuantizedWeight
 
@@ -78,3 +81,41 @@ def test_a_forked_child_has_threads_of_its_own(ops: NativeOps) -> None:
         same = all(torch.equal(multiply(ops, x, packed), expected) for _ in range(50))
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_threads_are_being_started_leaves_the_child_free_to_start_its_own() -> None:
+    pool = Pool(lambda _: None)
+    held, release = threading.Event(), threading.Event()
+
+    def starts() -> None:
+        with pool._lock:
+            held.set()
+            release.wait()
+
+    other = threading.Thread(target=starts)
+    other.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the child if it waits for a lock that nobody there will ever open
+        pool.at_least(3)
+        os._exit(0 if pool._helpers == 2 else 1)
+    release.set()
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_that_cannot_be_started_are_tried_again_at_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", full)
+        assert pool.at_least(3) == pool.address
+        assert pool._helpers == 0
+    pool.at_least(3)
+    assert pool._helpers == 2

@@ -161,6 +161,14 @@ def test_a_flat_distribution_is_narrowed_over_the_whole_vocabulary(params: dict[
     assert len(tokens) > 200, "all over the range, not only its top"
 
 
+def test_a_top_k_beyond_the_vocabulary_takes_every_token() -> None:
+    logits = random_logits(1, spread=1.0)[0]
+    for top_k in (VOCAB, VOCAB + 1, 2**80):  # the last does not fit the C library's integers
+        assert [one(logits, seed=i, top_k=top_k) for i in range(20)] == [
+            one(logits, seed=i) for i in range(20)
+        ]
+
+
 def test_penalties_follow_their_formulas() -> None:
     logits = torch.zeros(VOCAB)
     logits[[5, 9, 20]] = torch.tensor([3.0, 2.9, 2.0])
