@@ -29,6 +29,7 @@ SOURCES = (
     "decoder.c",
     "dequantize.c",
     "sampling.c",
+    "training.c",
 )
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
 # -nostdlib: the only symbols left open are memcpy and memset, which the process already has.

@@ -2,8 +2,8 @@
 #ifndef PEQA_ELEMENTWISE_H
 #define PEQA_ELEMENTWISE_H
 
-#include "paged_attention.h" /* vexp, vselect */
 #include "vec.h"
+#include "vec_math.h"
 
 /* to = weight * x / sqrt(mean(x^2) + eps); `to` may be x. */
 INLINE void norm_row(const float *x, const float *weight, float eps, size_t n, float *to)

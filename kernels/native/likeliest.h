@@ -3,7 +3,7 @@
 #ifndef PEQA_LIKELIEST_H
 #define PEQA_LIKELIEST_H
 
-#include "paged_attention.h" /* vselect, vwithin */
+#include "vec_math.h"
 
 #define BLOCK ((size_t)1024) /* weights that are summed in floats before the sum goes on in doubles */
 

@@ -20,12 +20,13 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 10  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 11  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",
     "peqa_row_best",
-)  # of functions that are bound elsewhere (decoder.py, sampling.py)
+    "peqa_column_dot",
+)  # of functions that are bound elsewhere (decoder.py, sampling, training.py)
 
 
 class StaleLibrary(Exception):

@@ -4,6 +4,7 @@
  * A token's weight is exp((logit - best) / temperature), so the best one weighs 1.
  */
 #include "likeliest.h"
+#include "pool.h"
 
 #define SHARE_FROM ((size_t)65536) /* logits from which threads share the rows: some 10 us on one core */
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peqa_kernels.native.training import native_training
 from peqa_kernels.products import matmul
 from peqa_kernels.quant_matmul.dense import Scales, column_step, dequantize_panel
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 _BLOCK = (
     1 << 18
 )  # elements of an fp32 intermediate on the CPU: 1 MB, so that it stays in the second-level cache
-# Elements of a panel of floats: 16 MB in bfloat16, which a GPU's second-level cache keeps between the kernel that makes
-# it and the product that reads it. A smaller weight, as all of a small model but its head, is one panel.
-_PANEL = 1 << 23
+# Elements of a panel of floats. On a GPU 16 MB in bfloat16, which its second-level cache keeps between the kernel that
+# makes it and the product that reads it; on a CPU 64 MB, since what comes of a part is copied into the whole.
+_PANEL_GPU = 1 << 23
+_PANEL_CPU = 1 << 25
 
 
 def scaled_linear(
@@ -106,7 +108,7 @@ class _ScaledLinear(torch.autograd.Function):
 def _times_transposed(x: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
     """x @ W^T, [M, N] in x.dtype, a panel of outputs at a time."""
     n, k = weight.out_features, weight.in_features
-    step = max(64, _PANEL // k)
+    step = max(64, _panel(x) // k)
     if step >= n:
         return matmul(x, dequantize_panel(weight, x.dtype, scales).t())
     y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
@@ -119,7 +121,7 @@ def _times_transposed(x: Tensor, weight: QuantizedWeight, scales: Scales) -> Ten
 def _times(dy: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
     """dy @ W, [M, K] in dy.dtype, a panel of inputs at a time: no sum is cut, so none is rounded twice."""
     n, k = weight.out_features, weight.in_features
-    step = column_step(weight, max(64, _PANEL // n))
+    step = column_step(weight, max(64, _panel(dy) // n))
     if step >= k:
         return matmul(dy, dequantize_panel(weight, dy.dtype, scales))
     dx = torch.empty((dy.shape[0], k), dtype=dy.dtype, device=dy.device)
@@ -129,12 +131,22 @@ def _times(dy: Tensor, weight: QuantizedWeight, scales: Scales) -> Tensor:
     return dx
 
 
+def _panel(x: Tensor) -> int:
+    return _PANEL_GPU if x.is_cuda else _PANEL_CPU
+
+
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum a * b over the rows, [M, N] x 2 -> fp32 [N]."""
     if a.is_cuda:
         from peqa_kernels.quant_matmul.backward_gpu import column_dot_gpu
 
         return column_dot_gpu(a, b)
+    if a.dtype in (torch.bfloat16, torch.float32) and (native := native_training()) is not None:
+        return native.column_dot(a.contiguous(), b.contiguous())
+    return _column_dot_torch(a, b)
+
+
+def _column_dot_torch(a: Tensor, b: Tensor) -> Tensor:
     rows = max(1, _BLOCK // a.shape[1])
     total = torch.zeros(a.shape[1], dtype=torch.float32, device=a.device)
     for first in range(0, a.shape[0], rows):
@@ -151,7 +163,7 @@ def _group_gradient(dy: Tensor, x: Tensor, weight: QuantizedWeight, in_scale: Te
             return backward_gpu.group_gradient_gpu(dy, x, weight, in_scale)
     n, k = weight.out_features, weight.in_features
     gradient = torch.empty((weight.groups, n), dtype=torch.float32, device=dy.device)
-    step = max(64, (_PANEL if dy.is_cuda else _BLOCK) // k)  # fewer rows than 64: too thin a product
+    step = max(64, (_PANEL_GPU if dy.is_cuda else _BLOCK) // k)  # fewer rows than 64: too thin a product
     for first in range(0, n, step):
         some = slice(first, min(n, first + step))
         base = dequantize_panel(weight, torch.float32, Scales(into=in_scale), rows=some)

@@ -18,6 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peqa_kernels.native.training import native_training
+from peqa_kernels.products import matmul
+
 NAME = "peqa_tuning"
 LONGEST = 512  # tokens; beyond, torch's kernel wins by leaving out the masked half
 _SCORES = 1 << 18  # of one chunk: 1 MB in fp32, which stays in the second-level cache
@@ -64,13 +67,12 @@ def attention_forward(
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = query.shape[2]
-    if attention_mask is None:
-        unseen = torch.full((1, tokens, tokens), _UNSEEN).triu(1)
-    else:
-        hidden = ~attention_mask[:, 0].expand(query.shape[0], tokens, tokens)
-        unseen = torch.zeros(hidden.shape).masked_fill_(hidden, _UNSEEN)
+    seen = None
+    if attention_mask is not None:
+        masks = 1 if attention_mask.shape[0] == 1 else query.shape[0]
+        seen = attention_mask[:, 0].expand(masks, tokens, tokens).contiguous()
     # As autocast would have it done for torch's kernel: rotary positions have made fp32 of query and key.
-    out = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), unseen, scale)
+    out = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), seen, scale)
     return out.transpose(1, 2), None
 
 
@@ -78,40 +80,41 @@ class _Attention(torch.autograd.Function):
     """Heads of one key head lie one after the other: [rows * kv_heads, heads_each * tokens, d]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
+    ) -> Tensor:
         rows, heads, tokens, _ = query.shape
         kv_heads = key.shape[1]
         q, k, v = (_folded(x, kv_heads) for x in (query, key, value))
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype)
         for part in _parts(q, k):
-            probabilities = _probabilities(q[part], k[part], unseen, part, kv_heads, scale)
-            torch.bmm(probabilities.to(v.dtype), v[part], out=out[part])
-        ctx.save_for_backward(q, k, v, unseen)
+            weights = attention_weights(_scores(q[part], k[part]), seen, scale, part.start, kv_heads)
+            torch.bmm(weights, v[part], out=out[part])
+        ctx.save_for_backward(q, k, v, seen)
         ctx.shape, ctx.kv_heads, ctx.scale = (rows, heads, tokens), kv_heads, scale
         return out.view(rows, heads, tokens, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, unseen = ctx.saved_tensors
+        q, k, v, seen = ctx.saved_tensors
         rows, heads, tokens = ctx.shape
-        d_out = _folded(grads[0], ctx.kv_heads)
+        kv_heads = ctx.kv_heads
+        d_out = _folded(grads[0], kv_heads)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in _parts(q, k):
-            p = _probabilities(q[part], k[part], unseen, part, ctx.kv_heads, ctx.scale)
-            torch.bmm(p.to(v.dtype).transpose(1, 2), d_out[part], out=dv[part])
-            d_p = torch.bmm(d_out[part], v[part].transpose(1, 2)).float()
-            d_s = torch._softmax_backward_data(d_p, p, -1, torch.float32).to(q.dtype)
-            torch.bmm(d_s, k[part], out=dq[part])
-            torch.bmm(d_s.transpose(1, 2), q[part], out=dk[part])
-        dq.mul_(ctx.scale)
-        dk.mul_(ctx.scale)
-        shapes = (
-            (rows, heads, tokens, -1),
-            (rows, ctx.kv_heads, tokens, -1),
-            (rows, ctx.kv_heads, tokens, -1),
+            slopes = torch.bmm(d_out[part], v[part].transpose(1, 2))
+            scores = _scores(q[part], k[part])
+            weights = attention_weights(scores, seen, ctx.scale, part.start, kv_heads, slopes)
+            torch.bmm(weights.transpose(1, 2), d_out[part], out=dv[part])
+            torch.bmm(slopes, k[part], out=dq[part])
+            torch.bmm(slopes.transpose(1, 2), q[part], out=dk[part])
+        return (
+            dq.view(rows, heads, tokens, -1),
+            dk.view(rows, kv_heads, tokens, -1),
+            dv.view(rows, kv_heads, tokens, -1),
+            None,
+            None,
         )
-        folded = (grad.view(shape) for grad, shape in zip((dq, dk, dv), shapes, strict=True))
-        return (*folded, None, None)
 
 
 def _folded(x: Tensor, kv_heads: int) -> Tensor:
@@ -125,10 +128,47 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + step, q.shape[0]))
 
 
-def _probabilities(q: Tensor, k: Tensor, unseen: Tensor, part: slice, kv_heads: int, scale: float) -> Tensor:
-    """Softmax of scaled scores, fp32 [heads of the part, queries, keys]; `unseen` is added to the scores."""
-    if unseen.shape[0] > 1:
-        unseen = unseen[torch.arange(part.start, part.stop) // kv_heads]
-    unseen = unseen.repeat(1, q.shape[1] // k.shape[1], 1).expand(q.shape[0], -1, -1)
-    scores = torch.baddbmm(unseen, q.float(), k.float().transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1)
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Products of queries and keys, fp32 [heads of the part, queries, keys]: exp would enlarge errors of bfloat16."""
+    with torch.autocast("cpu", enabled=False):
+        if len(q) == 1:
+            return matmul(q[0].float(), k[0].float().t())[None]
+        return torch.bmm(q.float(), k.float().transpose(1, 2))
+
+
+def attention_weights(
+    scores: Tensor,  # fp32 [heads, queries, keys], overwritten
+    seen: Tensor | None,  # bool [1 or rows, tokens, keys]; None: causal
+    scale: float,
+    first: int,
+    heads_each: int,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """See `NativeTraining.attention_weights`."""
+    if (native := native_training()) is not None:
+        return native.attention_weights(scores, seen, scale, first, heads_each, slopes)
+    return attention_weights_torch(scores, seen, scale, first, heads_each, slopes)
+
+
+def attention_weights_torch(
+    scores: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    first: int,
+    heads_each: int,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """`NativeTraining.attention_weights` in torch."""
+    heads, queries, keys = scores.shape
+    if seen is None:
+        seen = torch.ones(1, keys, keys, dtype=torch.bool).tril_()
+    elif len(seen) > 1:
+        seen = seen[torch.arange(first, first + heads) // heads_each]
+    tokens = seen.shape[1]
+    folded = scores.mul_(scale).view(heads, queries // tokens, tokens, keys)
+    folded.masked_fill_(~seen[:, None], _UNSEEN)
+    exact = torch.softmax(scores, -1)
+    if slopes is not None:
+        back = torch._softmax_backward_data(slopes.float(), exact, -1, torch.float32)
+        slopes.copy_(back.mul_(scale))
+    return exact.bfloat16()

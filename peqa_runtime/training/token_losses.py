@@ -18,9 +18,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from peqa_kernels.native.training import native_training
 from peqa_runtime.training.tuning import TunableModel, as_base, logits_at
 
 _LOGITS = 1 << 25  # of one product of the head: fewer would make its weights from their codes too often
+_NATIVE = (torch.bfloat16, torch.float32)
 _AT_ONCE = 1 << 20  # of one softmax: 4 MB in fp32
 
 
@@ -111,16 +113,21 @@ class _Losses(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
+        slopes: Tensor | None = None
         for first in range(0, len(targets), rows):
             some = slice(first, first + rows)
             x = hidden[some].detach().requires_grad_(wanted)
             amp = torch.autocast(hidden.device.type, dtype, enabled=dtype is not None)
             with torch.set_grad_enabled(wanted), amp:
-                logits = head(x[None])[0]
-            slope = torch.empty_like(logits) if wanted else None
+                logits = head(x)
+            if gradient is None:
+                _softmax_losses(logits, targets[some], losses[some], None)
+                continue
+            if slopes is None:
+                slopes = torch.empty_like(logits)  # one for all: memory that is new has to be cleared first
+            slope = slopes[: len(logits)]
             _softmax_losses(logits.detach(), targets[some], losses[some], slope)
-            if gradient is not None:
-                (gradient[some],) = torch.autograd.grad(logits, x, slope)
+            (gradient[some],) = torch.autograd.grad(logits, x, slope)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -132,6 +139,10 @@ class _Losses(torch.autograd.Function):
 
 def _softmax_losses(logits: Tensor, targets: Tensor, losses: Tensor, slope: Tensor | None) -> None:
     """Write each row's loss, and its gradient by the logits where it is wanted."""
+    native = native_training() if logits.device.type == "cpu" and logits.dtype in _NATIVE else None
+    if native is not None:
+        losses.copy_(native.losses(logits.contiguous(), targets, slope))
+        return
     step = max(1, _AT_ONCE // logits.shape[1])
     for first in range(0, len(targets), step):
         some = slice(first, first + step)

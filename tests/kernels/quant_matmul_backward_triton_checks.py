@@ -114,7 +114,8 @@ def check_gradients(device: str) -> int:
         ours = {name: value.clone().requires_grad_() for name, value in inputs.items()}
         exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
         with ExitStack() as stack:
-            stack.enter_context(patch.object(backward, "_PANEL", panel))
+            stack.enter_context(patch.object(backward, "_PANEL_CPU", panel))
+            stack.enter_context(patch.object(backward, "_PANEL_GPU", panel))
             if device == "cpu":
                 stack.enter_context(patch.object(dense.native, "load", lambda: None))
                 stack.enter_context(

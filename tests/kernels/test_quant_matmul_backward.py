@@ -141,7 +141,7 @@ def test_what_is_kept_for_the_backward_pass(kind: str, keeps_x: bool) -> None:
 def test_every_width_in_panels_of_every_size(
     bits: int, shape: tuple[int, int, int], kind: str, panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backward, "_PANEL", panel)
+    monkeypatch.setattr(backward, "_PANEL_CPU", panel)
     prepared = make_prepared(*shape, bits=bits)
     inputs = make_inputs(prepared, kind, torch.float32, 50, 0.0)
     ours = {name: value.clone().requires_grad_() for name, value in inputs.items()}

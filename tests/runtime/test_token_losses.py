@@ -60,7 +60,7 @@ def test_the_head_sees_a_part_of_the_tokens_at_a_time(
     assert has_plain_head(tunable)
     seen: list[int] = []
     head = tunable.model.get_output_embeddings()
-    head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+    head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[-2]))
     monkeypatch.setattr(module, "_LOGITS", tunable.model.config.vocab_size * 7)
     ids = torch.randint(0, 250, (2, 10))
     with torch.no_grad():

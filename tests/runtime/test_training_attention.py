@@ -87,3 +87,20 @@ def test_a_model_has_it_while_it_is_tuned(tiny_base: Path, calls: list[int]) -> 
     assert calls == [4] * tunable.model.config.num_hidden_layers
     assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
     assert tunable.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_the_library_torch_gives_the_same(
+    masked: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, heads, 21, 16).bfloat16() for heads in (4, 2, 2)]
+    mask = torch.ones(3, 1, 21, 21, dtype=torch.bool).tril() if masked else None
+    if mask is not None:
+        mask[1, :, :, :5] = False  # the first tokens of the second row see nothing
+    with_it = run(attention_forward, tensors, mask)
+    monkeypatch.setattr(attention, "native_training", lambda: None)
+    without = run(attention_forward, tensors, mask)
+    assert calls == [21, 21]
+    for ours, theirs in zip(with_it, without, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0.05, atol=0.05)

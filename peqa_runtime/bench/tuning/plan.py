@@ -126,8 +126,8 @@ REDUCED = Plan(
     (0,),
     40,
     300,
-    100_000,
-    task_steps=0.5,
+    50_000,
+    task_steps=0.25,
 )
 FULL = Plan(
     PARTS,
