@@ -5,8 +5,8 @@
 #   make bench-engine [OUT=FILE] [FULL=1]   the engine under load, offline and served; FULL: 20 minutes of it, not 2
 #   make bench-kernels [OUT=FILE]   the kernels against this machine's own rates, on the CPU and on a GPU if there is one;
 #                SETUP=0 ARGS="--device cuda": only the GPU's table, with what $(PYTHON) has (torch and triton are enough)
-#   make bench-tuning DATA=DIR [OUT=FILE] [DOCUMENT=FILE] [FULL=1]   tuned sets against LoRA and the float model, one to
-#                two hours on two cores; rows that OUT has are kept, DOCUMENT gets its tables anew.
+#   make bench-tuning DATA=DIR [OUT=FILE] [DOCUMENT=FILE] [FULL=1]   tuned sets against LoRA and the float model, about an
+#                hour on two cores; rows that OUT has are kept, DOCUMENT gets its tables anew.
 #                `python -m peqa_runtime.bench.tuning fetch DIR` gets the data
 
 PYTHON ?= python3

@@ -161,19 +161,20 @@ class IncrementalDecoder:
             if len(self._ids) - self._read <= _MAX_HELD:
                 return ""
             # Bytes that never become a character: let go of all but what a character could still begin with.
-            return self._advance(before, len(self._ids) - 4)
+            read = len(self._ids) - 4
+            return self._advance(before, self._text(self._prefix, read), read)
         if len(now) <= len(before):
             return ""
-        return self._advance(before, len(self._ids))
+        return self._advance(before, now, len(self._ids))
 
     def flush(self) -> str:
         """The text of what is still held back (U+FFFD for an unfinished character). Call it once, at the end."""
-        return self._advance(self._text(self._prefix, self._read), len(self._ids))
+        end = len(self._ids)
+        return self._advance(self._text(self._prefix, self._read), self._text(self._prefix, end), end)
 
-    def _advance(self, before: str, read: int) -> str:
-        piece = self._text(self._prefix, read)[len(before) :]
+    def _advance(self, before: str, now: str, read: int) -> str:
         self._prefix, self._read = self._read, read
-        return piece
+        return now[len(before) :]
 
     def _text(self, start: int, stop: int) -> str:
         return _decode(self._tokenizer, self._ids[start:stop], self._skip_special_tokens, self._spaces)

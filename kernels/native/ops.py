@@ -26,7 +26,9 @@ EXPORTS = (
     "peqa_decode_misfit",
     "peqa_row_best",
     "peqa_column_dot",
-)  # of functions that are bound elsewhere (decoder.py, sampling, training.py)
+    "peqa_attention_weights",
+    "peqa_losses",
+)  # of functions that are bound elsewhere: decoder.py, training.py, peqa_kernels.sampling
 
 
 class StaleLibrary(Exception):

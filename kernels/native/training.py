@@ -117,7 +117,7 @@ class NativeTraining:
             None if slopes is None else slopes.data_ptr(),
             *(rows, width, logits.dtype == torch.bfloat16, best.data_ptr(), sums.data_ptr()),
         )
-        return best + sums.log() - own
+        return (best - own) + sums.log()  # in this order: a small loss keeps its digits
 
     def _threads(self) -> tuple[int, int]:
         """The pool's address and the number of threads."""

@@ -33,7 +33,7 @@ _BLOCK = (
     1 << 18
 )  # elements of an fp32 intermediate on the CPU: 1 MB, so that it stays in the second-level cache
 # Elements of a panel of floats. On a GPU 16 MB in bfloat16, which its second-level cache keeps between the kernel that
-# makes it and the product that reads it; on a CPU 64 MB, since what comes of a part is copied into the whole.
+# makes it and the product that reads it; on a CPU 64 MB (float32: 128), since a part's result is copied into the whole.
 _PANEL_GPU = 1 << 23
 _PANEL_CPU = 1 << 25
 

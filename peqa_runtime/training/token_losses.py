@@ -124,7 +124,7 @@ class _Losses(torch.autograd.Function):
                 _softmax_losses(logits, targets[some], losses[some], None)
                 continue
             if slopes is None:
-                slopes = torch.empty_like(logits)  # one for all: memory that is new has to be cleared first
+                slopes = logits.new_empty(logits.shape)  # one for all: new memory has to be cleared first
             slope = slopes[: len(logits)]
             _softmax_losses(logits.detach(), targets[some], losses[some], slope)
             (gradient[some],) = torch.autograd.grad(logits, x, slope)

@@ -125,7 +125,9 @@ async def _events(generation: Generation, plan: Plan) -> AsyncGenerator[bytes, N
     options = plan.wanted.stream_options or StreamOptions()
     always = bool(options.continuous_usage_stats)
     begun: set[int] = set()
-    async with aclosing(_spaced(generation, plan.wanted.stream_interval or 1)) as pieces:
+    interval = plan.wanted.stream_interval or 1
+    source = generation.pieces() if interval == 1 else _spaced(generation, interval)
+    async with aclosing(source) as pieces:
         async for index, piece in pieces:
             first = index not in begun
             prompt = plan.job.prompts[index // plan.job.n].token_ids if first else None

@@ -134,6 +134,15 @@ def test_cross_entropy_and_its_gradient(
     assert torch.equal(own, slopes), "the gradient may take the place of the logits"
 
 
+def test_a_small_loss_keeps_its_digits(training: NativeTraining) -> None:
+    logits = torch.full((2, 49_152), 40.0)
+    logits[:, 7] = torch.tensor([60.0, 72.0])
+    want = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([7, 7]), reduction="none")
+    got = training.losses(logits, torch.tensor([7, 7]))
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-3, atol=0.0)
+    assert 0.0 <= float(got[1]) < 1e-6
+
+
 def test_a_loss_of_what_is_not_finite_is_not_finite(training: NativeTraining) -> None:
     logits = torch.randn(2, 40)
     logits[1, 39] = float("nan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -153,6 +154,32 @@ def test_a_step_makes_one_call_per_loop_whatever_the_number_of_requests(start: S
         assert len(calls) == 5 + 1
 
     run(work())
+
+
+def test_the_last_token_does_not_wait_for_a_step_that_never_comes(start: Start) -> None:
+    engine = start()
+    model: Any = engine.engine.model
+    inside, both_wait = threading.Event(), threading.Event()
+    steps = itertools.count()
+
+    def cancel_in_the_second() -> None:
+        if next(steps) == 0:
+            inside.set()
+            assert both_wait.wait(10)
+        else:
+            engine.abort("cancelled")
+
+    async def work() -> None:
+        model.before_forward = cancel_in_the_second
+        submit(engine, "first", max_tokens=1)
+        await asyncio.to_thread(inside.wait, 10)
+        last = submit(engine, "last", max_tokens=1)
+        submit(engine, "cancelled", max_tokens=50)
+        both_wait.set()
+        assert len(tokens(await asyncio.wait_for(read(last), 5))) == 1
+
+    run(work())
+    assert next(steps) == 2
 
 
 def test_cancel_wakes_a_waiting_reader_and_frees_the_blocks(start: Start) -> None:

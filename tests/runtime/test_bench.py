@@ -82,6 +82,7 @@ def test_mixed_tasks_are_held_against_the_base(tiny_base: Path) -> None:
     assert rows[1].facts["tokens_per_s"] == pytest.approx(8 * 6)
 
 
+@pytest.mark.alone
 def test_the_profile_adds_up(tiny_base: Path) -> None:
     load = Load(prompt_tokens=20, output_tokens=8, tasks=16)
     with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=96), "cpu") as engine:
