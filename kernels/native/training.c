@@ -199,11 +199,14 @@ EXPORT void peqa_attention_weights(peqa_pool *pool, int64_t threads, float *scor
 
 /* ---- the loss ---- */
 
+#define LOGITS 256 /* whose sum is a float's: beside one that is likely, the others' exponentials are beyond its digits */
+
 typedef struct {
     const void *logits; /* [rows, width] */
     const int64_t *targets;
     void *slopes;       /* like the logits: probabilities, less one at the target; may be the logits; NULL: not wanted */
-    float *best, *sums; /* [rows]: the largest logit, and what the exponentials of the others' distance to it add up to */
+    float *best;        /* [rows]: the largest logit */
+    double *sums;       /* [rows]: what the exponentials of all distances to it add up to */
     float *scratch;     /* [parts, width] */
     size_t rows, width;
     int64_t halves; /* logits and slopes are bfloat16, else float32 */
@@ -212,25 +215,30 @@ typedef struct {
 INLINE void row_loss(const losses *l, size_t row, float *some, const int halves)
 {
     const size_t width = l->width, from = row * width;
-    vf top = vset(-__builtin_inff()), sum = vset(0.0f);
+    vf top = vset(-__builtin_inff());
     for (size_t i = 0; i < width; i += VL) {
         const size_t n = width - i;
         const vf part = number(l->logits, from + i, n, halves);
         top = vmax(top, n < VL ? vwithin(part, 0, (int32_t)n, top) : part);
     }
     const vf best = vset(hmax(top));
-    for (size_t i = 0; i < width; i += VL) {
-        const size_t n = width - i;
-        const vf part = vexp(number(l->logits, from + i, n, halves) - best);
-        vput(some + i, part, n);
-        sum += n < VL ? vwithin(part, 0, (int32_t)n, vset(0.0f)) : part;
+    double total = 0.0;
+    for (size_t block = 0; block < width; block += LOGITS) {
+        vf sum = vset(0.0f);
+        for (size_t i = block; i < smin(width, block + LOGITS); i += VL) {
+            const size_t n = width - i;
+            const vf part = vexp(number(l->logits, from + i, n, halves) - best);
+            vput(some + i, part, n);
+            sum += n < VL ? vwithin(part, 0, (int32_t)n, vset(0.0f)) : part;
+        }
+        total += (double)hsum(sum);
     }
     l->best[row] = best[0];
-    l->sums[row] = hsum(sum);
+    l->sums[row] = total;
     if (!l->slopes)
         return;
-    const vf share = vset(1.0f / l->sums[row]);
-    some[l->targets[row]] -= l->sums[row];
+    const vf share = vset((float)(1.0 / total));
+    some[l->targets[row]] -= (float)total;
     for (size_t i = 0; i < width; i += VL) {
         const vf part = vpart(some + i, width - i) * share;
         if (halves)
@@ -254,7 +262,8 @@ static void work_losses(void *data, int part, int parts)
 /* What the cross-entropy of each row is made of, and its gradient. Targets are within the width; scratch has `threads`
  * rows of it. */
 EXPORT void peqa_losses(peqa_pool *pool, int64_t threads, float *scratch, const void *logits, const int64_t *targets,
-                        void *slopes, int64_t rows, int64_t width, int64_t halves, float *best, float *sums)
+                        void *slopes, int64_t rows, int64_t width, int64_t halves, float *best,
+                        double *sums)
 {
     losses l = {logits, targets, slopes, best, sums, scratch, (size_t)rows, (size_t)width, halves};
     pool_run(pool, (int)threads, work_losses, &l);

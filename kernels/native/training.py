@@ -109,7 +109,7 @@ class NativeTraining:
         assert int(targets.min()) >= 0, "a target is the number of a token"
         assert int(targets.max()) < width, "a target is the number of a token"
         own = logits.gather(1, targets[:, None])[:, 0].float()  # slopes may be the logits
-        best, sums = torch.empty(2, rows)
+        best, sums = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
         threads = torch.get_num_threads()
         pool, scratch = self._ops.working_memory(threads, threads * width)
         self._losses(
@@ -117,7 +117,7 @@ class NativeTraining:
             None if slopes is None else slopes.data_ptr(),
             *(rows, width, logits.dtype == torch.bfloat16, best.data_ptr(), sums.data_ptr()),
         )
-        return (best - own) + sums.log()  # in this order: a small loss keeps its digits
+        return (best - own) + sums.log().float()  # in this order: a small loss keeps its digits
 
     def _threads(self) -> tuple[int, int]:
         """The pool's address and the number of threads."""
