@@ -44,10 +44,11 @@ WITHOUT_TORCH = [
 ]
 # room of peqa_runtime -> rooms that it must not import
 ROOMS_APART = {
-    "model": {"engine", "training", "cli", "commands", "bench"},
-    "scales": {"engine", "model", "training", "cli", "commands", "bench"},
-    "engine": {"training", "cli", "commands", "bench"},
-    "training": {"cli", "commands", "bench"},
+    "model": {"engine", "training", "evaluation", "cli", "commands", "bench"},
+    "scales": {"engine", "model", "training", "evaluation", "cli", "commands", "bench"},
+    "engine": {"training", "evaluation", "cli", "commands", "bench"},
+    "training": {"engine", "evaluation", "cli", "commands", "bench"},
+    "evaluation": {"cli", "commands", "bench"},
 }
 
 

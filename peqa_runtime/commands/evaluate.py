@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from peqa_runtime.commands.options import AsJson, Base, Device, OptionalSet, Quiet, Seed
 from peqa_runtime.commands.terminal import progress_bar, quiet_libraries, reported, show
+
+if TYPE_CHECKING:
+    from peqa_runtime.evaluation.measured import Measured
 
 MetricName = Literal["perplexity", "exact-match", "bleu", "final-number", "multiple-choice", "slot-f1"]
 
@@ -56,12 +60,19 @@ def evaluate(
             envvar="PEQA_PREDICTIONS",
         ),
     ] = None,
+    compute: Annotated[
+        Literal["served", "float32"],
+        typer.Option(
+            help="By the engine, as a server answers; or by the model in fp32, several times slower.",
+            envvar="PEQA_COMPUTE",
+        ),
+    ] = "served",
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the base, or the base under a scale set, in fp32, with 95 % intervals by bootstrap.
+    """Measure the base, or the base under a scale set, with 95 % intervals by bootstrap.
 
     perplexity: whole text, non-overlapping windows. exact-match: greedy answers equal to the completion. bleu: by
     sacrebleu, against all references. final-number: the number after ####, else the last. multiple-choice: the option
@@ -70,20 +81,28 @@ def evaluate(
     Example: peqa eval bases/smollm2 test.jsonl --scale-set sql.safetensors --metric exact-match --limit 200
     """
     from peqa_runtime.errors import InvalidData
-    from peqa_runtime.training import evaluation
-    from peqa_runtime.training.metrics import metric_named
+    from peqa_runtime.evaluation.metrics import metric_named
+    from peqa_runtime.evaluation.reference import Reference
+    from peqa_runtime.evaluation.run import Question
+    from peqa_runtime.evaluation.run import evaluate as measure
+    from peqa_runtime.evaluation.served import Served
     from peqa_runtime.training.tuning import load_tunable
 
     if batch < 1:
         raise InvalidData(f"--batch must be at least 1, got {batch}")
     measured = metric_named(metric, ignore_case=ignore_case)
+    question = Question(data, measured, limit, seed, filter_nonempty, prompt_format, context, batch)
     quiet_libraries()
-    tunable = load_tunable(base, device=device)
-    question = evaluation.Question(
-        data, measured, limit, seed, filter_nonempty, prompt_format, context, batch
-    )
-    with progress_bar(quiet, "windows" if measured.asks == "window" else "rows") as progress:
-        report = evaluation.evaluate(
-            tunable, question, scale_set, against=against, predictions=predictions, progress=progress
+    with ExitStack() as stack:
+        model: Measured
+        if compute == "float32":
+            model = Reference(load_tunable(base, device=device))
+        else:
+            model = stack.enter_context(Served(base, device=device))
+        progress = stack.enter_context(
+            progress_bar(quiet, "windows" if measured.asks == "window" else "rows")
+        )
+        report = measure(
+            model, question, scale_set, against=against, predictions=predictions, progress=progress
         )
     show([report], as_json=as_json)

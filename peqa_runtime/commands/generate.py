@@ -24,24 +24,25 @@ def generate(
 
     Example: peqa generate bases/smollm2 --scale-set sql.safetensors --prompt 'table t(a, b)\\nHow many a?'
     """
-    from peqa_runtime.training.answers import greedy
+    from peqa_runtime.evaluation.served import Served
+    from peqa_runtime.scales.scale_set import ScaleSet
     from peqa_runtime.training.data import prompt_ids
     from peqa_runtime.training.rows import Row
-    from peqa_runtime.training.tuning import apply_scale_set, load_tunable
 
     if not prompt:
         raise InvalidData("--prompt is empty")
     if max_tokens < 1:
         raise InvalidData("--max-tokens must be at least 1")
     quiet_libraries()
-    tunable = load_tunable(base, device=device)
-    form = apply_scale_set(tunable, scale_set).prompt_format if scale_set else ""
-    ids = prompt_ids(Row(prompt, "", 1), tunable, form)
-    if len(ids) + max_tokens > tunable.max_tokens:
-        raise InvalidData(
-            f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {tunable.max_tokens}"
-        )
-    text = greedy(tunable, [ids], max_new_tokens=max_tokens)[0]
+    with Served(base, device=device) as served:
+        form = ScaleSet.parse(scale_set, served.manifest).prompt_format if scale_set else ""
+        ids = prompt_ids(Row(prompt, "", 1), served, form)
+        if len(ids) + max_tokens > served.max_tokens:
+            raise InvalidData(
+                f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {served.max_tokens}"
+            )
+        served.use(scale_set)
+        (text,) = served.greedy([ids], max_new_tokens=max_tokens)
     if as_json:
         show([{"text": text, "prompt_tokens": len(ids)}], as_json=True)
     else:

@@ -6,7 +6,7 @@ base (1 = base), held as fp32 masters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from peqa_runtime.core import BaseManifest, ScaleKind
-from peqa_runtime.errors import InvalidCheckpoint, InvalidData, InvalidRequest
+from peqa_runtime.errors import InvalidCheckpoint, InvalidData
 from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.model.loader import context_limit, pick_device, refuse_missing
 from peqa_runtime.model.quantized_linear import QuantizedLinear, TunedParts
 from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.text import apply_chat_template, encode, load_tokenizer
+from peqa_runtime.text import load_tokenizer
 from peqa_runtime.training.settings import Compute
+from peqa_runtime.training.text_encoding import TextEncoding
 
 SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
 """Tuned scales stay in this range: the one that servers accept, and never zero or negative."""
 
 
 @dataclass(frozen=True)
-class TunableModel:
+class TunableModel(TextEncoding):
     """A base loaded for training or evaluation (dense attention, gradients possible), and what goes with it."""
 
     model: PreTrainedModel
@@ -40,33 +41,9 @@ class TunableModel:
     parts: TunedParts = field(default_factory=TunedParts)  # under which set each row of the next forward is
 
     @property
-    def eos_token_id(self) -> int:
-        """The token that ends a completion."""
-        eos = self.tokenizer.eos_token_id
-        if not isinstance(eos, int):
-            raise InvalidCheckpoint("the tokenizer names no end-of-sequence token")
-        return eos
-
-    @property
     def max_tokens(self) -> int:
         """Context of the model, in tokens: the same that a server has."""
         return context_limit(self.model)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, no special tokens added: what follows a prompt."""
-        return encode(self.tokenizer, text, add_special_tokens=False)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt as a server has them: after the begin-of-text token, where the model has one."""
-        return encode(self.tokenizer, text)
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's answer, as the model's chat template writes it."""
-        try:
-            text = apply_chat_template(self.tokenizer, messages)
-        except InvalidRequest as error:
-            raise InvalidData(str(error)) from None
-        return encode(self.tokenizer, text, add_special_tokens=False)
 
 
 def load_tunable(base: Path, *, device: str = "auto") -> TunableModel:

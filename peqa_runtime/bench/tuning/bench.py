@@ -33,8 +33,8 @@ from peqa_runtime.bench.tuning.plan import (
 from peqa_runtime.bench.tuning.splits import split_rows, split_text
 from peqa_runtime.bench.tuning.store import RowFile
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.compare import paired
-from peqa_runtime.training.metrics import metric_named
+from peqa_runtime.evaluation.compare import paired
+from peqa_runtime.evaluation.metrics import metric_named
 
 PEQA = "peqa_runtime"
 LORA = "peqa_runtime.bench.tuning.lora"

@@ -23,11 +23,12 @@ from transformers import get_scheduler
 
 from peqa_kernels.quant_matmul import dequantize
 from peqa_runtime.errors import InvalidData, PeqaError, TrainingDiverged
-from peqa_runtime.training.answers import Scored, answer_rows, check_rows, sample_rows
+from peqa_runtime.evaluation.answers import Scored, answer_rows, check_rows, sample_rows
+from peqa_runtime.evaluation.compare import interval
+from peqa_runtime.evaluation.metrics import metric_named
+from peqa_runtime.evaluation.reference import Reference
 from peqa_runtime.training.batches import StepBatches, held_out_batches, plan_batches
-from peqa_runtime.training.compare import interval
 from peqa_runtime.training.data import EncodedData, encode_file
-from peqa_runtime.training.metrics import metric_named
 from peqa_runtime.training.rows import read_rows
 from peqa_runtime.training.settings import TuneConfig
 from peqa_runtime.training.tuning import (
@@ -185,11 +186,12 @@ def _autocast(tunable: TunableModel, config: TuneConfig) -> torch.autocast:
 def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]:
     metric = metric_named(given.metric, ignore_case=given.ignore_case)
     rows = sample_rows(read_rows(given.test), given.limit, 0, skip_empty=given.filter_nonempty)
-    check_rows(tunable, rows, metric)
     tunable.model.eval()
+    model = Reference(tunable)
+    check_rows(model, rows, metric)
     scored: list[Scored] = []
     with tqdm(total=len(rows), desc="evaluating", unit="rows", disable=given.quiet) as bar:
-        for batch in answer_rows(tunable, rows, metric):
+        for batch in answer_rows(model, rows, metric):
             scored += batch
             bar.update(len(batch))
     scored.sort(key=lambda one: one.number)

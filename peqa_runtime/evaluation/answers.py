@@ -3,19 +3,16 @@ after the other, so that whoever asks can keep what is done."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.training.batches import collate
+from peqa_runtime.evaluation.measured import Measured
+from peqa_runtime.evaluation.metrics import Metric, Stats
 from peqa_runtime.training.data import Example, prompt_ids
-from peqa_runtime.training.metrics import Metric, Stats
 from peqa_runtime.training.rows import Row
-from peqa_runtime.training.token_losses import token_losses
-from peqa_runtime.training.tuning import TunableModel
 
 
 @dataclass(frozen=True)
@@ -47,34 +44,8 @@ def sample_rows(rows: Sequence[Row], limit: int | None, seed: int, *, skip_empty
     return [rows[i] for i in picked]
 
 
-def greedy(tunable: TunableModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
-    """Most likely continuation of each prompt (token ids), decoded, without the end-of-sequence token."""
-    eos = tunable.eos_token_id
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), eos)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    device = tunable.model.device
-    with torch.no_grad():
-        out = tunable.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-    answers: list[str] = []
-    for ids in out[:, width:].tolist():
-        end = ids.index(eos) if eos in ids else len(ids)
-        answers.append(str(tunable.tokenizer.decode(ids[:end], skip_special_tokens=True)))
-    return answers
-
-
 def answer_rows(
-    tunable: TunableModel,
+    model: Measured,
     rows: Sequence[Row],
     metric: Metric,
     *,
@@ -93,14 +64,14 @@ def answer_rows(
         part = order[start : start + batch_rows]
         if done.issuperset(part):
             continue
-        prompts = {i: prompt_ids(rows[i], tunable, prompt_format) for i in part}
-        longest = {i: max(len(tunable.encode(text)) for text in rows[i].good_answers) for i in part}
-        fits = max(map(len, prompts.values())) + max(longest.values()) <= tunable.max_tokens
+        prompts = {i: prompt_ids(rows[i], model, prompt_format) for i in part}
+        longest = {i: max(len(model.encode(text)) for text in rows[i].good_answers) for i in part}
+        fits = max(map(len, prompts.values())) + max(longest.values()) <= model.max_tokens
         for together in [part] if fits else [[i] for i in part]:
             own = [prompts[i] for i in together]
             room = round(max(longest[i] for i in together) * metric.room) + 8
-            room = min(room, tunable.max_tokens - max(map(len, own)))
-            answers = greedy(tunable, own, max_new_tokens=room)
+            room = min(room, model.max_tokens - max(map(len, own)))
+            answers = model.greedy(own, max_new_tokens=room)
             yield [_scored(i, rows[i], answer, metric) for i, answer in zip(together, answers, strict=True)]
 
 
@@ -108,9 +79,7 @@ def _scored(number: int, row: Row, answer: str, metric: Metric) -> Scored:
     return Scored(number, row.line, row.prompt, row.completion, answer, metric.stats(row, answer))
 
 
-def check_rows(
-    tunable: TunableModel, rows: Sequence[Row], metric: Metric, *, prompt_format: str = ""
-) -> None:
+def check_rows(model: Measured, rows: Sequence[Row], metric: Metric, *, prompt_format: str = "") -> None:
     """Raise `InvalidData` for rows that cannot be asked or measured: before the first answer, not after the others."""
     too_long: list[tuple[Row, int, int]] = []
     for row in rows:
@@ -123,9 +92,9 @@ def check_rows(
                 )
         else:
             metric.stats(row, "")  # raises for a completion that nothing can be measured against
-        prompt = len(prompt_ids(row, tunable, prompt_format))
-        answer = max(len(tunable.encode(text)) for text in texts)
-        if prompt + answer > tunable.max_tokens:
+        prompt = len(prompt_ids(row, model, prompt_format))
+        answer = max(len(model.encode(text)) for text in texts)
+        if prompt + answer > model.max_tokens:
             too_long.append((row, prompt, answer))
     if too_long:
         row, prompt, answer = too_long[0]
@@ -134,12 +103,12 @@ def check_rows(
         also = f", and {len(others)} more rows do (lines {shown})" if others else ""
         raise InvalidData(
             f"line {row.line}: {prompt} prompt tokens and {answer} of the answer exceed the context "
-            f"of {tunable.max_tokens}{also}; shorten such rows or leave them out"
+            f"of {model.max_tokens}{also}; shorten such rows or leave them out"
         )
 
 
 def choose_options(
-    tunable: TunableModel,
+    model: Measured,
     rows: Sequence[Row],
     metric: Metric,
     *,
@@ -150,23 +119,18 @@ def choose_options(
     for number, row in enumerate(rows):
         if number in done:
             continue
-        prompt = prompt_ids(row, tunable, prompt_format)
-        examples = [Example((*prompt, *tunable.encode(option)), len(prompt)) for option in row.options]
-        batch = collate(examples, tunable.eos_token_id).to(tunable.model.device)
-        with torch.no_grad():
-            logprobs = -token_losses(tunable, tunable.model, batch.input_ids, batch.positions, batch.targets)
-        means = [logprobs[batch.owners == i].mean().item() for i in range(len(examples))]
+        prompt = prompt_ids(row, model, prompt_format)
+        examples = [Example((*prompt, *model.encode(option)), len(prompt)) for option in row.options]
+        means = [sum(own) / len(own) for own in model.logprobs(examples)]
         yield [_scored(number, row, row.options[means.index(max(means))], metric)]
 
 
 def window_losses(
-    tunable: TunableModel, windows: Sequence[Example], *, done: frozenset[int] = frozenset()
+    model: Measured, windows: Sequence[Example], *, done: frozenset[int] = frozenset()
 ) -> Iterator[list[Scored]]:
     """Negative log-likelihood and predicted tokens of each window, one at a time."""
     for number, example in enumerate(windows):
         if number in done:
             continue
-        batch = collate([example], tunable.eos_token_id).to(tunable.model.device)
-        with torch.no_grad():
-            losses = token_losses(tunable, tunable.model, batch.input_ids, batch.positions, batch.targets)
-        yield [Scored(number, 0, "", "", "", (losses.sum().item(), float(len(batch.targets))))]
+        (logprobs,) = model.logprobs([example])
+        yield [Scored(number, 0, "", "", "", (-math.fsum(logprobs), float(len(logprobs))))]

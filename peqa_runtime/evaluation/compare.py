@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peqa_runtime.training.metrics import Metric
+from peqa_runtime.evaluation.metrics import Metric
 
 _CHUNK = 1 << 22  # drawn row numbers at a time
 

@@ -12,9 +12,7 @@ import numpy as np
 
 from peqa_runtime.disk_space import disk_full_named
 from peqa_runtime.errors import InvalidData
-from peqa_runtime.scales.atomic_file import write_atomic
-from peqa_runtime.scales.scale_set import ScaleSet
-from peqa_runtime.training.answers import (
+from peqa_runtime.evaluation.answers import (
     Scored,
     answer_rows,
     check_rows,
@@ -22,11 +20,13 @@ from peqa_runtime.training.answers import (
     sample_rows,
     window_losses,
 )
-from peqa_runtime.training.compare import interval, paired
+from peqa_runtime.evaluation.compare import interval, paired
+from peqa_runtime.evaluation.measured import Measured
+from peqa_runtime.evaluation.metrics import Metric
+from peqa_runtime.scales.atomic_file import write_atomic
+from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training.data import TEXT_SUFFIXES, Example, encode_text, file_digest, read_text
-from peqa_runtime.training.metrics import Metric
 from peqa_runtime.training.rows import Row, check_prompt_format, read_rows
-from peqa_runtime.training.tuning import TunableModel, apply_scale_set, drop_scales
 
 Progress = Callable[[int, int], None]
 """Called with (done, all)."""
@@ -48,7 +48,7 @@ class Question:
 
 
 def evaluate(
-    tunable: TunableModel,
+    model: Measured,
     question: Question,
     scale_set: Path | None = None,
     *,
@@ -63,22 +63,22 @@ def evaluate(
     on. What cannot be measured raises before the first answer: `InvalidData`, and `InvalidScaleSet` as `ScaleSet.parse`
     does. Raises `DiskFull`.
     """
-    rows = _rows(tunable, question)
-    sets: list[Path | None] = [scale_set]
+    rows = _rows(model, question)
+    sets: list[Path | None] = [None if scale_set is None else Path(scale_set)]
     if against is not None:
         sets.append(None if against == BASE else Path(against))
-    used = [None if chosen is None else ScaleSet.parse(Path(chosen), tunable.manifest) for chosen in sets]
+    used = [None if chosen is None else ScaleSet.parse(chosen, model.manifest) for chosen in sets]
     forms = [_form(question, chosen) for chosen in used]
     if question.metric.asks != "window":
-        _check(tunable, question, rows, forms)
+        _check(model, question, rows, forms)
     found: list[list[Scored]] = []
     for place, (chosen, form) in enumerate(zip(used, forms, strict=True)):
         partial = predictions.with_name(f"{predictions.name}.partial{place or ''}") if predictions else None
-        _use(tunable, chosen)
+        model.use(sets[place])
         offset = place * len(rows)
         moved = None if progress is None else _moved(progress, offset, len(rows) * len(sets))
-        found.append(_ask(tunable, question, rows, chosen, form, partial, moved))
-    report = _report(tunable, question, used, found)
+        found.append(_ask(model, question, rows, chosen, form, partial, moved))
+    report = _report(model, question, used, found)
     if predictions is not None:
         _write_predictions(predictions, question.metric, found)
         for file in predictions.parent.glob(f"{predictions.name}.partial*"):
@@ -86,7 +86,7 @@ def evaluate(
     return report
 
 
-def _rows(tunable: TunableModel, question: Question) -> Sequence[Row] | Sequence[Example]:
+def _rows(model: Measured, question: Question) -> Sequence[Row] | Sequence[Example]:
     if question.limit is not None and question.limit < 1:
         raise InvalidData(f"the limit must be at least 1, got {question.limit}")
     suffix = question.data.suffix.lower()
@@ -98,17 +98,17 @@ def _rows(tunable: TunableModel, question: Question) -> Sequence[Row] | Sequence
         )
     if suffix in (".jsonl", ".json"):
         raise InvalidData(f"{question.metric.name} is of plain text (.txt, .md); {question.data} holds rows")
-    text = encode_text(read_text(question.data), tunable.encode, window=_context(tunable, question))
+    text = encode_text(read_text(question.data), model.encode, window=_context(model, question))
     return text.examples[: question.limit]
 
 
-def _context(tunable: TunableModel, question: Question) -> int:
+def _context(model: Measured, question: Question) -> int:
     """Tokens of a window."""
     if question.context is None:
-        return min(1024, tunable.max_tokens)
-    if not 2 <= question.context <= tunable.max_tokens:
+        return min(1024, model.max_tokens)
+    if not 2 <= question.context <= model.max_tokens:
         raise InvalidData(
-            f"the context must be between 2 and the model's {tunable.max_tokens}, got {question.context}"
+            f"the context must be between 2 and the model's {model.max_tokens}, got {question.context}"
         )
     return question.context
 
@@ -119,19 +119,12 @@ def _form(question: Question, scale_set: ScaleSet | None) -> str:
     return check_prompt_format(noted if question.prompt_format is None else question.prompt_format)
 
 
-def _check(tunable: TunableModel, question: Question, rows: Sequence[Any], forms: Sequence[str]) -> None:
+def _check(model: Measured, question: Question, rows: Sequence[Any], forms: Sequence[str]) -> None:
     try:
         for form in dict.fromkeys(forms):
-            check_rows(tunable, rows, question.metric, prompt_format=form)
+            check_rows(model, rows, question.metric, prompt_format=form)
     except InvalidData as error:
         raise InvalidData(f"{question.data}, {error}") from None
-
-
-def _use(tunable: TunableModel, scale_set: ScaleSet | None) -> None:
-    if scale_set is None:
-        drop_scales(tunable)
-    else:
-        apply_scale_set(tunable, scale_set)
 
 
 def _moved(progress: Progress, offset: int, total: int) -> Progress:
@@ -139,7 +132,7 @@ def _moved(progress: Progress, offset: int, total: int) -> Progress:
 
 
 def _ask(
-    tunable: TunableModel,
+    model: Measured,
     question: Question,
     rows: Sequence[Any],
     scale_set: ScaleSet | None,
@@ -149,28 +142,29 @@ def _ask(
 ) -> list[Scored]:
     """Every row's answer in order; those that `partial` holds are not asked again."""
     fingerprint = {
+        "computes": model.computes,
         "data": file_digest(question.data),
         "metric": question.metric.name,
         "rows": len(rows),
         "seed": question.seed,
         "limit": question.limit,
         "skip_empty": question.skip_empty,
-        "context": _context(tunable, question),
+        "context": _context(model, question),
         "batch_rows": question.batch_rows,
         "prompt_format": form,
-        "base_digest": tunable.manifest.base_digest,
+        "base_digest": model.manifest.base_digest,
         "revision": scale_set.revision if scale_set else None,
     }
     done = _read_partial(partial, fingerprint)
     before = frozenset(done)
     batches: Iterator[list[Scored]]
     if question.metric.asks == "window":
-        batches = window_losses(tunable, rows, done=before)
+        batches = window_losses(model, rows, done=before)
     elif question.metric.asks == "option":
-        batches = choose_options(tunable, rows, question.metric, prompt_format=form, done=before)
+        batches = choose_options(model, rows, question.metric, prompt_format=form, done=before)
     else:
         batches = answer_rows(
-            tunable, rows, question.metric, prompt_format=form, batch_rows=question.batch_rows, done=before
+            model, rows, question.metric, prompt_format=form, batch_rows=question.batch_rows, done=before
         )
     for batch in batches:
         done |= {scored.number: scored for scored in batch}
@@ -208,7 +202,7 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _report(
-    tunable: TunableModel,
+    model: Measured,
     question: Question,
     used: Sequence[ScaleSet | None],
     found: Sequence[Sequence[Scored]],
@@ -220,7 +214,8 @@ def _report(
     report: dict[str, Any] = {
         "metric": metric.name,
         "data": question.data.name,
-        "base_digest": tunable.manifest.base_digest,
+        "computes": model.computes,
+        "base_digest": model.manifest.base_digest,
         "revision": used[0].revision if used[0] else None,
         key: whole.value,
         "low": whole.low,
@@ -229,7 +224,7 @@ def _report(
         "seed": question.seed,
     }
     if metric.asks == "window":
-        report |= {"tokens": int(stats[0][:, 1].sum()), "context": _context(tunable, question)}
+        report |= {"tokens": int(stats[0][:, 1].sum()), "context": _context(model, question)}
     if stats[0].shape[1] == 2 and metric.asks != "window":
         report["correct"] = int(stats[0][:, 0].sum())
     if len(found) == 2:

@@ -1,0 +1,35 @@
+"""What an evaluation asks of a model, however it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from peqa_runtime.core import BaseManifest
+from peqa_runtime.training.data import Encoder, Example
+
+
+class Measured(Encoder, Protocol):
+    """A base under one set at a time, or under none."""
+
+    @property
+    def computes(self) -> str:
+        """The name of its arithmetic: what another one had answered is asked again."""
+
+    @property
+    def manifest(self) -> BaseManifest:
+        """Of the base."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Context, in tokens."""
+
+    def use(self, scale_set: Path | None) -> None:
+        """Answer under this set from now on; None: as the base. Raises as `ScaleSet.parse` does."""
+
+    def greedy(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        """The likeliest continuation of each prompt (token ids), without the token that ended it."""
+
+    def logprobs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """log p of each example's tokens from `loss_from` on, after those before them."""
