@@ -126,7 +126,7 @@ REDUCED = Plan(
     (0,),
     40,
     300,
-    50_000,
+    100_000,
     task_steps=0.25,
 )
 FULL = Plan(

@@ -25,6 +25,8 @@ _WIDEST_DOUBLE = 8192  # inputs up to which sums are doubles: 512 MB for a Hessi
 # Times the median power that a token counts with at most. A first token's inputs to a down projection can have 10 000
 # times the power of others'; uncapped, SmolLM2's block 2 at 2 bits lost more by GPTQ than by rounding to nearest.
 _LOUDEST = 4.0
+_TOKENS = 2048  # of one product of a Hessian
+_NARROWEST = 128  # rows of its blocks
 _TRIES = 6  # dampings, each ten times the last, before a Hessian is given up
 
 
@@ -55,17 +57,35 @@ class Hessian:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Count x [..., K], multiplied in fp32 and summed in fp64 (fp32 where K is very large)."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        power = rows.square().sum(-1)
-        rows = rows * (_LOUDEST * power.median() / power.clamp_min(1e-20)).clamp_max(1).sqrt()[:, None]
-        # Transposed in memory: the product of a view took twice as long (512 tokens, 1536 inputs, Zen 4).
-        self._sum += matmul(rows.t().contiguous(), rows).to(self._sum.dtype)
-        self.tokens += len(rows)
+        """Count x, [tokens, K] or windows [..., tokens, K]: multiplied in fp32, summed in fp64 (fp32 where K is large).
+
+        What is too much for a token is judged within its window.
+        """
+        windows = x.detach().reshape(-1, *x.shape[-2:])
+        for some in windows.split(max(1, _TOKENS // max(1, windows.shape[1]))):
+            rows = some.float()
+            power = rows.square().sum(-1, keepdim=True)
+            most = _LOUDEST * power.median(1, keepdim=True).values
+            rows = (rows * (most / power.clamp_min(1e-20)).clamp_max(1).sqrt()).flatten(0, 1)
+            self._sum += _square(rows).to(self._sum.dtype)
+            self.tokens += len(rows)
 
     def mean(self) -> Tensor:
         """E[x x^T], [K, K]; zeros when nothing was counted."""
         return self._sum / max(1, self.tokens)
+
+
+def _square(rows: Tensor) -> Tensor:
+    """rows^T rows [K, K] of [tokens, K]: the upper part by blocks, the lower one its mirror."""
+    # Transposed in memory: the product of a view took twice as long (512 tokens, 1536 inputs, Zen 4).
+    columns, count = rows.t().contiguous(), rows.shape[1]
+    found = torch.empty(count, count, dtype=rows.dtype, device=rows.device)
+    step = max(_NARROWEST, -(-count // 6))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        found[first:last, first:] = matmul(columns[first:last], columns[first:].t())
+        found[last:, first:last] = found[first:last, last:].t()
+    return found
 
 
 @dataclass(frozen=True)
@@ -171,12 +191,15 @@ def _rows(
         return scale, zero
 
     static = options.static_groups or options.act_order
+    scales, zeros = (
+        torch.empty(groups, count, device=weight.device),
+        torch.empty(groups, count, device=weight.device),
+    )
     if static:
-        scales, zeros = ranges(grouped, importance)
-    else:
-        scales = torch.empty(count, groups, device=weight.device)
-        zeros = torch.empty_like(scales)
-    work = weight.clone() if order is None else weight[:, order]
+        found = ranges(grouped, importance)
+        scales[:], zeros[:] = found[0].t(), found[1].t()
+    # [K, n] from here on: what is worked on at a time lies together.
+    work = weight.t().contiguous() if order is None else weight.t()[order]
     codes, settled = torch.empty_like(work), torch.empty_like(work)
     width = max(_COLUMNS, size) if not static and size < columns else _COLUMNS
     group_of = (
@@ -185,22 +208,22 @@ def _rows(
     for start in range(0, columns, width):
         end = min(start + width, columns)
         inside = factor[start:end, start:end]
-        block, errors = work[:, start:end], torch.empty_like(work[:, start:end])
+        steps = inside.diagonal().tolist()
+        block, errors = work[start:end], torch.empty_like(work[start:end])
         for i in range(end - start):
             column, group = start + i, group_of[start + i]
             if not static and column % size == 0:
-                scales[:, group : group + 1], zeros[:, group : group + 1] = ranges(
-                    work[:, column : column + size].unsqueeze(1), importance[group : group + 1]
-                )
-            scale, zero = scales[:, group].to(work.dtype), zeros[:, group].to(work.dtype)
-            value = block[:, i]
-            code = (value / scale + zero).round_().clamp_(0, top)
-            codes[:, column], settled[:, column] = code, value
-            error = (value - (code - zero) * scale) / inside[i, i]
-            errors[:, i] = error
-            block[:, i:] -= error[:, None] * inside[i, i:]
-        work[:, end:] -= errors @ factor[start:end, end:]
+                own = work[column : column + size].t().unsqueeze(1)
+                found = ranges(own, importance[group : group + 1])
+                scales[group], zeros[group] = found[0][:, 0], found[1][:, 0]
+            scale, zero = scales[group].to(work.dtype), zeros[group].to(work.dtype)
+            value = block[i]
+            code = torch.div(value, scale, out=codes[column]).add_(zero).round_().clamp_(0, top)
+            settled[column] = value
+            error = torch.sub(value, (code - zero).mul_(scale), out=errors[i]).div_(steps[i])
+            block[i:].addr_(inside[i, i:], error, alpha=-1)
+        work[end:] -= factor[start:end, end:].t() @ errors
     if order is not None:
         back = order.argsort()
-        codes, settled = codes[:, back], settled[:, back]
-    return codes, scales, zeros, settled
+        codes, settled = codes[back], settled[back]
+    return codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), settled.t().contiguous()
