@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from peqa_runtime.commands.options import AsJson, Base, Device, OptionalSet, Quiet, Seed
+from peqa_runtime.commands.options import AsJson, Base, Device, Measuring, OptionalSet, Quiet, Seed
 from peqa_runtime.commands.terminal import progress_bar, quiet_libraries, reported, show
-
-if TYPE_CHECKING:
-    from peqa_runtime.evaluation.measured import Measured
 
 MetricName = Literal["perplexity", "exact-match", "bleu", "final-number", "multiple-choice", "slot-f1"]
 
@@ -60,13 +57,7 @@ def evaluate(
             envvar="PEQA_PREDICTIONS",
         ),
     ] = None,
-    compute: Annotated[
-        Literal["served", "float32"],
-        typer.Option(
-            help="By the engine, as a server answers; or by the model in fp32, several times slower.",
-            envvar="PEQA_COMPUTE",
-        ),
-    ] = "served",
+    compute: Measuring = "served",
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -81,12 +72,10 @@ def evaluate(
     Example: peqa eval bases/smollm2 test.jsonl --scale-set sql.safetensors --metric exact-match --limit 200
     """
     from peqa_runtime.errors import InvalidData
+    from peqa_runtime.evaluation import opened
     from peqa_runtime.evaluation.metrics import metric_named
-    from peqa_runtime.evaluation.reference import Reference
     from peqa_runtime.evaluation.run import Question
     from peqa_runtime.evaluation.run import evaluate as measure
-    from peqa_runtime.evaluation.served import Served
-    from peqa_runtime.training.tuning import load_tunable
 
     if batch < 1:
         raise InvalidData(f"--batch must be at least 1, got {batch}")
@@ -94,11 +83,7 @@ def evaluate(
     question = Question(data, measured, limit, seed, filter_nonempty, prompt_format, context, batch)
     quiet_libraries()
     with ExitStack() as stack:
-        model: Measured
-        if compute == "float32":
-            model = Reference(load_tunable(base, device=device))
-        else:
-            model = stack.enter_context(Served(base, device=device))
+        model = stack.enter_context(opened(base, compute, device))
         progress = stack.enter_context(
             progress_bar(quiet, "windows" if measured.asks == "window" else "rows")
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="PEQA_DEV
 OptionalSet = Annotated[
     Path | None,
     typer.Option("--scale-set", help="A scale set file; without it the base.", envvar="PEQA_SCALE_SET"),
+]
+Measuring = Annotated[
+    Literal["served", "float32"],
+    typer.Option(
+        help="By the engine, as a server answers; or by transformers' model in fp32, many times slower.",
+        envvar="PEQA_EVAL_COMPUTE",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", envvar="PEQA_JSON")]
 Seed = Annotated[

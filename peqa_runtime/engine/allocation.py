@@ -11,7 +11,7 @@ from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.engine.canary import blocks_needed
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.graph_setup import reserved_bytes
-from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks
+from peqa_runtime.engine.kv_cache import KVCache, available_memory, fitting_blocks, most_blocks
 from peqa_runtime.scales.scale_bank import ScaleBank
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ def bound_kv_cache(model: LoadedModel, config: EngineConfig, max_model_len: int)
     for layer, caches in zip(model.layers, cache.layers, strict=True):
         layer.bind(*caches)
     return cache
+
+
+def fitting_tokens(model: LoadedModel, config: EngineConfig) -> int:
+    """Tokens whose keys and values fit into the memory that is left, with room for what else takes memory.
+
+    Raises `ValueError` when that is not even a block, or for a dtype that is not to be had here.
+    """
+    dtype = kv_dtype(config.kv_cache_dtype, model.device, model.dtype)
+    left = available_memory(model.device) - reserved_bytes(model, config, config.block_size)
+    return config.block_size * most_blocks(model.kv_spec, config.block_size, dtype, left, model.device)
 
 
 def kv_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:

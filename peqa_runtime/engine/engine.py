@@ -263,10 +263,10 @@ class Engine:
             Engine("bases/smollm2").generate(["2 + 2 ="], SamplingParams(max_tokens=4, temperature=0.0))
             Engine(base, store).generate(prompts, task=["sql", "base", Path("mine.safetensors"), {"a": 0.5, "b": 0.5}])
 
-        `params` and `task` are one for all, or one per prompt. A task is a name in the store, the path of a scale set
-        file, or the weights of a blend, which sum to 1. `progress` shows a bar. Log-probabilities come with
-        `SamplingParams(logprobs=…, prompt_logprobs=…)`. A request that fails has `finish_reason` "error" and says why
-        in `error`; the others are not affected.
+        `params` and `task` are one for all, or one per prompt. A task is a name in the store, a `ScaleSet` or the
+        path of its file, or the weights of a blend, which sum to 1. `progress` shows a bar. Log-probabilities come
+        with `SamplingParams(logprobs=…, prompt_logprobs=…)`. A request that fails has `finish_reason` "error" and says
+        why in `error`; the others are not affected.
 
         Raises `InvalidRequest`, `UnknownTask`, `TaskUnusable`, `TaskQuarantined`, `InvalidScaleSet`, `EngineDead`.
         """

@@ -105,6 +105,21 @@ def fitting_blocks(
     return max(per_context, min(budget // per_block, per_context * max_sequences))
 
 
+def most_blocks(
+    layers: Sequence[LayerShape],
+    block_size: int,
+    dtype: torch.dtype,
+    available_bytes: int,
+    device: torch.device,
+) -> int:
+    """Blocks that a large share of what is available holds. `ValueError` when it holds none."""
+    share = _GPU_SHARE if device.type == "cuda" else 2 * _CPU_SHARE
+    found = int(available_bytes * share) // bytes_per_block(layers, block_size, dtype)
+    if found < 1:
+        raise ValueError(f"{available_bytes / _GIB:.1f} GiB are available: too little for keys and values")
+    return found
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can be had now on the device; on the CPU within this container's limit."""
     if device.type == "cuda":

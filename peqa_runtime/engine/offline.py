@@ -14,16 +14,16 @@ from tqdm import tqdm
 from peqa_runtime.core import Blend, FinishReason, Lease, Request, TokenLogprobs, TokenOutput
 from peqa_runtime.errors import InvalidRequest
 from peqa_runtime.sampling_params import SamplingParams
+from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.text import IncrementalDecoder, encode
 
 if TYPE_CHECKING:
     from peqa_runtime.engine.engine import Engine
-    from peqa_runtime.scales.scale_set import ScaleSet
 
 _T = TypeVar("_T")
 
-Choice = str | Path | Mapping[str, float]
-"""What a prompt is completed with: a task of the store, a scale set file, or the weights of a blend of tasks."""
+Choice = str | Path | ScaleSet | Mapping[str, float]
+"""What a prompt is completed with: a task of the store, a scale set or its file, or the weights of a blend."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ def _lease(engine: Engine, choice: Choice, files: dict[Path, ScaleSet]) -> Lease
         if choice not in files:
             files[choice] = engine.tasks.read_file(choice)
         return engine.tasks.hold(str(choice), files[choice])
+    if isinstance(choice, ScaleSet):
+        return engine.tasks.hold(choice.task or choice.revision, choice)
     if not isinstance(choice, str | Mapping):
         raise InvalidRequest(
-            "task is the name of a task, the Path of a scale set file, the weights of a blend, or a list of these; got "
-            f"{type(choice).__name__}",
+            "task is the name of a task, the Path of a scale set file, a ScaleSet, the weights of a blend, or a "
+            f"list of these; got {type(choice).__name__}",
             param="task",
         )
     return engine.tasks.acquire(Blend.of(choice) if isinstance(choice, Mapping) else choice)

@@ -93,7 +93,10 @@ def check_rows(model: Measured, rows: Sequence[Row], metric: Metric, *, prompt_f
         else:
             metric.stats(row, "")  # raises for a completion that nothing can be measured against
         prompt = len(prompt_ids(row, model, prompt_format))
-        answer = max(len(model.encode(text)) for text in texts)
+        sizes = [len(model.encode(text)) for text in texts]
+        if not prompt or (metric.asks == "option" and not all(sizes)):
+            raise InvalidData(f"line {row.line}: the prompt, or an option, has no tokens")
+        answer = max(sizes)
         if prompt + answer > model.max_tokens:
             too_long.append((row, prompt, answer))
     if too_long:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from peqa_runtime.core import BaseManifest
+from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training.data import Encoder, Example
 
 
@@ -25,8 +25,8 @@ class Measured(Encoder, Protocol):
     def max_tokens(self) -> int:
         """Context, in tokens."""
 
-    def use(self, scale_set: Path | None) -> None:
-        """Answer under this set from now on; None: as the base. Raises as `ScaleSet.parse` does."""
+    def use(self, scale_set: ScaleSet | None) -> None:
+        """Answer under this set from now on; None: as the base."""
 
     def greedy(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
         """The likeliest continuation of each prompt (token ids), without the token that ended it."""

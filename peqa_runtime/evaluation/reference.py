@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from peqa_runtime.core import BaseManifest
+from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training.batches import collate
 from peqa_runtime.training.data import Example
 from peqa_runtime.training.text_encoding import TextEncoding
@@ -22,8 +22,8 @@ class Reference(TextEncoding):
 
     def __init__(self, tunable: TunableModel) -> None:
         """`tunable` is this one's from now on."""
+        super().__init__(tunable.tokenizer)
         self._tunable = tunable
-        self.tokenizer = tunable.tokenizer
 
     @property
     def manifest(self) -> BaseManifest:
@@ -35,8 +35,8 @@ class Reference(TextEncoding):
         """Context, in tokens."""
         return self._tunable.max_tokens
 
-    def use(self, scale_set: Path | None) -> None:
-        """Put this set on the model; None: make it the base. Raises `InvalidScaleSet`, `WrongBase`."""
+    def use(self, scale_set: ScaleSet | None) -> None:
+        """Put this set on the model; None: make it the base."""
         if scale_set is None:
             drop_scales(self._tunable)
         else:

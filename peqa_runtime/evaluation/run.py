@@ -74,7 +74,7 @@ def evaluate(
     found: list[list[Scored]] = []
     for place, (chosen, form) in enumerate(zip(used, forms, strict=True)):
         partial = predictions.with_name(f"{predictions.name}.partial{place or ''}") if predictions else None
-        model.use(sets[place])
+        model.use(chosen)
         offset = place * len(rows)
         moved = None if progress is None else _moved(progress, offset, len(rows) * len(sets))
         found.append(_ask(model, question, rows, chosen, form, partial, moved))

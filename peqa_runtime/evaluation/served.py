@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from peqa_runtime.core import BASE_TASK, BaseManifest
+from peqa_runtime.engine.allocation import fitting_tokens
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.offline import Choice, Completion
-from peqa_runtime.errors import InvalidCheckpoint
+from peqa_runtime.errors import InvalidCheckpoint, UnsupportedModel
+from peqa_runtime.model.loader import load
 from peqa_runtime.sampling_params import SamplingParams
+from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.training.data import Example
 from peqa_runtime.training.text_encoding import TextEncoding
 
 _ROWS_OF_LOGITS = 512  # of prompts in a step; fewer make the head's products thin, more cost memory
+_TOKENS = 1 << 15  # whose keys and values have room together; what is more waits
 
 
 class Served(TextEncoding):
     """A base in an engine of its own, see `Measured`. A context manager; `close` frees it."""
 
-    computes = "served"
+    def __init__(self, base: Path, *, device: str = "auto", longest: int | None = None) -> None:
+        """`longest`: tokens of the only row to come, if there is one; None: many rows, of up to the model's context.
 
-    def __init__(self, base: Path, *, device: str = "auto") -> None:
-        """Raises `InvalidCheckpoint` for a folder that is no base, `UnsupportedModel` for one that cannot be served."""
+        Raises `InvalidCheckpoint` for a folder that is no base, `UnsupportedModel` for one that cannot be served here.
+        """
+        model = load(base, device=device)
         config = EngineConfig(
             task_rows=2,
             group_rows=2,
-            max_prompt_logprob_rows=_ROWS_OF_LOGITS,
+            max_sequences=EngineConfig.max_sequences if longest is None else 1,
             max_batch_tokens=_ROWS_OF_LOGITS,
+            max_prompt_logprob_rows=_ROWS_OF_LOGITS,
+            enforce_eager=longest is not None,  # one answer is not worth the time that graphs take
         )
-        self._engine = Engine(base, config=config, device=device)
+        try:
+            room = fitting_tokens(model, config)
+            context = min(longest or model.max_model_len, model.max_model_len, room)
+            together = context if longest is not None else max(context, min(room, _TOKENS))
+            blocks = -(-together // config.block_size)
+            self._engine = Engine(model, config=replace(config, max_model_len=context, num_blocks=blocks))
+        except ValueError as error:
+            raise UnsupportedModel(f"{base} cannot be served here: {error}") from error
+        super().__init__(model.tokenizer)
         self._set: Choice = BASE_TASK
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's."""
-        return self._engine.model.tokenizer
+    def computes(self) -> str:
+        """Where, and in what."""
+        model = self._engine.model
+        return f"served, {model.device.type}, {str(model.dtype).removeprefix('torch.')}"
 
     @property
     def manifest(self) -> BaseManifest:
@@ -47,13 +63,11 @@ class Served(TextEncoding):
 
     @property
     def max_tokens(self) -> int:
-        """Context, in tokens."""
+        """Context, in tokens; less than the model's where memory is short."""
         return self._engine.max_model_len
 
-    def use(self, scale_set: Path | None) -> None:
-        """Answer under this set; None: as the base. Raises `InvalidScaleSet`, `WrongBase`."""
-        if scale_set is not None:
-            self._engine.tasks.read_file(scale_set)
+    def use(self, scale_set: ScaleSet | None) -> None:
+        """Answer under this set; None: as the base."""
         self._set = BASE_TASK if scale_set is None else scale_set
 
     def greedy(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
@@ -86,5 +100,6 @@ class Served(TextEncoding):
         completions = self._engine.generate(prompts, params, task=self._set)
         for completion in completions:
             if completion.error is not None:
-                raise InvalidCheckpoint(f"{self._set} cannot be measured: {completion.error}")
+                what = "the set" if isinstance(self._set, ScaleSet) else "the base"
+                raise InvalidCheckpoint(f"{what} cannot be measured: {completion.error}")
         return completions

@@ -132,7 +132,7 @@ class QuantizedLinear(_Codes):
     """y = x W^T + b with W = scales * (codes - zeros), under the scales of each row's task.
 
     Three ways to run: base only (as loaded), rows of a scale bank (`attach`, for serving) or sets of trainable
-    scales (`tune`, for training and evaluation). `sizes` are the output sizes of fused siblings.
+    scales (`tune`, for training and evaluation in fp32). `sizes` are the output sizes of fused siblings.
     """
 
     def __init__(

@@ -17,6 +17,9 @@ class TextEncoding:
 
     tokenizer: PreTrainedTokenizerBase
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
     @property
     def eos_token_id(self) -> int:
         """The token that ends a completion."""

@@ -1,4 +1,4 @@
-"""The base as training and evaluation see it: the very same quantized linears, with one task's scales on them.
+"""The base as training sees it: the very same quantized linears, with one task's scales on them.
 
 Scales are named as in a scale set file: `<linear>.out_scale`, `.in_scale`, `.group_scale`, all relative to the
 base (1 = base), held as fp32 masters.
@@ -33,7 +33,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 1 / 16, 16.0
 
 @dataclass(frozen=True)
 class TunableModel(TextEncoding):
-    """A base loaded for training or evaluation (dense attention, gradients possible), and what goes with it."""
+    """A base loaded for training, or evaluation in fp32 (dense attention, gradients possible), with what it needs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from peqa_runtime.core import ScaleKind
+from peqa_runtime.engine import allocation
 from peqa_runtime.engine.engine import Engine
 from peqa_runtime.engine.offline import Completion
-from peqa_runtime.errors import InvalidCheckpoint, InvalidData, InvalidScaleSet
+from peqa_runtime.errors import InvalidCheckpoint, InvalidData, InvalidScaleSet, UnsupportedModel
 from peqa_runtime.evaluation.answers import sample_rows
 from peqa_runtime.evaluation.compare import interval, paired
 from peqa_runtime.evaluation.measured import Measured
@@ -24,8 +25,10 @@ from peqa_runtime.evaluation.metrics import final_number, metric_named
 from peqa_runtime.evaluation.reference import Reference
 from peqa_runtime.evaluation.run import Question, evaluate
 from peqa_runtime.evaluation.served import Served
+from peqa_runtime.evaluation.ways import opened
 from peqa_runtime.scales.scale_set import ScaleSet
 from peqa_runtime.scales.set_layout import expected_shapes
+from peqa_runtime.training.data import Example
 from peqa_runtime.training.logprobs import completion_logprobs, token_logprobs
 from peqa_runtime.training.rows import Row
 from peqa_runtime.training.tuning import TunableModel, apply_scale_set, load_tunable
@@ -338,8 +341,8 @@ def test_what_was_computed_in_another_way_is_asked_again(
     with pytest.raises(KeyboardInterrupt):
         evaluate(Reference(tunable), question, predictions=out)
     with Served(tiny_base, device="cpu") as served:
-        assert evaluate(served, question, predictions=out)["computes"] == "served"
-    assert asked == ["float32", "float32", "served", "served"]
+        assert evaluate(served, question, predictions=out)["computes"] == served.computes
+    assert asked == ["float32", "float32", *["served, cpu, float32"] * 2]
 
 
 def test_an_answer_that_cannot_be_computed_ends_the_evaluation(
@@ -351,9 +354,52 @@ def test_an_answer_that_cannot_be_computed_ends_the_evaluation(
     monkeypatch.setattr(Engine, "generate", failing)
     with (
         Served(tiny_base, device="cpu") as served,
-        pytest.raises(InvalidCheckpoint, match="base cannot be measured: NaN or infinity"),
+        pytest.raises(InvalidCheckpoint, match="the base cannot be measured: NaN or infinity"),
     ):
         served.greedy([[1, 2]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda served: served.greedy([[5, 6]], max_new_tokens=4),
+        lambda served: served.logprobs([Example((5, 6, 7), 1)]),
+    ],
+    ids=["greedy", "logprobs"],
+)
+def test_a_set_that_gives_infinity_is_named(
+    tiny_base: Path, tunable: TunableModel, ask: Callable[[Served], object]
+) -> None:
+    broken = random_set(tunable, "channel")
+    for tensor in broken.tensors.values():
+        tensor.fill_(float("inf"))  # no file could bring it
+    with Served(tiny_base, device="cpu") as served:
+        served.use(broken)
+        with pytest.raises(InvalidCheckpoint, match="the set cannot be measured: the model produced NaN"):
+            ask(served)
+        served.use(None)
+        assert len(served.greedy([[5, 6]], max_new_tokens=4)) == 1, "nothing is left of it"
+
+
+def test_what_is_measured_may_have_less_room_than_the_model(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Served(tiny_base, device="cpu", longest=20) as served:
+        assert served.max_tokens == 20
+        assert len(served.logprobs([Example(tuple(range(1, 21)), 1)])[0]) == 19
+    monkeypatch.setattr(allocation, "available_memory", lambda _: 200_000)
+    with Served(tiny_base, device="cpu") as served:
+        assert 2 <= served.max_tokens < 512
+        (logprobs,) = served.logprobs([Example((1,) * served.max_tokens, 1)])
+        assert len(logprobs) == served.max_tokens - 1
+    monkeypatch.setattr(allocation, "available_memory", lambda _: 1000)
+    with (
+        pytest.raises(
+            UnsupportedModel, match="too little for keys and values; --compute float32 may do without"
+        ),
+        opened(tiny_base, "served", "cpu"),
+    ):
+        pass
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_named(model: Measured, tmp_path: Path) -> None:

@@ -60,6 +60,27 @@ def naive(weight: Tensor, hessian: Tensor, bits: int, size: int, options: GptqOp
     return codes
 
 
+@pytest.mark.parametrize("count", [5, 128, 300, 800])
+def test_the_square_of_a_matrix_is_whole(count: int) -> None:
+    rows = torch.randn(40, count, generator=torch.Generator().manual_seed(0))
+    found = module._square(rows)
+    assert torch.allclose(found, rows.t() @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_count_together_as_they_do_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some the first token is loud: it is held down by its own window."""
+    monkeypatch.setattr(module, "_TOKENS", 20)
+    windows = torch.randn(5, 8, 160, generator=torch.Generator().manual_seed(0))
+    windows[::2, 0] *= 100
+    together, alone = Hessian(160), Hessian(160)
+    together.add(windows)
+    together.add(windows[:0])
+    for window in windows:
+        alone.add(window)
+    assert together.tokens == alone.tokens == 40
+    assert torch.allclose(together.mean(), alone.mean(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
     ("group_size", "act_order", "static"),

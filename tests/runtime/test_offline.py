@@ -61,6 +61,14 @@ def test_each_prompt_has_its_task_by_name_file_or_blend(engine: Engine, files: l
     assert {info.task for info in engine.tasks.page()} == {"one", "two"}, "a file does not become a task"
 
 
+def test_a_set_may_be_given_as_it_is(engine: Engine, files: list[Path]) -> None:
+    scale_set = ScaleSet.parse(files[2], engine.model.manifest)
+    ours, from_file = engine.generate([PROMPT] * 2, GREEDY, [scale_set, files[2]])
+    assert ours.token_ids == from_file.token_ids
+    assert ours.revision == ours.task == scale_set.revision, "it has no name of its own"
+    assert engine.tasks.registry.counts().leases == 0
+
+
 def test_more_files_than_rows_take_turns(tiny_base: Path, tmp_path: Path) -> None:
     paths = [set_file(tiny_base, tmp_path, seed) for seed in range(10, 16)]
     with Engine(tiny_base, config=EngineConfig(num_blocks=96, task_rows=3), device="cpu") as engine:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peqa_runtime.evaluation import Question, Reference, evaluate, metric_named
 from peqa_runtime.model import quantize_folder
 from peqa_runtime.model.quantize import QuantizeOptions
 from peqa_runtime.model.quantizers.blockwise import TrainingOptions
 from peqa_runtime.model.quantizers.calibration import CalibrationText
-from peqa_runtime.training import Question, TrainingFiles, evaluate, load_tunable, metric_named, train_files
+from peqa_runtime.training import TrainingFiles, load_tunable, train_files
 from peqa_runtime.training.settings import TuneConfig
 
 SENTENCE = "the cat and dog sat on mat then they ran into another house over"
@@ -57,7 +58,7 @@ def learned(tiny_hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def perplexity(base: Path, test: Path, scale_set: Path | None = None) -> float:
     question = Question(test, metric_named("perplexity"), context=WINDOW)
-    return float(evaluate(load_tunable(base, device="cpu"), question, scale_set)["perplexity"])
+    return float(evaluate(Reference(load_tunable(base, device="cpu")), question, scale_set)["perplexity"])
 
 
 def test_better_integers_then_tuned_scales_bring_a_trained_model_back(learned: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class Bench:
         ]
         for base in bases:
             name = f"tuning/perplexity/{base}"
-            windows = {"windows": self.plan.windows}
+            windows = {"windows": self.plan.windows, "computes": "served"}
             yield Cell(
                 (f"{name}/before",), partial(self._before, base, f"{name}/before"), partial(dict, windows)
             )
@@ -241,7 +241,7 @@ class Bench:
     def _tasks(self) -> Iterator[Cell]:
         for task in (TASKS[name] for name in self.plan.tasks):
             name = f"tuning/task/{task.name}"
-            rows = {"test_rows": self.plan.test_rows}
+            rows = {"test_rows": self.plan.test_rows, "computes": "served"}
             yield Cell((f"{name}/base",), partial(self._untuned, task, f"{name}/base"), partial(dict, rows))
             for way in WAYS:
                 for seed in self.plan.seeds:
@@ -253,7 +253,13 @@ class Bench:
 
     def _task_settings(self, task: TaskPlan, way: str) -> dict[str, Any]:
         steps = self._steps(task)
-        return {"test_rows": self.plan.test_rows, "steps": steps, **asdict(self._optimizer(task, way))}
+        computes = "float32" if way == "lora" else "served"  # no engine runs PEFT's adapters
+        return {
+            "test_rows": self.plan.test_rows,
+            "computes": computes,
+            "steps": steps,
+            **asdict(self._optimizer(task, way)),
+        }
 
     def _steps(self, task: TaskPlan) -> int:
         return max(1, round(task.steps * self.plan.task_steps))

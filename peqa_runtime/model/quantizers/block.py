@@ -202,7 +202,12 @@ class Block:
                 if name not in open_stages:  # a linear that the block calls again
                     return
                 hessian = Hessian(args[0].shape[-1], self._device)
-                hessian.add(args[0].view(-1, inputs.tokens, args[0].shape[-1]))
+                rows = args[0].reshape(-1, args[0].shape[-1])
+                whole = len(rows) % inputs.tokens == 0  # else some went elsewhere
+                for part in (
+                    (rows.view(-1, inputs.tokens, rows.shape[1]),) if whole else rows.split(inputs.tokens)
+                ):
+                    hessian.add(part)
                 mean, stage = hessian.mean(), open_stages.pop(name)
                 finish(stage, dict.fromkeys(stage, mean))
 
@@ -228,7 +233,8 @@ class Block:
                     shared.setdefault(name, last[0][1])
                 else:
                     last[:] = [(args[0], name)]
-                    found.setdefault(name, Hessian(args[0].shape[-1], self._device)).add(args[0])
+                    width = args[0].shape[-1]
+                    found.setdefault(name, Hessian(width, self._device)).add(args[0].reshape(-1, width))
                 if name == stage[-1]:
                     raise _Enough
 

@@ -61,8 +61,10 @@ class Hessian:
 
         What is too much for a token is judged within its window.
         """
+        if not x.numel():
+            return
         windows = x.detach().reshape(-1, *x.shape[-2:])
-        for some in windows.split(max(1, _TOKENS // max(1, windows.shape[1]))):
+        for some in windows.split(max(1, _TOKENS // windows.shape[1])):
             rows = some.float()
             power = rows.square().sum(-1, keepdim=True)
             most = _LOUDEST * power.median(1, keepdim=True).values
@@ -199,7 +201,7 @@ def _rows(
         found = ranges(grouped, importance)
         scales[:], zeros[:] = found[0].t(), found[1].t()
     # [K, n] from here on: what is worked on at a time lies together.
-    work = weight.t().contiguous() if order is None else weight.t()[order]
+    work = weight.t().clone(memory_format=torch.contiguous_format) if order is None else weight.t()[order]
     codes, settled = torch.empty_like(work), torch.empty_like(work)
     width = max(_COLUMNS, size) if not static and size < columns else _COLUMNS
     group_of = (
