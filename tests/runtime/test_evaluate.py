@@ -322,6 +322,21 @@ def test_an_interrupted_evaluation_goes_on(
     assert len(asked) == 12
 
 
+def test_a_text_without_tokens_is_named_before_the_first_answer(
+    model: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tokenizers make nothing of white space."""
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda text: encode(text) if text.strip() else [])
+    row = {"prompt": "a", "completion": "b", "options": ["b", " "]}
+    file = write_rows(tmp_path / "r.jsonl", row | {"options": ["b", "c"]}, row)
+    with pytest.raises(InvalidData, match="line 2: the prompt, or an option, has no tokens"):
+        evaluate(model, Question(file, metric_named("multiple-choice")))
+    monkeypatch.setattr(model, "encode_prompt", lambda text: [])
+    with pytest.raises(InvalidData, match="line 1: the prompt, or an option, has no tokens"):
+        evaluate(model, Question(file, metric_named("exact-match")))
+
+
 def test_what_was_computed_in_another_way_is_asked_again(
     tunable: TunableModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
