@@ -20,7 +20,7 @@ from peqa_kernels.native.pool import Pool
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
-ABI = 11  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
+ABI = 12  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
 
 EXPORTS = (
     "peqa_decode_misfit",

@@ -283,4 +283,4 @@ EXPORT int64_t peqa_ask_for_registers(void) { return ask_for_tiles(); }
 /* Whether this build reads fp16 scales. */
 EXPORT int64_t peqa_halves(void) { return HALVES; }
 
-EXPORT int64_t peqa_abi(void) { return 11; }
+EXPORT int64_t peqa_abi(void) { return 12; }

@@ -4,6 +4,7 @@
  * changes a bit.
  */
 #include "brain_floats.h"
+#include "elementwise.h"
 #include "pool.h"
 #include "vec_math.h"
 
@@ -23,6 +24,14 @@ typedef struct {
 INLINE vf number(const void *from, size_t at, size_t n, const int halves)
 {
     return halves ? bpart((const uint16_t *)from + at, n) : vpart((const float *)from + at, n);
+}
+
+INLINE void put_number(void *to, size_t at, vf v, size_t n, const int halves)
+{
+    if (halves)
+        bput((uint16_t *)to + at, v, n);
+    else
+        vput((float *)to + at, v, n);
 }
 
 INLINE void sum_columns(const products *p, size_t first, size_t count, const int halves)
@@ -241,10 +250,7 @@ INLINE void row_loss(const losses *l, size_t row, float *some, const int halves)
     some[l->targets[row]] -= (float)total;
     for (size_t i = 0; i < width; i += VL) {
         const vf part = vpart(some + i, width - i) * share;
-        if (halves)
-            bput((uint16_t *)l->slopes + from + i, part, width - i);
-        else
-            vput((float *)l->slopes + from + i, part, width - i);
+        put_number(l->slopes, from + i, part, width - i, halves);
     }
 }
 
@@ -267,4 +273,102 @@ EXPORT void peqa_losses(peqa_pool *pool, int64_t threads, float *scratch, const 
 {
     losses l = {logits, targets, slopes, best, sums, scratch, (size_t)rows, (size_t)width, halves};
     pool_run(pool, (int)threads, work_losses, &l);
+}
+
+/* ---- the gate of a feed-forward block ---- */
+
+#define NUMBERS 4096 /* that go to a thread together */
+
+typedef struct {
+    const void *gate, *up;
+    const void *slope;         /* the gradient by the product; NULL: the way there */
+    void *out, *back_up;       /* the product; on the way back the gradients by gate and up */
+    size_t count;
+    int64_t halves; /* all are bfloat16, else float32 */
+} gates;
+
+INLINE void gate_numbers(const gates *g, size_t from, size_t to, const int halves)
+{
+    const vf one = vset(1.0f), top = vset(88.0f);
+    for (size_t i = from; i < to; i += VL) {
+        const size_t n = to - i;
+        const vf x = number(g->gate, i, n, halves), up = number(g->up, i, n, halves), minus = -x;
+        const vi gone = minus > top; /* NaN is not */
+        const vf sigmoid = vselect(gone, vset(0.0f), one / (one + vexp(vselect(gone, top, minus)))), silu = x * sigmoid;
+        if (!g->slope) {
+            put_number(g->out, i, silu * up, n, halves);
+            continue;
+        }
+        const vf slope = number(g->slope, i, n, halves);
+        put_number(g->out, i, slope * up * vfma(silu, one - sigmoid, sigmoid), n, halves);
+        put_number(g->back_up, i, slope * silu, n, halves);
+    }
+}
+
+static void work_gates(void *data, int part, int parts)
+{
+    const gates *g = data;
+    const size_t blocks = (g->count + NUMBERS - 1) / NUMBERS;
+    const size_t from = blocks * (size_t)part / (size_t)parts * NUMBERS;
+    const size_t to = smin(g->count, blocks * (size_t)(part + 1) / (size_t)parts * NUMBERS);
+    if (g->halves)
+        gate_numbers(g, from, to, 1);
+    else
+        gate_numbers(g, from, to, 0);
+}
+
+/* out = silu(gate) * up; with `slope` the gradients by gate (out) and by up (back_up). */
+EXPORT void peqa_gate(peqa_pool *pool, int64_t threads, const void *gate, const void *up, const void *slope, void *out,
+                      void *back_up, int64_t count, int64_t halves)
+{
+    gates g = {gate, up, slope, out, back_up, (size_t)count, halves};
+    pool_run(pool, (int)threads, work_gates, &g);
+}
+
+/* ---- norms ---- */
+
+typedef struct {
+    const float *x;      /* [rows, width] */
+    const float *weight; /* [width] */
+    const float *slope;  /* [rows, width], the gradient by the result; NULL: the way there */
+    float *out;          /* the result, or the gradient by x */
+    size_t rows, width;
+    float eps;
+} norms;
+
+/* With y = weight * x * r, r = 1 / sqrt(mean(x^2) + eps): r * weight * slope - x * r^3 * mean(weight * slope * x) */
+INLINE void norm_row_back(const float *x, const float *weight, const float *slope, float eps, size_t n, float *to)
+{
+    vf power = vset(0.0f), sum = vset(0.0f);
+    for (size_t i = 0; i < n; i += VL) {
+        const vf part = vpart(x + i, n - i);
+        power = vfma(part, part, power);
+        sum = vfma(vpart(weight + i, n - i) * vpart(slope + i, n - i), part, sum);
+    }
+    const float r = 1.0f / __builtin_sqrtf(hsum(power) / (float)n + eps);
+    const vf factor = vset(r), less = vset(-r * r * r * (hsum(sum) / (float)n));
+    for (size_t i = 0; i < n; i += VL) {
+        const vf own = vpart(weight + i, n - i) * vpart(slope + i, n - i) * factor;
+        vput(to + i, vfma(vpart(x + i, n - i), less, own), n - i);
+    }
+}
+
+static void work_norms(void *data, int part, int parts)
+{
+    const norms *m = data;
+    for (size_t row = m->rows * (size_t)part / (size_t)parts; row < m->rows * (size_t)(part + 1) / (size_t)parts; row++) {
+        const size_t at = row * m->width;
+        if (m->slope)
+            norm_row_back(m->x + at, m->weight, m->slope + at, m->eps, m->width, m->out + at);
+        else
+            norm_row(m->x + at, m->weight, m->eps, m->width, m->out + at);
+    }
+}
+
+/* weight * x / sqrt(mean(x^2) + eps) of each row; with `slope` its gradient by x. */
+EXPORT void peqa_norm(peqa_pool *pool, int64_t threads, const float *x, const float *weight, const float *slope,
+                      float *out, int64_t rows, int64_t width, float eps)
+{
+    norms m = {x, weight, slope, out, (size_t)rows, (size_t)width, eps};
+    pool_run(pool, (int)threads, work_norms, &m);
 }

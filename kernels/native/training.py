@@ -34,13 +34,14 @@ class NativeTraining:
             *(None, c_void_p, c_int64, *(c_void_p,) * 4, *(c_int64,) * 3, *(c_void_p,) * 2),
         )
 
+        self._gate = ops.function("peqa_gate", *(None, c_void_p, c_int64, *(c_void_p,) * 5, *(c_int64,) * 2))
+        self._norm = ops.function(
+            "peqa_norm", *(None, c_void_p, c_int64, *(c_void_p,) * 4, *(c_int64,) * 2, c_float)
+        )
+
     def column_dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Sum a * b over the rows: two contiguous [M, N] of bfloat16, or of float32, give float32 [N]."""
-        assert a.shape == b.shape, (a.shape, b.shape)
-        assert a.dtype == b.dtype, (a.dtype, b.dtype)
-        assert a.dtype in (torch.bfloat16, torch.float32), a.dtype
-        assert a.is_contiguous(), a.stride()
-        assert b.is_contiguous(), b.stride()
+        _check_alike(a, b)
         sums = torch.empty(a.shape[1])
         halves = a.dtype == torch.bfloat16
         self._column_dot(*self._threads(), a.data_ptr(), b.data_ptr(), *a.shape, halves, sums.data_ptr())
@@ -119,11 +120,58 @@ class NativeTraining:
         )
         return (best - own) + sums.log().float()  # in this order: a small loss keeps its digits
 
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, rounded once: two contiguous tensors of one shape, bfloat16 or float32."""
+        _check_alike(gate, up)
+        out = torch.empty_like(gate)
+        self._gate(
+            *(*self._threads(), gate.data_ptr(), up.data_ptr(), None, out.data_ptr(), None),
+            *(gate.numel(), gate.dtype == torch.bfloat16),
+        )
+        return out
+
+    def gate_back(self, gate: Tensor, up: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients by gate and by up, from `slope`, that by the product; all are alike."""
+        _check_alike(gate, up)
+        _check_alike(gate, slope)
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(gate)
+        self._gate(
+            *(*self._threads(), gate.data_ptr(), up.data_ptr(), slope.data_ptr()),
+            *(by_gate.data_ptr(), by_up.data_ptr(), gate.numel(), gate.dtype == torch.bfloat16),
+        )
+        return by_gate, by_up
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, slope: Tensor | None = None) -> Tensor:
+        """weight * x / sqrt(mean(x^2) + eps) over the last dimension; with `slope`, the gradient by that, the one by x.
+
+        `x` [..., n] and `weight` [n] are float32 and contiguous, `slope` is like x.
+        """
+        assert x.dtype == weight.dtype == torch.float32, (x.dtype, weight.dtype)
+        assert weight.shape == x.shape[-1:], (weight.shape, x.shape)
+        assert weight.is_contiguous(), weight.stride()
+        _check_alike(x, x if slope is None else slope)
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._norm(
+            *(*self._threads(), x.data_ptr(), weight.data_ptr(), None if slope is None else slope.data_ptr()),
+            *(out.data_ptr(), x.numel() // max(1, width), width, eps),
+        )
+        return out
+
     def _threads(self) -> tuple[int, int]:
         """The pool's address and the number of threads."""
         threads = torch.get_num_threads()
         pool, _ = self._ops.working_memory(threads, 0)
         return pool, threads
+
+
+def _check_alike(a: Tensor, b: Tensor) -> None:
+    """Two contiguous tensors of one shape and one dtype that the library reads."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    assert a.dtype in (torch.bfloat16, torch.float32), a.dtype
+    assert a.is_contiguous(), a.stride()
+    assert b.is_contiguous(), b.stride()
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from peqa_runtime.training.callbacks import ClipEachTask, KeepPositive, Progress
 from peqa_runtime.training.checkpoints import BestScales
 from peqa_runtime.training.data import EncodedData
 from peqa_runtime.training.distill import Teacher
+from peqa_runtime.training.elementwise import fused_elementwise
 from peqa_runtime.training.packing import check_packing
 from peqa_runtime.training.scale_trainer import ScaleTrainer, detached, kept_checkpoint
 from peqa_runtime.training.settings import TuneConfig
@@ -114,7 +115,11 @@ def tune(
     stop.install()
     start = time.monotonic()
     try:
-        with tuning_attention(tunable.model), _as_it_was(tunable.model):
+        with (
+            tuning_attention(tunable.model),
+            fused_elementwise(tunable.model),
+            _as_it_was(tunable.model),
+        ):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stop.restore()

@@ -150,3 +150,57 @@ def test_a_loss_of_what_is_not_finite_is_not_finite(training: NativeTraining) ->
     losses = training.losses(logits, torch.tensor([3, 3]), slopes)
     assert losses.isfinite().tolist() == [True, False]
     assert slopes.isfinite().all(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 37), (40, 1536), (0, 8)])
+def test_a_gate_and_its_way_back(
+    training: NativeTraining, shape: tuple[int, ...], dtype: torch.dtype, off: float
+) -> None:
+    torch.manual_seed(len(shape))
+    gate, up, slope = ((torch.randn(shape) * 4).to(dtype) for _ in range(3))
+    exact = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    want = torch.nn.functional.silu(exact[0]) * exact[1]
+    want.backward(slope.double())
+    for threads in (1, 3):
+        (got,) = of_all_threads(lambda: training.gate(gate, up), threads)
+        torch.testing.assert_close(got.double(), want.detach(), rtol=off, atol=1e-6)
+        (back,) = of_all_threads(lambda: torch.stack(training.gate_back(gate, up, slope)), threads)
+        for found, one in zip(back, exact, strict=True):
+            torch.testing.assert_close(found.double(), one.grad, rtol=off, atol=4e-6)
+
+
+def test_a_gate_far_from_zero(training: NativeTraining) -> None:
+    gate = torch.tensor([-3e38, -200.0, -88.5, 88.5, 200.0, 3e38])
+    one = torch.ones_like(gate)
+    torch.testing.assert_close(
+        training.gate(gate, one), torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-35
+    )
+    by_gate, by_up = training.gate_back(gate, one, one)
+    assert by_gate.tolist() == pytest.approx([0, 0, 0, 1, 1, 1], abs=1e-6)
+    assert by_up.equal(training.gate(gate, one))
+    odd = torch.tensor([float("nan"), 1.0, float("inf")])
+    assert training.gate(odd, torch.ones(3)).isfinite().tolist() == [False, True, False]
+    assert training.gate(torch.ones(3), odd).isfinite().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 37), (40, 576), (0, 8)])
+def test_a_norm_and_its_way_back(training: NativeTraining, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(len(shape))
+    x, slope, weight = torch.randn(shape) * 3, torch.randn(shape), torch.rand(shape[-1]) + 0.5
+    exact = x.double().requires_grad_()
+    want = torch.nn.functional.rms_norm(exact, shape[-1:], weight.double(), 1e-5)
+    want.backward(slope.double())
+    got = of_all_threads(lambda: training.norm(x, weight, 1e-5), 1, 3)
+    assert torch.equal(*got)
+    torch.testing.assert_close(got[0].double(), want.detach(), rtol=2e-6, atol=1e-6)
+    back = of_all_threads(lambda: training.norm(x, weight, 1e-5, slope), 1, 3)
+    assert torch.equal(*back)
+    torch.testing.assert_close(back[0].double(), exact.grad, rtol=1e-5, atol=3e-6)
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(training: NativeTraining) -> None:
+    x, weight = torch.randn(3, 20), torch.ones(20)
+    x[1, 19] = float("nan")
+    for slope in (None, torch.randn(3, 20)):
+        assert training.norm(x, weight, 1e-5, slope).isfinite().all(1).tolist() == [True, False, True]

@@ -27,6 +27,7 @@ from peqa_runtime.bench.tuning.lora import with_lora
 from peqa_runtime.training.attention import tuning_attention
 from peqa_runtime.training.batches import StepBatches
 from peqa_runtime.training.data import Example
+from peqa_runtime.training.elementwise import fused_elementwise
 from peqa_runtime.training.token_losses import token_losses
 from peqa_runtime.training.tuning import (
     TunableModel,
@@ -45,7 +46,8 @@ Step = Callable[[], float]
 def prepare(base: Path, way: str, *, rows: int, tokens: int, device: str = "auto") -> Step:
     """A call that makes one optimizer step on a fixed batch of random tokens, a quarter of each row in the loss.
 
-    LoRA runs on transformers' own attention, as PEFT's users have it, or on the trainer's (`LORA_OUR_ATTENTION`).
+    LoRA runs on transformers' own forwards, as PEFT's users have them, or on the trainer's attention
+    (`LORA_OUR_ATTENTION`).
     """
     tunable = load_tunable(base, device=device)
     dtype = fast_compute_dtype(tunable.model.device)
@@ -59,8 +61,9 @@ def prepare(base: Path, way: str, *, rows: int, tokens: int, device: str = "auto
 
     def step() -> float:
         attention = nullcontext() if way == LORA else tuning_attention(tunable.model)
+        fused = fused_elementwise(tunable.model) if way == OURS else nullcontext()
         amp = torch.autocast(tunable.model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with attention, amp:
+        with attention, fused, amp:
             where = (batch["input_ids"], batch["positions"])
             if way == OURS:
                 losses = token_losses(tunable, tunable.model, *where, batch["targets"])

@@ -187,6 +187,7 @@ def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]
     metric = metric_named(given.metric, ignore_case=given.ignore_case)
     rows = sample_rows(read_rows(given.test), given.limit, 0, skip_empty=given.filter_nonempty)
     tunable.model.eval()
+    _merge(tunable.model)
     model = Reference(tunable)
     check_rows(model, rows, metric)
     scored: list[Scored] = []
@@ -205,6 +206,15 @@ def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]
         "high": found.high,
         "rows": len(rows),
     }
+
+
+def _merge(model: nn.Module) -> None:
+    """Add the adapters to the weights that they lie beside, in fp32: the same answers, sooner."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
 
 
 def main(arguments: list[str] | None = None) -> int:
