@@ -106,7 +106,7 @@ def check_rows(model: Measured, rows: Sequence[Row], metric: Metric, *, prompt_f
         also = f", and {len(others)} more rows do (lines {shown})" if others else ""
         raise InvalidData(
             f"line {row.line}: {prompt} prompt tokens and {answer} of the answer exceed the context "
-            f"of {model.max_tokens}{also}; shorten such rows or leave them out"
+            f"of {model.max_tokens}, which is {model.bounded_by}{also}; shorten such rows or leave them out"
         )
 
 

@@ -25,6 +25,10 @@ class Measured(Encoder, Protocol):
     def max_tokens(self) -> int:
         """Context, in tokens."""
 
+    @property
+    def bounded_by(self) -> str:
+        """What `max_tokens` is, to be said in a sentence."""
+
     def use(self, scale_set: ScaleSet | None) -> None:
         """Answer under this set from now on; None: as the base."""
 

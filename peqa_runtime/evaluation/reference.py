@@ -35,6 +35,11 @@ class Reference(TextEncoding):
         """Context, in tokens."""
         return self._tunable.max_tokens
 
+    @property
+    def bounded_by(self) -> str:
+        """See `Measured`."""
+        return "the model's"
+
     def use(self, scale_set: ScaleSet | None) -> None:
         """Put this set on the model; None: make it the base."""
         if scale_set is None:

@@ -108,7 +108,7 @@ def _context(model: Measured, question: Question) -> int:
         return min(1024, model.max_tokens)
     if not 2 <= question.context <= model.max_tokens:
         raise InvalidData(
-            f"the context must be between 2 and the model's {model.max_tokens}, got {question.context}"
+            f"the context must be between 2 and {model.max_tokens}, which is {model.bounded_by}, got {question.context}"
         )
     return question.context
 

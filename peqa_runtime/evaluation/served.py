@@ -41,7 +41,9 @@ class Served(TextEncoding):
         )
         try:
             room = fitting_tokens(model, config)
-            context = min(longest or model.max_model_len, model.max_model_len, room)
+            wanted = min(longest or model.max_model_len, model.max_model_len)
+            self._short = room < wanted
+            context = min(wanted, room)
             together = context if longest is not None else max(context, min(room, _TOKENS))
             blocks = -(-together // config.block_size)
             self._engine = Engine(model, config=replace(config, max_model_len=context, num_blocks=blocks))
@@ -65,6 +67,11 @@ class Served(TextEncoding):
     def max_tokens(self) -> int:
         """Context, in tokens; less than the model's where memory is short."""
         return self._engine.max_model_len
+
+    @property
+    def bounded_by(self) -> str:
+        """See `Measured`."""
+        return "as much as fits into memory" if self._short else "the model's"
 
     def use(self, scale_set: ScaleSet | None) -> None:
         """Answer under this set; None: as the base."""

@@ -7,6 +7,9 @@ keep for ever, and any number of them; and a response that nobody reads cannot b
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -19,23 +22,37 @@ MAX_HEAD_BYTES = 32 * 1024
 """Of a request line with its headers, as far as they do not come in one piece; more is answered with 400."""
 HEAD_SECONDS = 30.0
 
-_FULL = (
-    b'{"error":{"message":"this server has as many connections as it takes; try again shortly",'
-    b'"type":"server_error","param":null,"code":"too_many_connections"}}'
-)
-_LATE = (
-    b'{"error":{"message":"the head of the request did not come in time; send the request again",'
-    b'"type":"timeout_error","param":null,"code":"head_timeout"}}'
-)
-_MALFORMED = (
-    b'{"error":{"message":"this is not HTTP/1.1 as it has to be, or its head is larger than 32 KiB",'
-    b'"type":"invalid_request_error","param":null,"code":"malformed_http"}}'
-)
+Refused = Callable[[int, str, str | None], None]
+"""Told of each refusal: status, error code, and the client's address."""
+
+_FULL = {
+    "message": "this server has as many connections as it takes; try again shortly",
+    "type": "server_error",
+    "param": None,
+    "code": "too_many_connections",
+}
+_LATE = {
+    "message": "the head of the request did not come in time; send the request again",
+    "type": "timeout_error",
+    "param": None,
+    "code": "head_timeout",
+}
+_MALFORMED = {
+    "message": "this is not HTTP/1.1 as it has to be, or its head is larger than 32 KiB",
+    "type": "invalid_request_error",
+    "param": None,
+    "code": "malformed_http",
+}
 _SHORTLY = b"retry-after: 1\r\n"
 
 
-def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H11Protocol]:
-    """The class of a server's connections: at most `limit` at once, each request's head within `head_seconds`."""
+def bounded_connection(
+    limit: int, head_seconds: float = HEAD_SECONDS, *, refused: Refused | None = None
+) -> type[H11Protocol]:
+    """The class of a server's connections: at most `limit` at once, each request's head within `head_seconds`.
+
+    What is refused here never reaches the app; `refused` hears of it.
+    """
 
     class Connection(H11Protocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +64,7 @@ def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H
             """Take the connection, or say that there are too many."""
             super().connection_made(transport)
             if len(self.connections) > limit:
-                self._refuse(b"503 Service Unavailable", _FULL, _SHORTLY)
+                self._refuse(503, _FULL, _SHORTLY)
             else:
                 self._await_head()
 
@@ -67,9 +84,7 @@ def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H
                 self._await_head()
 
         def _await_head(self) -> None:
-            self._head_timer = self.loop.call_later(
-                head_seconds, self._refuse, b"408 Request Timeout", _LATE, _SHORTLY
-            )
+            self._head_timer = self.loop.call_later(head_seconds, self._refuse, 408, _LATE, _SHORTLY)
 
         def _head_is_there(self) -> None:
             if self._head_timer is not None:
@@ -79,22 +94,26 @@ def bounded_connection(limit: int, head_seconds: float = HEAD_SECONDS) -> type[H
         def send_400_response(self, msg: str) -> None:
             """What cannot be parsed is told as any refusal is; in the middle of an answer the connection just ends."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                self._refuse(b"400 Bad Request", _MALFORMED)
+                self._refuse(400, _MALFORMED)
             else:
                 self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
             """Nobody speaks WebSocket here; a client that asks for it is answered without, and no news for the log."""
 
-        def _refuse(self, status: bytes, body: bytes, more: bytes = b"") -> None:
+        def _refuse(self, status: int, error: Mapping[str, object], more: bytes = b"") -> None:
             if self.transport.is_closing():
                 return
-            head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % (
+            body = json.dumps({"error": error}).encode()
+            head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % (
                 status,
+                HTTPStatus(status).phrase.encode(),
                 len(body),
             )
             self.transport.write(head + more + b"connection: close\r\n\r\n" + body)
             self.transport.close()
+            if refused is not None:
+                refused(status, str(error["code"]), self.client[0] if self.client else None)
 
         def _abort(self) -> None:
             self.transport.abort()

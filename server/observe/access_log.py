@@ -154,6 +154,13 @@ def _log_line(level: int, scope: Scope, note: RequestNote, status: int) -> None:
     )
 
 
+def refused_connection(metrics: Metrics, status: int, code: str, client: str | None) -> None:
+    """The line and the counts of a connection that was answered before there was a request."""
+    metrics.http_requests.labels("unmatched", "OTHER", str(status)).inc()
+    metrics.rejections.labels(code).inc()
+    event(log, logging.INFO, f"no request {status}", said={"status": status}, client=client, error=code)
+
+
 def _ms(begin: float | None, end: float | None) -> float | None:
     return None if begin is None or end is None else round(1000 * max(0.0, end - begin), 1)
 

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from peqa_runtime.errors import PeqaError
 from peqa_server.http.connection import MAX_HEAD_BYTES, bounded_connection
+from peqa_server.observe.access_log import refused_connection
 from peqa_server.observe.conditions import watch_conditions
 from peqa_server.observe.log_format import event
 from peqa_server.services import EngineService, Gate, Services
@@ -87,6 +88,8 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+        gate: Gate = app.state.gate
+        refused = partial(refused_connection, gate.metrics)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -94,14 +97,14 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http=bounded_connection(_connection_limit()),
+                http=bounded_connection(_connection_limit(), refused=refused),
                 ws="none",
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
             )
         )
-        self.gate: Gate = app.state.gate
+        self.gate = gate
         self.drain_seconds = drain_seconds
         self.failed = False
         self.opened = False

@@ -90,7 +90,7 @@ def test_perplexity_is_over_windows_that_do_not_overlap(
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert found["low"] <= found["perplexity"] <= found["high"]
     assert evaluate(model, replace(question, limit=1))["tokens"] == 39
-    with pytest.raises(InvalidData, match="context must be between 2 and the model's 512"):
+    with pytest.raises(InvalidData, match="context must be between 2 and 512, which is the model's"):
         evaluate(model, replace(question, context=600))
 
 
@@ -401,12 +401,14 @@ def test_what_is_measured_may_have_less_room_than_the_model(
 ) -> None:
     with Served(tiny_base, device="cpu", longest=20) as served:
         assert served.max_tokens == 20
+        assert served.bounded_by == "the model's"
         assert len(served.logprobs([Example(tuple(range(1, 21)), 1)])[0]) == 19
     monkeypatch.setattr(allocation, "available_memory", lambda _: 200_000)
     with Served(tiny_base, device="cpu") as served:
         assert 2 <= served.max_tokens < 512
         (logprobs,) = served.logprobs([Example((1,) * served.max_tokens, 1)])
         assert len(logprobs) == served.max_tokens - 1
+        assert served.bounded_by == "as much as fits into memory"
     monkeypatch.setattr(allocation, "available_memory", lambda _: 1000)
     with (
         pytest.raises(
@@ -442,7 +444,7 @@ def test_rows_that_cannot_be_asked_or_measured_are_named_before_the_first_answer
             "exact-match",
             long,
             None,
-            r"line 2: \d+ prompt tokens and 1 of the answer exceed the context of 512; short",
+            r"line 2: \d+ prompt tokens and 1 of the answer exceed the context of 512, which is the model's; short",
         ),
         (
             "multiple-choice",
@@ -457,7 +459,7 @@ def test_rows_that_cannot_be_asked_or_measured_are_named_before_the_first_answer
             "exact-match",
             good,
             "wordy.safetensors",
-            r"line 1: \d+ prompt tokens .* 512, and 1 more rows do \(lines 2\)",
+            r"line 1: \d+ prompt tokens .* 512, which is the model's, and 1 more rows do \(lines 2\)",
         ),
     ):
         file = write_rows(tmp_path / "r.jsonl", good, bad)
@@ -502,7 +504,7 @@ def test_what_cannot_be_measured_is_said(model: Measured, tmp_path: Path) -> Non
         (Question(file, perplexity), "perplexity is of plain text"),
         (Question(text, exact), "exact-match is of rows"),
         (Question(text, perplexity, -3), "limit must be at least 1, got -3"),
-        (Question(text, perplexity, context=513), "between 2 and the model's 512"),
+        (Question(text, perplexity, context=513), "between 2 and 512, which is the model's"),
     ):
         with pytest.raises(InvalidData, match=message):
             evaluate(model, question)

@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from server_stubs import MANIFEST, ByteTokenizer, Script, StubEngine, StubTasks,
 
 from peqa_server.app import create_app
 from peqa_server.http.connection import MAX_HEAD_BYTES, bounded_connection
+from peqa_server.observe.access_log import refused_connection
 from peqa_server.services import ServedModel
 from peqa_server.settings import ServerSettings
 from peqa_server.start.run import listen
@@ -32,7 +34,8 @@ class Bounded:
         self.app = create_app(
             self.engine, StubTasks(), model, ServerSettings(**settings), spool_folder=folder
         )
-        connection = bounded_connection(LIMIT, HEAD_SECONDS)
+        refused = partial(refused_connection, self.app.state.gate.metrics)
+        connection = bounded_connection(LIMIT, HEAD_SECONDS, refused=refused)
         self.url, _ = run_app(
             self.app, http=connection, ws="none", h11_max_incomplete_event_size=MAX_HEAD_BYTES
         )
@@ -73,6 +76,20 @@ def test_a_head_that_does_not_come(server: Bounded, sent: bytes) -> None:
         assert HEAD_SECONDS * 0.9 < time.monotonic() - begin < 5
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_timeout"
+
+
+def test_a_refused_connection_has_its_line_and_its_count(
+    server: Bounded, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "peqa.access"), server.connect() as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        read_all(connection)
+    (record,) = [one for one in caplog.records if one.name == "peqa.access"]
+    assert record.getMessage() == "no request 400"
+    assert record.fields == {"client": "127.0.0.1", "error": "malformed_http"}
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'peqa_rejections_total{code="malformed_http"} 1.0' in metrics
+    assert 'peqa_http_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in metrics
 
 
 def test_a_second_head_that_does_not_come(server: Bounded) -> None:
