@@ -81,8 +81,11 @@ bench-tuning: $(STAMP_BENCH)
 setup: $(STAMP)
 setup-dev: $(STAMP_DEV)
 
+# hqq, which writes files that the importer is tested on, lies apart: where transformers finds it, every start of every
+# program imports it, and torch's compiler with it.
 $(STAMP_DEV): $(STAMP)
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target build/hqq 'hqq>=0.2.8' 'termcolor>=2'
 	@touch $@
 
 $(STAMP_BENCH): $(STAMP)

@@ -15,8 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +31,6 @@ SOURCES = (
     "training.c",
 )
 # -ffp-contract=off: the compiler must not choose where a multiply-add is fused, the source says it (vec.h).
-# -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
 FLAGS = (
     "-O3",
     "-std=c11",
@@ -43,13 +41,13 @@ FLAGS = (
     "-fno-stack-protector",
     "-fvisibility=hidden",
     "-fPIC",
-    "-shared",
-    "-nostdlib",
-    "-s",  # ziglang adds debug information
     "-ffreestanding",  # a compiler without the C library's headers will do
 )
+# -nostdlib: the only symbols left open are memcpy and memset, which the process already has.
+LINK_FLAGS = ("-shared", "-nostdlib", "-s")  # -s: ziglang adds debug information
 _MAKERS = ("compile.py", "isa.py")
-_TIMEOUT = 600.0  # seconds; ziglang takes under a minute on a slow core
+_TIMEOUT = 600.0  # seconds of one file; ziglang takes under a minute on a slow core
+_JOBS = 16  # at once, and no more than there are cores; each takes up to 0.3 GB
 
 
 def compilers() -> Iterator[list[str]]:
@@ -79,18 +77,17 @@ def compile_all(folder: Path | None = None, output: Path | None = None) -> list[
         raise RuntimeError(f"there is no build for {platform.machine()}")
     failures = []
     for compiler in compilers():
-        with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as pool:
-            targets = [output / isa.file_name for isa in builds]
-            flags = [isa.compiler_flags for isa in builds]
-            errors = list(pool.map(partial(_compile, compiler, folder=folder), flags, targets))
-        missed = [error for isa, error in zip(builds, errors, strict=True) if error and isa.wanted]
+        errors = _compile(compiler, {output / isa.file_name: isa.compiler_flags for isa in builds}, folder)
+        missed = [
+            errors[output / isa.file_name] for isa in builds if isa.wanted and errors[output / isa.file_name]
+        ]
         if missed:
             failures.append(f"{' '.join(compiler)}: {missed[0]}")
             continue
-        for target, error in zip(targets, errors, strict=True):
+        for target, error in errors.items():
             if error:
                 target.unlink(missing_ok=True)  # one of earlier sources would be found stale
-        return [target for target, error in zip(targets, errors, strict=True) if not error]
+        return [target for target, error in errors.items() if not error]
     raise RuntimeError("\n".join(failures) or "no C compiler (cc, gcc, clang) and no ziglang package")
 
 
@@ -103,26 +100,71 @@ def is_current(folder: Path | None = None) -> bool:
     return bool(made) and all(path.is_file() and path.stat().st_mtime > changed for path in made)
 
 
-def _compile(compiler: list[str], flags: tuple[str, ...], target: Path, *, folder: Path) -> str:
-    """Compile one build; the empty string, or what went wrong."""
-    with tempfile.TemporaryDirectory(prefix="peqa-build-") as scratch:
-        # Renamed at the end, so that a process that has the old library open, or an interruption, does no harm.
-        made = target.with_name(f".{target.name}.{os.getpid()}")
-        command = [*compiler, *FLAGS, *flags, *(str(folder / name) for name in SOURCES), "-o", str(made)]
-        environment = dict(os.environ)
-        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", scratch)
-        environment.setdefault("ZIG_LOCAL_CACHE_DIR", scratch)
+def _compile(compiler: list[str], builds: dict[Path, tuple[str, ...]], folder: Path) -> dict[Path, str]:
+    """Compile libraries, each with flags of its own; for each the empty string, or what went wrong.
+
+    One file of one build is a job, so that a machine with many cores waits for the longest of them alone.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with (
+        tempfile.TemporaryDirectory(prefix="peqa-build-") as scratch,
+        ThreadPoolExecutor(min(cores, _JOBS)) as pool,
+    ):
+        jobs: dict[Path, list[tuple[Path, Future[str]]]] = {target: [] for target in builds}
+        for name in SOURCES:
+            for number, (target, flags) in enumerate(builds.items()):
+                made = Path(scratch, f"{number}-{name}.o")
+                command = [*compiler, *FLAGS, *flags, "-c", str(folder / name), "-o", str(made)]
+                jobs[target].append((made, pool.submit(_run, command, scratch)))
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment, cwd=scratch
-            )
-            if done.returncode:
-                return (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+            return {
+                target: _link(compiler, builds[target], jobs[target], target, scratch) for target in builds
+            }
+        except BaseException:  # Ctrl-C: what has not begun need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _link(
+    compiler: list[str],
+    flags: tuple[str, ...],
+    jobs: list[tuple[Path, Future[str]]],
+    target: Path,
+    scratch: str,
+) -> str:
+    """Make a library of what the jobs make; the empty string, or what went wrong first."""
+    errors = [job.result() for _, job in jobs]
+    if failed := next(filter(None, errors), ""):
+        return failed
+    # Renamed at the end, so that a process that has the old library open, or an interruption, does no harm.
+    made = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        command = [*compiler, *FLAGS, *flags, *LINK_FLAGS, *(str(path) for path, _ in jobs), "-o", str(made)]
+        if not (error := _run(command, scratch)):
             made.replace(target)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
-        finally:
-            made.unlink(missing_ok=True)
+    except OSError as problem:
+        error = str(problem)
+    finally:
+        made.unlink(missing_ok=True)
+    return error
+
+
+def _run(command: list[str], scratch: str) -> str:
+    """Run a compiler; the empty string, or what went wrong."""
+    environment = dict(os.environ)
+    cache = tempfile.mkdtemp(
+        prefix="cache-", dir=scratch
+    )  # its own: ziglang's do not bear many writers at once
+    environment.setdefault("ZIG_GLOBAL_CACHE_DIR", cache)
+    environment.setdefault("ZIG_LOCAL_CACHE_DIR", cache)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment, cwd=scratch
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
     return ""
 
 

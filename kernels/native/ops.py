@@ -28,6 +28,8 @@ EXPORTS = (
     "peqa_column_dot",
     "peqa_attention_weights",
     "peqa_losses",
+    "peqa_gate",
+    "peqa_norm",
 )  # of functions that are bound elsewhere: decoder.py, training.py, peqa_kernels.sampling
 
 

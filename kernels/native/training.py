@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NativeTraining:
-    """Sums and softmaxes of training, on every thread that torch has."""
+    """Sums, softmaxes, norms and gates of training, on every thread that torch has."""
 
     def __init__(self, ops: NativeOps) -> None:
         self._ops = ops

@@ -46,7 +46,8 @@ def generate(
     with opened(base, compute, device, longest=len(ids) + max_tokens) as model:
         if len(ids) + max_tokens > model.max_tokens:
             raise InvalidData(
-                f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {model.max_tokens}, which is {model.bounded_by}"
+                f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {model.max_tokens}, "
+                f"which is {model.bounded_by}"
             )
         model.use(chosen)
         (text,) = model.greedy([ids], max_new_tokens=max_tokens)

@@ -27,7 +27,7 @@ class Measured(Encoder, Protocol):
 
     @property
     def bounded_by(self) -> str:
-        """What `max_tokens` is, to be said in a sentence."""
+        """What `max_tokens` is, to be told where something does not fit."""
 
     def use(self, scale_set: ScaleSet | None) -> None:
         """Answer under this set from now on; None: as the base."""

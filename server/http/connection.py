@@ -84,7 +84,7 @@ def bounded_connection(
                 self._await_head()
 
         def _await_head(self) -> None:
-            self._head_timer = self.loop.call_later(head_seconds, self._refuse, 408, _LATE, _SHORTLY)
+            self._head_timer = self.loop.call_later(head_seconds, self._refuse_late)
 
         def _head_is_there(self) -> None:
             if self._head_timer is not None:
@@ -93,15 +93,21 @@ def bounded_connection(
 
         def send_400_response(self, msg: str) -> None:
             """What cannot be parsed is told as any refusal is; in the middle of an answer the connection just ends."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            if self.conn.our_state is h11.IDLE:
                 self._refuse(400, _MALFORMED)
+            elif (
+                self.conn.our_state is h11.SEND_RESPONSE
+            ):  # the body is at fault: the app tells of this request
+                self._refuse(400, _MALFORMED, told=False)
             else:
                 self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
             """Nobody speaks WebSocket here; a client that asks for it is answered without, and no news for the log."""
 
-        def _refuse(self, status: int, error: Mapping[str, object], more: bytes = b"") -> None:
+        def _refuse(
+            self, status: int, error: Mapping[str, object], more: bytes = b"", *, told: bool = True
+        ) -> None:
             if self.transport.is_closing():
                 return
             body = json.dumps({"error": error}).encode()
@@ -112,8 +118,12 @@ def bounded_connection(
             )
             self.transport.write(head + more + b"connection: close\r\n\r\n" + body)
             self.transport.close()
-            if refused is not None:
+            if told and refused is not None:
                 refused(status, str(error["code"]), self.client[0] if self.client else None)
+
+        def _refuse_late(self) -> None:
+            began = bool(self.conn.trailing_data[0])  # else it was opened ahead, as browsers do
+            self._refuse(408, _LATE, _SHORTLY, told=began)
 
         def _abort(self) -> None:
             self.transport.abort()

@@ -53,7 +53,7 @@ class Metrics:
         counter = self._counter
         self.http_requests = counter(
             "peqa_http_requests_total",
-            "HTTP requests answered, by route pattern, method and status.",
+            "HTTP requests answered, by route pattern, method and status; what was refused before it was one: OTHER.",
             ["route", "method", "status"],
         )
         self.rejections = counter(

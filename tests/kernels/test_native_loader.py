@@ -112,6 +112,24 @@ def test_a_compiler_that_knows_no_matrix_tiles_makes_the_rest(
     assert not (tmp_path / "_peqa_amx.so").exists()
 
 
+@pytest.mark.parametrize("breaks", [f"*{SOURCES[3]}*", "*-shared*"], ids=["a file", "the link"])
+def test_what_cannot_be_compiled_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    compiler, output = tmp_path / "cc", tmp_path / "made"
+    made = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {breaks}) echo it is broken >&2; exit 1;; esac\n{made}\n')
+    compiler.chmod(0o755)
+    output.mkdir()
+    for build in builds():
+        (output / build.file_name).write_text("of earlier sources")
+    monkeypatch.setattr("peqa_kernels.native.compile.compilers", lambda: iter([[str(compiler)]]))
+    with pytest.raises(RuntimeError, match="cc: it is broken"):
+        compile_all(output=output)
+    assert {path.read_text() for path in output.iterdir()} == {"of earlier sources"}
+    assert len(list(output.iterdir())) == len(builds())
+
+
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peqa_kernels.native.compile.compilers", lambda: iter(()))
     with pytest.raises(RuntimeError, match="no C compiler"):

@@ -33,11 +33,10 @@ def build_of(folder: Path, flags: tuple[str, ...], name: str) -> NativeOps:
     """A build of the sources with more flags than its instruction set's."""
     failures = []
     for compiler in compile.compilers():
-        error = compile._compile(
-            compiler, (*flags, "-O1"), folder / "built.so", folder=Path(native.__file__).parent
-        )
+        target = folder / "built.so"
+        error = compile._compile(compiler, {target: (*flags, "-O1")}, Path(native.__file__).parent)[target]
         if not error:
-            return NativeOps(folder / "built.so", Isa(name, (), frozenset()))
+            return NativeOps(target, Isa(name, (), frozenset()))
         failures.append(error)
     pytest.fail("\n".join(failures))
 

@@ -242,7 +242,7 @@ def test_tables_stand_between_the_marks(data: Path, tmp_path: Path, scripted: Sc
 
 def test_lora_starts_at_the_same_integers_and_learns(tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from peqa_runtime.bench.tuning.lora import tune_lora, with_lora
+    from peqa_runtime.bench.tuning.lora import _merge, tune_lora, with_lora
 
     tunable = load_tunable(tiny_base, device="cpu")
     ids = tunable.encode("the cat sat on")
@@ -262,8 +262,11 @@ def test_lora_starts_at_the_same_integers_and_learns(tiny_base: Path, tmp_path: 
     assert result.held_out_loss is not None
     assert result.held_out_loss < result.train_loss
     assert result.best_step in (4, 8, 12)
-    with torch.no_grad():
-        assert all(p.requires_grad == ("lora_" in n) for n, p in tunable.model.named_parameters())
+    assert all(p.requires_grad == ("lora_" in n) for n, p in tunable.model.named_parameters())
+    learned = token_logprobs(tunable, [ids])[0]
+    assert learned != pytest.approx(before, abs=1e-2)
+    _merge(tunable.model)
+    assert token_logprobs(tunable, [ids])[0] == pytest.approx(learned, abs=1e-4)
 
 
 def test_the_cost_of_both_ways_is_measured_on_the_same_batch(

@@ -397,18 +397,22 @@ def test_a_set_that_gives_infinity_is_named(
 
 
 def test_what_is_measured_may_have_less_room_than_the_model(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Served(tiny_base, device="cpu", longest=20) as served:
         assert served.max_tokens == 20
-        assert served.bounded_by == "the model's"
         assert len(served.logprobs([Example(tuple(range(1, 21)), 1)])[0]) == 19
     monkeypatch.setattr(allocation, "available_memory", lambda _: 200_000)
     with Served(tiny_base, device="cpu") as served:
         assert 2 <= served.max_tokens < 512
         (logprobs,) = served.logprobs([Example((1,) * served.max_tokens, 1)])
         assert len(logprobs) == served.max_tokens - 1
-        assert served.bounded_by == "as much as fits into memory"
+        rows = write_rows(tmp_path / "r.jsonl", {"prompt": "a b " * 200, "completion": "c"})
+        question = Question(rows, metric_named("exact-match"))
+        with pytest.raises(
+            InvalidData, match=rf"of {served.max_tokens}, which is as much as fits into memory; "
+        ):
+            evaluate(served, question)
     monkeypatch.setattr(allocation, "available_memory", lambda _: 1000)
     with (
         pytest.raises(

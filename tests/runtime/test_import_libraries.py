@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,18 @@ def test_damaged_compressed_tensors(tmp_path: Path, leaf: str, value: Tensor, se
         import_checkpoint(tmp_path / "src", tmp_path / "base", progress=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def library_of_hqq() -> Iterator[None]:
+    """`make` puts it into a folder of its own."""
+    folder = str(Path(__file__).parents[2] / "build" / "hqq")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
+
+
 def write_hqq(folder: Path, model: LlamaForCausalLM, dtype: torch.dtype, **options: Any) -> None:
     """hqq's own layers put into `model`, saved as its save_to_safetensors does."""
+    pytest.importorskip("hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     tensors: dict[str, Tensor] = {}

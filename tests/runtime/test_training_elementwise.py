@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peqa_kernels.native.training import native_training
+from peqa_runtime.training import elementwise
 from peqa_runtime.training.elementwise import fused_elementwise
 from peqa_runtime.training.tuning import TunableModel, load_tunable, start_tuning
 
@@ -54,12 +56,53 @@ def test_what_computes_otherwise_is_left_alone(tiny_base: Path) -> None:
         norm = GemmaRMSNorm(64)
         layer.input_layernorm = norm.requires_grad_(False)  # multiplies by 1 + weight
         layer.mlp.act_fn = ACT2FN["gelu"]
+    model.model.layers[0].mlp = DropsSome(64, 128)
     trained = model.model.norm
     trained.weight.requires_grad_(True)
     with fused_elementwise(model):
         assert replaced(model) == ["LlamaRMSNorm"]
         assert "forward" not in vars(trained), "no gradient of a norm's weight would be made"
         assert "forward" in vars(model.model.layers[0].post_attention_layernorm)
+
+
+class DropsSome(LlamaMLP):
+    """As Llama's, when it is not trained."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__(LlamaConfig(hidden_size=hidden, intermediate_size=inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With dropout at the end."""
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_a_gradient_that_lies_otherwise(tiny_base: Path) -> None:
+    """Of a sum it is one number for all, of a slice it is not in one piece."""
+    model = load_tunable(tiny_base, device="cpu").model
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    drawn = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[Tensor]:
+        found = []
+        for module in (norm, mlp):
+            for take in (lambda y: y.sum(), lambda y: (y.t()[::2] ** 2).sum()):
+                x = drawn.clone().requires_grad_()
+                take(module(x)).backward()
+                found.append(x.grad)
+        return found
+
+    want = gradients()
+    with fused_elementwise(model):
+        found = gradients()
+    for ours, theirs in zip(found, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_library_nothing_is_replaced(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "native_training", lambda: None)
+    model = load_tunable(tiny_base, device="cpu").model
+    with fused_elementwise(model):
+        assert replaced(model) == []
 
 
 def test_what_was_replaced_before_stays(tiny_base: Path) -> None:
@@ -73,7 +116,6 @@ def test_what_was_replaced_before_stays(tiny_base: Path) -> None:
 
     nn.Module.__setattr__(norm, "forward", counted)
     with fused_elementwise(model), torch.no_grad():
-        calls.clear()
         model(input_ids=torch.tensor([[1, 2, 3]]))
     assert calls == [1]
     assert norm.forward is counted

@@ -78,18 +78,43 @@ def test_a_head_that_does_not_come(server: Bounded, sent: bytes) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_timeout"
 
 
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str | None]]:
+    """What the access log says of each, and the error it names."""
+    records = [record for record in caplog.records if record.name == "peqa.access"]
+    return [(record.getMessage(), record.fields.get("error")) for record in records]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"NONSENSE\r\n\r\n", 400, "malformed_http"),
+        (b"GET /health HTTP/1.1\r\nHost:", 408, "head_timeout"),
+        (b"", 408, None),  # opened ahead, as browsers do
+    ],
+    ids=["nonsense", "half", "nothing"],
+)
 def test_a_refused_connection_has_its_line_and_its_count(
-    server: Bounded, caplog: pytest.LogCaptureFixture
+    server: Bounded, sent: bytes, status: int, code: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "peqa.access"), server.connect() as connection:
-        connection.sendall(b"NONSENSE\r\n\r\n")
-        read_all(connection)
-    (record,) = [one for one in caplog.records if one.name == "peqa.access"]
-    assert record.getMessage() == "no request 400"
-    assert record.fields == {"client": "127.0.0.1", "error": "malformed_http"}
+        connection.sendall(sent)
+        assert read_all(connection).startswith(f"HTTP/1.1 {status} ".encode())
+    assert lines(caplog) == ([] if code is None else [(f"no request {status}", code)])
     metrics = httpx.get(f"{server.url}/metrics").text
-    assert 'peqa_rejections_total{code="malformed_http"} 1.0' in metrics
-    assert 'peqa_http_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in metrics
+    assert (f'peqa_rejections_total{{code="{code}"}} 1.0' in metrics) == (code is not None)
+    counted = f'peqa_http_requests_total{{method="OTHER",route="unmatched",status="{status}"}} 1.0'
+    assert (counted in metrics) == (code is not None)
+
+
+def test_a_request_whose_body_is_broken_has_one_line(
+    server: Bounded, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with caplog.at_level("INFO", "peqa.access"), server.connect() as connection:
+        connection.sendall(head + b"zz\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 400 ")
+        wait_until(lambda: lines(caplog))
+    assert [message for message, _ in lines(caplog)] == ["POST /tokenize 499"]
 
 
 def test_a_second_head_that_does_not_come(server: Bounded) -> None:
@@ -207,14 +232,15 @@ def test_an_upgrade_is_answered_without_and_without_a_word(
     assert "upgrade" not in caplog.text.lower()
 
 
-def test_more_connections_than_places(server: Bounded) -> None:
-    with contextlib.ExitStack() as stack:
+def test_more_connections_than_places(server: Bounded, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "peqa.access"), contextlib.ExitStack() as stack:
         for _ in range(LIMIT):
             health(stack.enter_context(server.connect()))
         refused = httpx.get(f"{server.url}/health")
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["code"] == "too_many_connections"
+    assert ("no request 503", "too_many_connections") in lines(caplog)
     wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
 
 

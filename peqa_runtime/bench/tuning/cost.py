@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -43,8 +43,10 @@ WAYS = (OURS, LORA, LORA_OUR_ATTENTION)
 Step = Callable[[], float]
 
 
-def prepare(base: Path, way: str, *, rows: int, tokens: int, device: str = "auto") -> Step:
+def prepare(base: Path, way: str, inside: ExitStack, *, rows: int, tokens: int, device: str = "auto") -> Step:
     """A call that makes one optimizer step on a fixed batch of random tokens, a quarter of each row in the loss.
+
+    It is to be made while `inside` is open, which holds what a whole training runs in.
 
     LoRA runs on transformers' own forwards, as PEFT's users have them, or on the trainer's attention
     (`LORA_OUR_ATTENTION`).
@@ -58,12 +60,14 @@ def prepare(base: Path, way: str, *, rows: int, tokens: int, device: str = "auto
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     batch = _batch(tunable, rows, tokens)
     tunable.model.train()
+    if way != LORA:
+        inside.enter_context(tuning_attention(tunable.model))
+    if way == OURS:
+        inside.enter_context(fused_elementwise(tunable.model))
 
     def step() -> float:
-        attention = nullcontext() if way == LORA else tuning_attention(tunable.model)
-        fused = fused_elementwise(tunable.model) if way == OURS else nullcontext()
         amp = torch.autocast(tunable.model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with attention, fused, amp:
+        with amp:
             where = (batch["input_ids"], batch["positions"])
             if way == OURS:
                 losses = token_losses(tunable, tunable.model, *where, batch["targets"])
@@ -95,14 +99,15 @@ def seconds_per_step(
     base: Path, *, rows: int, tokens: int, steps: int, device: str = "auto"
 ) -> dict[str, list[float]]:
     """Seconds of each timed step of each way, taken in turns after one that warms up."""
-    ways = {way: prepare(base, way, rows=rows, tokens=tokens, device=device) for way in WAYS}
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(steps + 1):
-        for way, step in ways.items():
-            start = time.perf_counter()
-            step()  # gives a number of the host, so a GPU has finished
-            if turn:
-                found[way].append(time.perf_counter() - start)
+    with ExitStack() as inside:
+        ways = {way: prepare(base, way, inside, rows=rows, tokens=tokens, device=device) for way in WAYS}
+        for turn in range(steps + 1):
+            for way, step in ways.items():
+                start = time.perf_counter()
+                step()  # gives a number of the host, so a GPU has finished
+                if turn:
+                    found[way].append(time.perf_counter() - start)
     return found
 
 
@@ -162,9 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             sys.stdout.write(json.dumps(row.to_dict()) + "\n")
         return 0
-    step = prepare(given.base, given.way, rows=given.rows, tokens=given.tokens, device=given.device)
-    for _ in range(3):
-        step()
+    with ExitStack() as inside:
+        options = {"rows": given.rows, "tokens": given.tokens, "device": given.device}
+        step = prepare(given.base, given.way, inside, **options)
+        for _ in range(3):
+            step()
     on_gpu = torch.cuda.is_available() and given.device != "cpu"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident()
     sys.stdout.write(json.dumps({"peak_bytes": peak}) + "\n")

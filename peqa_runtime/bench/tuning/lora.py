@@ -209,7 +209,7 @@ def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]
 
 
 def _merge(model: nn.Module) -> None:
-    """Add the adapters to the weights that they lie beside, in fp32: the same answers, sooner."""
+    """Add the adapters to the weights that they lie beside, in fp32: the same answers but for rounding, sooner."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
