@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,18 @@ def test_gpu_benches_start_without_the_servers_packages(
     )
     assert done.returncode == status, done.stderr[-2000:]
     assert sentence in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "document", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name
+)
+def test_every_row_of_a_table_has_its_heads_cells(document: Path) -> None:
+    """One more, and what follows stands under a foreign head."""
+    cells = 0
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        if not line.startswith("|"):
+            cells = 0
+            continue
+        found = re.sub(r"`[^`]*`", "", line).replace("\\|", "").count("|")
+        cells = cells or found
+        assert found == cells, f"{document.name}, line {number}: {found - 1} cells, the head has {cells - 1}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from peqa_kernels.bench.timing import Timer, Way
 
+CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 LEAST_ROTATION = {"cpu": 96 << 20, "cuda": 192 << 20}  # bytes; 192 MiB is three times the L2 of an H200
 
@@ -74,17 +75,21 @@ def measure_machine(device: torch.device, timer: Timer) -> Machine:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the number of threads that torch uses."""
+    """The GPU's name, or the CPU's with the number of threads that torch uses.
+
+    A name without a number, as virtual machines have, is followed by the numbers that tell one generation from another.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
+        text = ""
+    parts = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]  # of the first core
+    known = {name.strip(): value.strip() for name, _, value in parts}
+    model = known.get("model name") or platform.processor() or platform.machine()
+    if "model name" in known and not any(letter.isdigit() for letter in model):
+        model += f" (family {known.get('cpu family', '?')}, model {known.get('model', '?')})"
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 

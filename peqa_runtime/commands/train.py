@@ -173,6 +173,7 @@ def train(
     """
     from accelerate import PartialState
 
+    from peqa_runtime.peak_memory import peak_memory
     from peqa_runtime.training.auto import best_of, sweep
     from peqa_runtime.training.data import TEXT_SUFFIXES
     from peqa_runtime.training.run import TrainingFiles, refuse_existing, train_files
@@ -250,7 +251,7 @@ def train(
         say(f"{stopped}; the same command goes on from there")
         raise typer.Exit(130) from None
     if PartialState().is_main_process:
-        _report(runs, trials, as_json=as_json)
+        _report(runs, trials, peak_memory(tunable.model.device), as_json=as_json)
 
 
 def _pairs(
@@ -268,8 +269,8 @@ def _pairs(
     return list(zip(tasks, data, outputs, own, strict=True))
 
 
-def _report(runs: list[FinishedRun], trials: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Print what became of each task: an object (a list of them for several tasks), or lines."""
+def _report(runs: list[FinishedRun], trials: list[dict[str, Any]], peak: int, *, as_json: bool) -> None:
+    """Print what became of each task: an object (a list for several tasks), or lines. `peak`: bytes of memory."""
     reports = [
         {
             "output": str(run.output),
@@ -279,9 +280,10 @@ def _report(runs: list[FinishedRun], trials: list[dict[str, Any]], *, as_json: b
             "base_digest": run.scale_set.base_digest,
             "bytes": run.output.stat().st_size,
             **run.scale_set.note,
+            "peak_memory_bytes": peak,
             **({"trials": trials} if trials else {}),
         }
         for run in runs
     ]
     keys = ("output", "kind", "revision", "bytes", "train_loss", "base_held_out_loss", "held_out_loss")
-    show(reports, as_json=as_json, keys=(*keys, "best_step", "tokens", "seconds"))
+    show(reports, as_json=as_json, keys=(*keys, "best_step", "tokens", "seconds", "peak_memory_bytes"))

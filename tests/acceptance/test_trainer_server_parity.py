@@ -1,4 +1,4 @@
-"""The trainer and the server compute the same: what was tuned is what is served."""
+"""Trainer, server and export compute the same: what was tuned is served, and can be taken along."""
 
 from __future__ import annotations
 
@@ -82,3 +82,42 @@ def test_server_gives_the_trainers_logprobs(
             largest = max(largest, abs(a - b))
     print(f"\nlargest difference of a token's logprob, served dtype float32: {largest:.2e}")
     assert largest <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts"),
+    [
+        ("intents", ["I lost my card, what now?", "Why was I charged twice?", "How do I change my PIN?"]),
+        (
+            "sql",
+            [
+                "table t(country, score, place, player)\nWhich player has a score of 70?",
+                "table t(year, team, wins)\nHow many wins had Leeds in 1992?",
+            ],
+        ),
+    ],
+)
+def test_an_export_answers_as_the_server_does(
+    demo_server: Any, smollm2_base: Path, tmp_path: Path, task: str, prompts: list[str]
+) -> None:
+    """The very tokens, of a tuned set merged into floats that transformers loads, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from peqa_runtime.export.folder import export_folder
+
+    scale_set = tmp_path / "set.safetensors"
+    scale_set.write_bytes(httpx.get(f"{demo_server.url}/v1/tasks/{task}/content", timeout=10).content)
+    export_folder(smollm2_base, tmp_path / "floats", "hf", scale_set=scale_set, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32)
+    for prompt in prompts:
+        choice = demo_server.complete(prompt, task, max_tokens=32)["choices"][0]
+        ids = torch.tensor([choice["prompt_token_ids"]])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0
+        )
+        ends = model.generation_config.eos_token_id
+        expected = [token for token in out[0, ids.shape[1] :].tolist() if token != ends]
+        assert [token for token in choice["token_ids"] if token != ends] == expected, prompt
+        assert choice["finish_reason"] == "stop"
+        assert len(expected) > 1

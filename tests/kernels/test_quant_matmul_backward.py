@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peqa_kernels import native
 from peqa_kernels.packing import pack_codes
@@ -184,3 +187,35 @@ def test_tuning_keeps_no_floats_of_the_weight() -> None:
     }
     scaled_linear(inputs["x"], prepared, None, inputs["out"], inputs["in"], inputs["group"]).sum().backward()
     assert not prepared._copies._copies
+
+
+class Products(TorchDispatchMode):
+    """Notes over how many numbers each number of each matrix product is summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "mm" in func.__name__ or "linear" in func.__name__:
+            matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() >= 2]
+            self.summed.add(matrices[-2].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_weights_is_made_for_no_scales_but_group_scales(kind: str, dtype: torch.dtype) -> None:
+    """It alone is a sum over rows: dy [M, N] and x [M, K] give [N, K]. All others are vectors."""
+    n, k, m = 96, 128, 29
+    prepared = make_prepared(n, k, 4)
+    inputs = {
+        name: value.requires_grad_() for name, value in make_inputs(prepared, kind, dtype, m, 0).items()
+    }
+    y = scaled_linear(inputs["x"], prepared, None, *(inputs.get(name) for name in SCALES))
+    with Products() as products:
+        y.backward(torch.ones_like(y))
+    assert n in products.summed, "the gradient of x was seen"
+    assert (m in products.summed) == ("group" in inputs)

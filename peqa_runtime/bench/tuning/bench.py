@@ -188,7 +188,7 @@ class Bench:
         facts |= self._made_by(base)
         facts |= {
             "train_seconds": note["seconds"],
-            "peak_bytes": trained.peak_bytes,
+            "peak_memory_bytes": note["peak_memory_bytes"],
             "tokens": ran.report["tokens"],
         }
         return [self._row(name, ran.report["perplexity"], "", "<=", ran, **facts)]
@@ -335,7 +335,7 @@ class Bench:
         }
         facts |= asdict(optimizer)
         facts |= {"bytes_per_task": size, "parameters": count}
-        facts |= {"peak_bytes": trained.peak_bytes, "held_out_loss": trained.report["held_out_loss"]}
+        facts |= {name: trained.report[name] for name in ("peak_memory_bytes", "held_out_loss")}
         facts |= {"seconds_per_step": trained.report["seconds"] / steps, "train_command": trained.command}
         return [self._row(name, report[task.key], "%", ">=", ran, **facts)]
 

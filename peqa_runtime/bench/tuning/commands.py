@@ -1,9 +1,8 @@
-"""The commands that a benchmark runs: each a process of its own, as a user would start it, with its peak memory."""
+"""The commands that a benchmark runs: each a process of its own, as a user would start it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,12 +19,11 @@ class CommandFailed(PeqaError):
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command printed last (one JSON object), how long it took and how much memory it had at most."""
+    """What a command printed last (one JSON object), and how long it took."""
 
     command: str
     report: dict[str, Any]
     seconds: float
-    peak_bytes: int
 
 
 def run(module: str, *arguments: object) -> Ran:
@@ -39,18 +37,17 @@ def run(module: str, *arguments: object) -> Ran:
     assert process.stdout is not None
     try:
         output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        process.wait()
     except BaseException:
         process.terminate()  # whoever stops the benchmark alone stops its command too, which keeps its checkpoints
         process.wait()
         raise
-    process.returncode = os.waitstatus_to_exitcode(status)
     shown = shown_as(module, *arguments)
     if process.returncode:
         raise CommandFailed(f"`{shown}` ended with status {process.returncode}")
     lines = [line for line in output.splitlines() if line.startswith("{")]
     report = json.loads(lines[-1]) if lines else {}
-    return Ran(shown, report, time.monotonic() - start, usage.ru_maxrss * 1024)
+    return Ran(shown, report, time.monotonic() - start)
 
 
 def shown_as(module: str, *arguments: object) -> str:

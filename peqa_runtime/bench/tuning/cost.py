@@ -24,6 +24,7 @@ from torch.nn import functional
 from peqa_kernels.bench.machine import device_name
 from peqa_kernels.bench.row import Row
 from peqa_runtime.bench.tuning.lora import with_lora
+from peqa_runtime.peak_memory import peak_memory
 from peqa_runtime.training.attention import tuning_attention
 from peqa_runtime.training.batches import StepBatches
 from peqa_runtime.training.data import Example
@@ -121,14 +122,6 @@ def peak_bytes(base: Path, way: str, *, rows: int, tokens: int, device: str = "a
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
 
-def peak_resident() -> int:
-    """Largest resident memory of this process, bytes. (getrusage's begins with that of the process that started it.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status names no VmHWM")
-
-
 def measure(base: Path, *, rows: int, tokens: int, steps: int, device: str = "auto") -> list[Row]:
     """The rows of the table: both ways' figures, and the ratios that are held against bars."""
     seconds = seconds_per_step(base, rows=rows, tokens=tokens, steps=steps, device=device)
@@ -172,9 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         step = prepare(given.base, given.way, inside, **options)
         for _ in range(3):
             step()
-    on_gpu = torch.cuda.is_available() and given.device != "cpu"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident()
-    sys.stdout.write(json.dumps({"peak_bytes": peak}) + "\n")
+    place = torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu")
+    sys.stdout.write(json.dumps({"peak_bytes": peak_memory(place)}) + "\n")
     return 0
 
 

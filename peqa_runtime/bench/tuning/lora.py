@@ -27,6 +27,7 @@ from peqa_runtime.evaluation.answers import Scored, answer_rows, check_rows, sam
 from peqa_runtime.evaluation.compare import interval
 from peqa_runtime.evaluation.metrics import metric_named
 from peqa_runtime.evaluation.reference import Reference
+from peqa_runtime.peak_memory import peak_memory
 from peqa_runtime.training.batches import StepBatches, held_out_batches, plan_batches
 from peqa_runtime.training.data import EncodedData, encode_file
 from peqa_runtime.training.rows import read_rows
@@ -187,7 +188,7 @@ def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]
     metric = metric_named(given.metric, ignore_case=given.ignore_case)
     rows = sample_rows(read_rows(given.test), given.limit, 0, skip_empty=given.filter_nonempty)
     tunable.model.eval()
-    _merge(tunable.model)
+    merge(tunable, load_tunable(given.base, device=given.device))
     model = Reference(tunable)
     check_rows(model, rows, metric)
     scored: list[Scored] = []
@@ -208,13 +209,18 @@ def _measure(tunable: TunableModel, given: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _merge(model: nn.Module) -> None:
-    """Add the adapters to the weights that they lie beside, in fp32: the same answers but for rounding, sooner."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def merge(tunable: TunableModel, untuned: TunableModel) -> None:
+    """Make `with_lora`'s linears plain fp32 ones, adapters added: the same answers but for rounding, sooner.
 
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    The weights in 16 bits that were trained beside are not added to, but those that `untuned` has codes of.
+    """
+    for name, linear in quantized_linears(untuned.model, untuned.manifest).items():
+        tuned: Any = tunable.model.get_submodule(name)
+        plain = tuned.get_base_layer()
+        plain.weight.data = dequantize(linear.weight_codes())
+        if linear.bias is not None:
+            plain.bias.data = linear.bias.data.float()
+        tuned.merge()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -234,10 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
             check_every=given.check_every,
             seed=given.seed,
         )
-        parameters = with_lora(tunable)
+        device = tunable.model.device
+        parameters = with_lora(tunable, dtype=fast_compute_dtype(device, config.compute))
         result = tune_lora(tunable, parameters, config, data, held_out, progress=not given.quiet)
         settings = ("steps", "learning_rate", "schedule", "beta2")
         report = asdict(result) | {name: getattr(config, name) for name in settings}
+        report["peak_memory_bytes"] = peak_memory(device)  # of tuning: to answer takes more
         if given.test:
             report |= _measure(tunable, given)
     except (PeqaError, OSError) as error:

@@ -64,11 +64,13 @@ def _bars(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['op']} {row['bar']:g}",
             "met" if row["ok"] else "**missed**",
             _more(row),
+            row["date"],
+            row["device"],
         )
         for row in rows
         if row["bar"] is not None
     ]
-    return _table("Goals", ("row", "measured", "goal", "", ""), lines)
+    return _table("Goals", ("row", "measured", "goal", "", "", "date", "hardware"), lines)
 
 
 def _more(row: dict[str, Any]) -> str:
@@ -117,7 +119,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
             cost = (
                 _size(row["bytes_per_task"]),
                 f"{row['parameters']:,}",
-                _size(row["peak_bytes"]),
+                _size(row["peak_memory_bytes"]),
                 pace,
                 f"{row['learning_rate']:g}",
             )
@@ -153,14 +155,23 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _sweep(rows: Sequence[dict[str, Any]]) -> str:
-    found: dict[tuple[str, str], list[str]] = {}
+    """One line for each task and way, with the first trial's command; others differ in what they are named by."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in _of(rows, "sweep"):
-        _, _, task, way, rate = row["name"].split("/")
-        found.setdefault((task, way), []).append(f"{rate.removeprefix('lr')}: {row['value']:.4f}")
-    lines = [(task, way, " · ".join(losses)) for (task, way), losses in found.items()]
+        _, _, task, way, _ = row["name"].split("/")
+        found.setdefault((task, way), []).append(row)
+    lines = []
+    for (task, way), trials in found.items():
+        losses = [
+            f"{row['name'].rpartition('/')[2].removeprefix('lr')}: {row['value']:.4f}" for row in trials
+        ]
+        first = trials[0]
+        where = (_seeds(trials[:1]), first["date"], first["device"], _commands(first["command"]))
+        lines.append((task, way, " · ".join(losses), *where))
+    head = ("task", "way", "rate, and what differs from cosine decay and beta2 0.999: loss")
     return _table(
         "Trials: held-out loss after the sweep's steps",
-        ("task", "way", "rate, and what differs from cosine decay and beta2 0.999: loss"),
+        (*head, "seed", "date", "hardware", "command of the first"),
         lines,
     )
 
@@ -177,7 +188,7 @@ def _cost(rows: Sequence[dict[str, Any]]) -> str:
         for row in _of(rows, "cost")
     ]
     return _table(
-        "Cost of a step, 16 rows of 64 tokens, a quarter of them in the loss",
+        "Cost of a step, 16 rows of 64 tokens, a quarter of them in the loss, seed 0",
         ("", "", "date", "hardware", "command"),
         lines,
     )
