@@ -31,21 +31,27 @@ def fused_elementwise(model: PreTrainedModel) -> Iterator[None]:
     native = native_training() if model.device.type == "cpu" else None
     changed: list[nn.Module] = []
     try:
-        for module in model.modules() if native is not None else ():
-            if "forward" in vars(module):  # somebody else's
-                continue
-            found: Forward | None = None
-            if _code(module) == _code(LlamaRMSNorm):
-                found = _norm_of(module, native)
-            elif _code(module) == _code(LlamaMLP):
-                found = _feed_forward_of(module, native)
-            if found is not None:
-                module.forward = found
-                changed.append(module)
+        if native is not None:
+            changed += _replace(model, native)
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+def _replace(model: PreTrainedModel, native: NativeTraining) -> Iterator[nn.Module]:
+    """Give modules another forward, one after the other."""
+    for module in model.modules():
+        if "forward" in vars(module):  # somebody else's
+            continue
+        found: Forward | None = None
+        if _code(module) == _code(LlamaRMSNorm):
+            found = _norm_of(module, native)
+        elif _code(module) == _code(LlamaMLP):
+            found = _feed_forward_of(module, native)
+        if found is not None:
+            module.forward = found
+            yield module
 
 
 def _code(module: nn.Module | type[nn.Module]) -> tuple[Any, ...] | None:
@@ -59,6 +65,7 @@ def _norm_of(module: nn.Module, native: NativeTraining) -> Forward | None:
     """The forward to take for a norm by the root mean square; None where its own stays."""
     own, weight, eps = module.forward, module.weight, module.variance_epsilon
     assert isinstance(weight, Tensor)
+    assert isinstance(eps, float)
     if weight.requires_grad or weight.dtype != torch.float32 or not weight.is_contiguous():
         return None
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))

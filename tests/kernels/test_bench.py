@@ -137,11 +137,14 @@ def test_progress_is_one_line_on_a_terminal() -> None:
 @pytest.mark.parametrize(
     ("cpuinfo", "name"),
     [
-        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel name\t: x\n", "AMD EPYC (family 25, model 17)"),
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel name\t: x\n",
+            "AMD EPYC (family 25, model 17)",
+        ),
         ("model name\t: AMD EPYC 9R14 96-Core Processor\n\n", "AMD EPYC 9R14 96-Core Processor"),
     ],
     ids=["a virtual machine", "a named one"],
-)  # fmt: skip
+)
 def test_the_name_of_a_cpu_tells_its_generation(
     cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
