@@ -102,7 +102,7 @@ def answers(model: LoadedModel, *, graphs: bool = False) -> list[Completion]:
         with_graphs(engine)
     for i, kind in enumerate(SCALE_KINDS):
         engine.tasks.upload(f"task{i}", cases.random_set(engine, kind, i, 0.2))
-    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=3, temperature=0.0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     completions = engine.generate(PROMPTS, params, ["base", "task0", "task1", "task2"])
     assert (engine.runner.graphs is not None) is (graphs or model.device.type == "cuda")
     assert engine.runner.graphs is None or engine.runner.graphs.replays > 0

@@ -255,8 +255,8 @@ def test_every_step_is_the_oracles_at_length(workload: dict[str, object]) -> Non
 
 
 def test_hundreds_of_task_names_that_come_and_go() -> None:
-    """More names than the queue keeps without tidying up, some of them again and again."""
-    jobs = [(Job(f"j{i}", f"t{i * 7 % 300}", 0, 1 + i * 5 % 23, 1 + i * 3 % 9), i // 3) for i in range(600)]
+    """More names than the queue keeps without tidying up, twice; each of them comes again."""
+    jobs = [(Job(f"j{i}", f"t{i * 9 % 140}", 0, 1 + i * 5 % 23, 1 + i * 3 % 9), i // 3) for i in range(280)]
     oracle = compare(jobs, blocks=24, size=2, budget=16, places=6, aborts={5: "j3", 60: "j171", 90: "j250"})
     assert oracle.preemptions > 0, "or this shows nothing of preemption"
 
