@@ -11,6 +11,9 @@
 /* Bytes of codes that all stripes of rows take before the next ones: they stay in the second cache level, and reading
  * them from memory is spread over all stripes' work. */
 #define CODES_AT_ONCE ((size_t)40 << 10)
+#define ROWS_AT_ONCE 576 /* packed before they are multiplied: whole passes */
+#define SHARES 256       /* threads, at most */
+#define WIDE_PANELS 4    /* that a tile of one row takes at once */
 #define PASS_STRIPES ((ROWS_PER_PASS + ROWS_MAX - 1) / ROWS_MAX)
 
 #if ROWS_MAX == 6
@@ -89,7 +92,7 @@ INLINE size_t stretch_of(const peqa_weight *w, const cuts *c, size_t rows)
     const size_t bytes = c->kp * PANEL * (size_t)w->bits / 8;
     if (stripe_count(rows) == 1)
         return (size_t)w->panels;
-    return 4 * bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 4;
+    return 2 * bytes < CODES_AT_ONCE ? CODES_AT_ONCE / bytes : 2;
 }
 
 #if !TILES
@@ -172,20 +175,64 @@ static void multiply_many(const job *j, size_t panel, size_t lane)
 
 /* ---- threads and entry ---- */
 
-static void work_pack(void *data, int part, int parts)
+/* Rows of a pass, at most. Where codes may go straight into registers, so many that their activations stay in the second
+ * cache level. */
+INLINE size_t pass_rows_of(const peqa_weight *w)
 {
-    const job *j = data;
-    const size_t stripes = stripe_count(j->rows);
-    for (size_t stripe = (size_t)part; stripe < stripes; stripe += (size_t)parts)
-        peqa_pack_rows(j->w, j->in, j->x, j->ldx, j->in_scale, j->half_bank, j->row, j->rows, stripe);
+    return !TILES && BYTE_DOTS && !in_bytes(w) ? few_rows_of(w) : ROWS_PER_PASS;
 }
 
-static void work_multiply(void *data, int part, int parts)
+INLINE size_t pass_count(const peqa_weight *w, size_t rows) { return (rows + pass_rows_of(w) - 1) / pass_rows_of(w); }
+
+/* Rows that the packed activations of a pass take room for, of a call with so many at once. */
+INLINE size_t pass_room(const peqa_weight *w, size_t rows)
 {
-    const job *j = data;
-    const size_t panels = (size_t)j->w->panels;
-    const size_t first = panels * (size_t)part / (size_t)parts;
-    const size_t last = panels * (size_t)(part + 1) / (size_t)parts;
+    const size_t passes = pass_count(w, rows), most = passes ? (rows + passes - 1) / passes : 0;
+    return most ? stripe_room(stripe_count(most), most) : 0;
+}
+
+/* Panels, of all passes one after the other, that nobody has taken: first | end << 32. Its thread takes them from the
+ * front, so that what it asks for ahead of time is its own; who has no more takes others' from the back. */
+typedef struct {
+    uint64_t left __attribute__((aligned(64)));
+} share;
+
+typedef struct {
+    job all; /* of all passes */
+    size_t passes, room;
+    size_t least, most; /* panels that are taken at once */
+    share *shares;
+} passes_job;
+
+static job pass_of(const passes_job *p, size_t pass)
+{
+    job j = p->all;
+    const size_t first = p->all.rows * pass / p->passes, before = pass * p->room * j.in.segments;
+    j.rows = p->all.rows * (pass + 1) / p->passes - first;
+    j.x += first * j.ldx;
+    j.y += first * (size_t)j.w->out_features;
+    j.row = j.row ? j.row + first : 0;
+    j.group_row = j.group_row ? j.group_row + first : 0;
+    j.in.x += before * input_words(j.w, &j.c);
+    j.in.steps += before * j.c.blocks;
+    j.in.counts += before * j.c.chains;
+    return j;
+}
+
+static void work_pack(void *data, int part, int parts)
+{
+    const passes_job *p = data;
+    size_t turn = 0;
+    for (size_t pass = 0; pass < p->passes; pass++) {
+        const job j = pass_of(p, pass);
+        for (size_t stripe = 0; stripe < stripe_count(j.rows); stripe++, turn++)
+            if (turn % (size_t)parts == (size_t)part)
+                peqa_pack_rows(j.w, j.in, j.x, j.ldx, j.in_scale, j.half_bank, j.row, j.rows, stripe);
+    }
+}
+
+static void multiply(const job *j, size_t first, size_t last)
+{
     if (j->rows <= few_rows_of(j->w)) {
         multiply_few(j, first, last);
         return;
@@ -204,34 +251,48 @@ static void work_multiply(void *data, int part, int parts)
 #endif
 }
 
-/* Parts of a multiplication: more than threads, so that one that comes late takes less, but each with panels enough to
- * take several at once where rows are few, and as many for each thread: the most of those whose longest way through is
- * the shortest. */
-static int parts_for(const job *j, int64_t threads)
+/* Takes first..last of one pass: fewer as fewer are left, so that all threads end at about the same time. 0: there are no
+ * more. */
+static int take(const passes_job *p, size_t of, int own, size_t *first, size_t *last)
 {
-    const int64_t panels = j->w->panels, least = j->rows <= few_rows_of(j->w) ? 8 : 2;
-    int64_t parts = threads, shortest = panels;
-    for (int64_t each = 1; threads > 1 && each <= 8; each++) {
-        const int64_t longest = (panels + each * threads - 1) / (each * threads);
-        if (each > 1 && each * threads * least > panels)
-            break;
-        if (each * longest <= shortest) {
-            shortest = each * longest;
-            parts = each * threads;
+    const size_t panels = (size_t)p->all.w->panels;
+    uint64_t *left = &p->shares[of].left, now = __atomic_load_n(left, __ATOMIC_RELAXED), then;
+    do {
+        const size_t begin = (uint32_t)now, end = now >> 32;
+        if (begin >= end)
+            return 0;
+        const size_t many = smin(p->most, ((end - begin) / 4 + p->least) / p->least * p->least);
+        if (own) {
+            *first = begin;
+            *last = smin(smin(begin + many, end), begin / panels * panels + panels);
+            then = *last | (uint64_t)end << 32;
+        } else {
+            const size_t pass = (end - 1) / panels * panels;
+            *last = end;
+            *first = end - smin(many, end - (begin > pass ? begin : pass));
+            then = begin | (uint64_t)*first << 32;
         }
-    }
-    return threads > 1 ? (int)parts : 1;
+    } while (!__atomic_compare_exchange_n(left, &now, then, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return 1;
 }
 
-/* Rows that the packed activations of a pass take room for; a call's first pass is its largest. */
-INLINE size_t pass_room(size_t rows) { return rows ? stripe_room(stripe_count(rows), rows) : 0; }
+static void work_multiply(void *data, int part, int parts)
+{
+    const passes_job *p = data;
+    const size_t panels = (size_t)p->all.w->panels;
+    for (int i = 0; i < parts; i++)
+        for (size_t first, last; take(p, (size_t)((part + i) % parts), i == 0, &first, &last);) {
+            const job j = pass_of(p, first / panels);
+            multiply(&j, first % panels, (last - 1) % panels + 1);
+        }
+}
 
 /* Words of 32 bits of scratch that a call with `rows` rows needs. */
 EXPORT int64_t peqa_quant_matmul_scratch(const peqa_weight *w, int64_t rows)
 {
     const cuts c = cut(w);
-    const size_t pass = smin((size_t)rows, ROWS_PER_PASS);
-    return (int64_t)((size_t)w->segments * pass_room(pass) * row_words(w, &c) + 16);
+    const size_t at_once = smin((size_t)rows, ROWS_AT_ONCE);
+    return (int64_t)((size_t)w->segments * pass_count(w, at_once) * pass_room(w, at_once) * row_words(w, &c) + 16);
 }
 
 /* x [rows, ldx >= in_features], y [rows, out_features]; out_scale [*, N], in_scale [*, segments, K] go with `row`,
@@ -243,25 +304,35 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
                               const int32_t *row, const int32_t *group_row)
 {
     const cuts c = cut(w);
-    const size_t pass = smin((size_t)rows, ROWS_PER_PASS);
-    job j = {.w = w, .c = c, .ldx = (size_t)ldx, .bias = bias, .group_scale = group_scale};
-    j.half_bank = (int)half_bank;
-    j.out_scale = row ? out_scale : 0;
-    j.in_scale = row ? in_scale : 0;
-    j.in.segments = j.in_scale ? (size_t)w->segments : 1;
-    j.in.x = (int32_t *)(((uintptr_t)scratch + 63) / 64 * 64);
-    j.in.steps = (float *)(j.in.x + j.in.segments * pass_room(pass) * input_words(w, &c));
-    j.in.counts = (int32_t *)(j.in.steps + j.in.segments * pass_room(pass) * c.blocks);
-    for (size_t done = 0; done < (size_t)rows; done += pass) {
-        j.rows = smin(pass, (size_t)rows - done);
-        j.stretch = stretch_of(w, &c, j.rows);
-        j.x = x + done * (size_t)ldx;
-        j.y = y + done * (size_t)w->out_features;
-        j.row = row ? row + done : 0;
-        j.group_row = group_scale && group_row ? group_row + done : 0;
+    share shares[SHARES];
+    const size_t parts = smin(threads > 1 ? (size_t)threads : 1, SHARES);
+    passes_job p = {.all = {.w = w, .c = c, .ldx = (size_t)ldx, .bias = bias, .group_scale = group_scale}};
+    job *j = &p.all;
+    j->half_bank = (int)half_bank;
+    j->out_scale = row ? out_scale : 0;
+    j->in_scale = row ? in_scale : 0;
+    j->in.segments = j->in_scale ? (size_t)w->segments : 1;
+    p.shares = shares;
+    for (size_t done = 0; done < (size_t)rows; done += ROWS_AT_ONCE) {
+        j->rows = smin(ROWS_AT_ONCE, (size_t)rows - done);
+        p.passes = pass_count(w, j->rows);
+        p.room = pass_room(w, j->rows);
+        const size_t room = j->in.segments * p.passes * p.room, most = (j->rows + p.passes - 1) / p.passes;
+        j->in.x = (int32_t *)(((uintptr_t)scratch + 63) / 64 * 64);
+        j->in.steps = (float *)(j->in.x + room * input_words(w, &c));
+        j->in.counts = (int32_t *)(j->in.steps + room * c.blocks);
+        j->stretch = stretch_of(w, &c, most);
+        j->x = x + done * (size_t)ldx;
+        j->y = y + done * (size_t)w->out_features;
+        j->row = row ? row + done : 0;
+        j->group_row = group_scale && group_row ? group_row + done : 0;
+        p.least = most <= few_rows_of(w) && stripe_count(most) == 1 ? WIDE_PANELS : 1;
+        p.most = smin(j->stretch, 4 * WIDE_PANELS);
+        for (size_t i = 0; i < parts; i++)
+            shares[i].left = p.passes * (size_t)w->panels * i / parts | (uint64_t)(p.passes * (size_t)w->panels * (i + 1) / parts) << 32;
         /* Sharing out costs more than packing a few rows here. */
-        pool_run(pool, j.rows * c.kp * j.in.segments < 65536 ? 1 : (int)threads, work_pack, &j);
-        pool_run(pool, parts_for(&j, threads), work_multiply, &j);
+        pool_run(pool, j->rows * c.kp * j->in.segments < 65536 ? 1 : (int)parts, work_pack, &p);
+        pool_run(pool, (int)parts, work_multiply, &p);
     }
 }
 
