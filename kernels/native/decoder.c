@@ -20,11 +20,6 @@ void peqa_paged_attention(peqa_pool *pool, int64_t threads, float *scratch, floa
                           int64_t d_v, int64_t block_size, int64_t layout, float scaling, int64_t window,
                           float softcap, const float *sinks);
 
-#if TILES
-#define PART_ROWS 128 /* codes are unpacked once for each part */
-#else
-#define PART_ROWS 64 /* of one thread: their gates and inputs stay in the second cache level */
-#endif
 /* Rows of each thread from which it takes them through all stages alone. Each thread then reads all weights: the more
  * threads do, the more rows each must have for what that takes of the memory. */
 #define APART_FROM(threads) ((threads) < 4 ? 8 : 2 * (threads))
@@ -76,11 +71,22 @@ typedef struct {
     size_t slots, floats; /* parts in work at once, and what each has for its own arrays */
 } division;
 
+/* Rows of a part, at most: their gates and inputs stay in the second cache level. Where codes are unpacked to memory, once
+ * for each part, more are quicker all the same. */
+static size_t part_rows(const peqa_decoder *m, size_t threads)
+{
+    if (TILES)
+        return 128;
+    const int unpacked = !BYTE_DOTS || (m->layer_count && in_bytes(m->layers[0].qkv.weight));
+    const size_t least = APART_FROM(threads), most = unpacked ? 64 : 24;
+    return most < least ? least : most;
+}
+
 static division divide(const peqa_decoder *m, int64_t threads, size_t rows)
 {
     division d = {.slots = smin((size_t)(threads > 0 ? threads : 1), SLOTS)};
     d.apart = rows >= APART_FROM(d.slots) * d.slots;
-    const size_t most = d.apart ? PART_ROWS : ROWS_PER_PASS;
+    const size_t most = d.apart ? part_rows(m, d.slots) : ROWS_PER_PASS;
     if (!d.apart)
         d.slots = 1;
     d.parts = (rows + d.slots * most - 1) / (d.slots * most) * d.slots;
