@@ -328,8 +328,9 @@ EXPORT void peqa_quant_matmul(const peqa_weight *w, peqa_pool *pool, int64_t thr
         j->group_row = group_scale && group_row ? group_row + done : 0;
         p.least = most <= few_rows_of(w) && stripe_count(most) == 1 ? WIDE_PANELS : 1;
         p.most = smin(j->stretch, 4 * WIDE_PANELS);
+        const size_t panels = p.passes * (size_t)w->panels;
         for (size_t i = 0; i < parts; i++)
-            shares[i].left = p.passes * (size_t)w->panels * i / parts | (uint64_t)(p.passes * (size_t)w->panels * (i + 1) / parts) << 32;
+            shares[i].left = panels * i / parts | (uint64_t)(panels * (i + 1) / parts) << 32;
         /* Sharing out costs more than packing a few rows here. */
         pool_run(pool, j->rows * c.kp * j->in.segments < 65536 ? 1 : (int)parts, work_pack, &p);
         pool_run(pool, (int)parts, work_multiply, &p);
