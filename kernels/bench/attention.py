@@ -1,15 +1,20 @@
-"""Paged attention: decode and prefill against their floors and against torch's attention over keys that lie side by
-side, and what the mode with equal bits in both costs.
+"""Paged attention: decode and prefill against their floors, against torch's attention over keys that lie side by side
+and, where torch has one, over the same blocks, and what the mode with equal bits in both costs.
 
 Runs on any device; the mode that it prices exists on a GPU only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,10 +22,12 @@ from peqa_kernels.bench.case import Case
 from peqa_kernels.bench.machine import Machine, rotation_bytes
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Call, Timer, Way
+from peqa_kernels.bench.weights import offered
 from peqa_kernels.paged_attention import AttentionPlan, paged_attention
 
 BLOCK_SIZE = 16
 BF16 = 2  # bytes
+FLASH_ATTENTION = {9: "FA3", 10: "FA4"}  # torch's names of packages by the GPU's generation
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,10 @@ def _measure(shape: AttentionShape, span: int, machine: Machine, timer: Timer) -
     comparable = shape.new in (1, shape.keys)  # with cached keys torch's causal mask begins elsewhere
     if comparable:
         ways.append(Way("torch", side_by_side))
-    times = timer.compare(f"attention {shape.name}", *ways)
+    with flash_attention_of(machine.device):
+        if machine.device.type == "cuda":
+            ways += offered("varlen_attn", partial(over_blocks, shape, plain))
+        times = timer.compare(f"attention {shape.name}", *ways)
     own = times["plain"].median
     facts = {"rows": shape.sequences * shape.new, **machine.facts(own, shape.moved_bytes(), shape.flops())}
     name = f"gpu/attention/{shape.name}"
@@ -81,10 +91,15 @@ def _measure(shape: AttentionShape, span: int, machine: Machine, timer: Timer) -
         Row(f"{name}/cost-of-equal-bits", times["invariant"].median / own, "x", "<=", None, facts),
     ]
     if comparable:
-        peer = times["torch"].median
-        facts = {**facts, "peer_us": peer * 1e6}
-        rows.append(Row(f"{name}/vs-torch-side-by-side", peer / own, "x", ">=", None, facts))
+        rows.append(_against(f"{name}/vs-torch-side-by-side", own, times["torch"].median, facts))
+    if "varlen_attn" in times:
+        rows.append(_against(f"{name}/vs-torch-varlen", own, times["varlen_attn"].median, facts))
     return rows
+
+
+def _against(name: str, own: float, peer: float, facts: dict[str, Any]) -> Row:
+    """How many times as fast as a peer; both in seconds."""
+    return Row(name, peer / own, "x", ">=", None, {**facts, "peer_us": peer * 1e6})
 
 
 def calls(
@@ -119,3 +134,56 @@ def _side_by_side(q: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(
         q, key, value, is_causal=q.shape[2] == key.shape[2], enable_gqa=True
     )
+
+
+def paged_varlen() -> Callable[..., Any] | None:
+    """torch's attention over packed queries and a block table; None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "block_table" in inspect.signature(varlen_attn).parameters else None
+
+
+def over_blocks(shape: AttentionShape, plain: list[Call]) -> list[Call]:
+    """The calls of `plain` as torch's own, over the same blocks. NotImplementedError where this torch has none."""
+    attend = paged_varlen()
+    if attend is None:
+        raise NotImplementedError(f"torch {torch.__version__} has no varlen_attn with a block table")
+    made: list[Call] = []
+    for call in plain:
+        assert isinstance(call, partial)
+        q, keys, values, table, starts, lens = call.args
+        made.append(
+            partial(
+                attend,
+                q,
+                keys,
+                values,
+                starts,
+                None,
+                shape.new,
+                shape.keys,
+                scale=call.keywords["scaling"],
+                window_size=(-1, 0),
+                enable_gqa=True,
+                seqused_k=lens,
+                block_table=table,
+            )
+        )
+    return made
+
+
+@contextlib.contextmanager
+def flash_attention_of(device: torch.device) -> Iterator[None]:
+    """For a while torch's attention is the FlashAttention package of this GPU's generation, if that is installed.
+
+    torch's own kernels take no block table; those of version 3 (Hopper) and 4 (Blackwell) do.
+    """
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    with contextlib.ExitStack() as after:
+        if major in FLASH_ATTENTION:
+            with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError):  # not installed
+                torch.nn.attention.activate_flash_attention_impl(FLASH_ATTENTION[major])
+                after.callback(torch.nn.attention.restore_flash_attention_impl)
+        yield

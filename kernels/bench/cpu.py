@@ -26,6 +26,7 @@ from peqa_kernels.bench.weights import (
     channel_bank,
     dense,
     dense_rotation,
+    offered,
     ours,
     random_weight,
     rotation,
@@ -106,7 +107,7 @@ def _linear(
     rows, rate = _prefill(what, sizes, run, linear, _tile(shape), machine, timer)
     for count in plan.rows:
         x = torch.randn(count, shape.in_features).bfloat16()
-        ways = [run(count, 1), Way("linear", linear(count)), Way("int4pack", pack.calls(x))]
+        ways = [run(count, 1), Way("linear", linear(count)), *offered("int4pack", partial(pack.calls, x))]
         times = timer.compare(f"{count} rows", *ways)
         rows += _decode(what, sizes, count, rate, times, machine)
     rows += _mixed(what, sizes, run, machine, timer)
@@ -137,7 +138,7 @@ def _step(plan: CpuPlan, span: int, machine: Machine, timer: Timer) -> list[Row]
         ways = [
             step.ours(count, 1),
             Way("linear", step.dense(count)),
-            Way("int4pack", step.int4pack(count, timer)),
+            *offered("int4pack", partial(step.int4pack, count, timer)),
         ]
         rows += _decode(what, sizes, count, rate, timer.compare(f"{count} rows", *ways), machine)
     rows += _mixed(what, sizes, step.ours, machine, timer)
@@ -193,7 +194,7 @@ def _prefill(
     if tile is not None:
         most = tile.flops / times["tile"].median
         name = f"cpu/ceiling/{what}/tile-in-first-cache/vs-linear-bf16"
-        found = {"device": machine.name, "gflops": most / 1e9}
+        found = {"device": machine.name, "time_us": times["tile"].median * 1e6, "gflops": most / 1e9}
         rows.append(Row(name, most / rate, "x", ">=", None, found))
     return rows, rate
 
@@ -205,6 +206,8 @@ def _decode(
     ours_time, linear = times["ours"].median, times["linear"].median
     rows = []
     for peer, label in (("linear", "linear-bf16"), ("int4pack", "int4pack")):
+        if peer not in times:
+            continue
         facts = _facts(sizes, count, 1, times["ours"], machine)
         facts["peer_us"] = times[peer].median * 1e6
         bar = 1.0

@@ -24,6 +24,7 @@ from peqa_kernels.bench.weights import (
     dense_rotation,
     group_bank,
     layout,
+    offered,
     ours,
     rotation,
     task_rows,
@@ -143,15 +144,15 @@ def _decode(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list
         ways = [
             Way("ours", ours(x, weights, banks, row=task_rows(count, 1, device))),
             Way("linear-bf16", dense(x, bf16)),
-            Way("int4pack", pack.calls(x)),
+            *offered("int4pack", partial(pack.calls, x)),
         ]
         times = timer.compare(f"{count} rows", *ways)
         facts = _facts(shape, count, 1, times["ours"], machine)
         name = f"gpu/decode/{shape.name}/{shape.format}/{count}-rows"
         if count <= FLOOR_ROWS:
             rows.append(Row(f"{name}/of-floor", facts["of_floor"], "x", ">=", share, facts))
-        for peer in ("linear-bf16", "int4pack"):
-            rows.append(_against(f"{name}/vs-{peer}", times["ours"], times[peer], 1.0, facts))
+        for peer in ways[1:]:
+            rows.append(_against(f"{name}/vs-{peer.name}", times["ours"], times[peer.name], 1.0, facts))
     return rows
 
 
@@ -203,8 +204,8 @@ def _group_sets(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> 
 
 def _prefill(plan: GpuPlan, shape: Shape, machine: Machine, timer: Timer) -> list[Row]:
     """Long inputs against cuBLAS."""
-    device = machine.device
-    weights, bf16 = rotation(shape, device, 0), dense_rotation(shape, device, 0)
+    device, span = machine.device, _span(plan, machine)
+    weights, bf16 = rotation(shape, device, span), dense_rotation(shape, device, span)
     banks = [channel_bank(shape, 1, device) for _ in weights]
     rows = []
     for count in plan.prefill:

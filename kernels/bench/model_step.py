@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +11,15 @@ from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.bench.timing import Call, Timer, Way
-from peqa_kernels.bench.weights import Int4Pack, Shape, channel_bank, prepared, random_weight, task_rows
+from peqa_kernels.bench.weights import (
+    Int4Pack,
+    Shape,
+    channel_bank,
+    offered,
+    prepared,
+    random_weight,
+    task_rows,
+)
 from peqa_kernels.native import kv_layout
 from peqa_kernels.native.decoder import KINDS, DecoderLayer, DecoderLinear, DecoderSpec, NativeDecoder
 from peqa_kernels.quant_matmul import LinearBank, PreparedWeight, lay_together, quant_matmul
@@ -139,12 +146,13 @@ class ModelStep:
         x = self._inputs(rows, torch.bfloat16)
         linears = [self._packs[shape].calls(x[shape.in_features]) for shape in self._model.linears]
         into = x[self._model.head.in_features]
-        heads: dict[str, Callable[[], object]] = {
-            "int8pack": partial(torch.ops.aten._weight_int8pack_mm, into, self._int8_head, self._int8_scale),
-            "linear": partial(F.linear, into, self._bf16[-1]),
-        }
-        times = timer.compare(f"{rows} rows, heads", *(Way(name, [call]) for name, call in heads.items()))
-        head = heads[min(times, key=lambda name: times[name].median)]
+        int8pack = partial(torch.ops.aten._weight_int8pack_mm, into, self._int8_head, self._int8_scale)
+        ways = [
+            *offered("int8pack", lambda: [int8pack]),
+            Way("linear", [partial(F.linear, into, self._bf16[-1])]),
+        ]
+        times = timer.compare(f"{rows} rows, heads", *ways)
+        head = min(ways, key=lambda way: times[way.name].median).calls[0]
 
         layers = list(zip(*linears, strict=True))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peqa_kernels.bench.timing import Call
+from peqa_kernels.bench.timing import Call, Way
 from peqa_kernels.packing import packed_width
 from peqa_kernels.quant_matmul import (
     LinearBank,
@@ -182,19 +184,43 @@ def dense(x: Tensor, weights: list[Tensor]) -> list[Call]:
     return [call(weight) for weight in weights]
 
 
+def offered(name: str, make: Callable[[], list[Call]]) -> list[Way]:
+    """A peer as a way to compute; none, with a warning that says why, where torch does not offer it on this machine.
+
+    `make` gives its calls, one of which is tried.
+    """
+    try:
+        calls = make()
+        calls[0]()
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{name} is left out: {type(error).__name__}: {reason}", RuntimeWarning, stacklevel=2)
+        return []
+    return [Way(name, calls)]
+
+
 class Int4Pack:
-    """torch's own int4 matmul, packed beforehand: `_weight_int4pack_mm` or its CPU form."""
+    """torch's own int4 matmul, packed when first called for: `_weight_int4pack_mm` or its CPU form."""
 
     def __init__(self, shape: Shape, device: torch.device, span: int, *, count: int = 0) -> None:
-        """Pack `count` random weights, or as many as fill `span` bytes.
+        """`count` random weights, or as many as fill `span` bytes.
 
         A weight that is per channel gets the widest groups that the op takes.
         """
         n, k = shape.out_features, shape.in_features
+        self._sizes, self._device = (n, k), device
+        self._count = count or copies(n * k // 2, span)
         self.group = shape.group_size or next(g for g in PEER_GROUPS if k % g == 0)
         self._cpu = device.type == "cpu"
         self._side = torch.rand(k // self.group, n, 2, device=device).bfloat16()  # scale and offset
-        self._packed = [self._pack(n, k, device) for _ in range(count or copies(n * k // 2, span))]
 
     def calls(self, x: Tensor) -> list[Call]:  # x: bf16 [M, K]
         """One call per weight."""
@@ -205,11 +231,15 @@ class Int4Pack:
 
         return [call(packed) for packed in self._packed]
 
-    def _pack(self, n: int, k: int, device: torch.device) -> Tensor:
+    @cached_property
+    def _packed(self) -> list[Tensor]:
+        return [self._pack(*self._sizes) for _ in range(self._count)]
+
+    def _pack(self, n: int, k: int) -> Tensor:
         if self._cpu:
             codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
             packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_K_TILES)
             return packed
-        pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+        pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=self._device)
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
         return packed

@@ -1,7 +1,8 @@
 """Launches of the attention kernels: which tiles, how many programs. Nothing here waits for the device.
 
-torch.nn.attention.varlen is no way around these kernels: up to torch 2.13 its `block_table` works only through
-FlashAttention 3 on Hopper (4 on Blackwell), packages that torch does not bring, and it has neither softcap nor sinks.
+torch.nn.attention.varlen is not called: up to torch 2.13 its `block_table` works only through FlashAttention 3 on
+Hopper (4 on Blackwell), packages that torch does not bring, and it has neither softcap nor sinks. Whether it is faster
+where it works is not measured yet: the rows `vs-torch-varlen` of `make bench-kernels` say so where a package is.
 """
 
 from __future__ import annotations

@@ -37,11 +37,13 @@ class FakeTimer:
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
         self.compared: list[tuple[str, ...]] = []
+        self.calls: dict[str, int] = {}
 
     def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
         for way in ways:
             for call in way.calls:
                 call()
+            self.calls[way.name] = len(way.calls)
         self.compared.append(tuple(way.name for way in ways))
         found = {
             way.name: self.seconds.get(way.name.replace(" ", "_").replace("-", "_"), 1e-3) for way in ways

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from peqa_kernels.bench import attention, cpu, gpu
 from peqa_kernels.bench.lora import LoraSets
 from peqa_kernels.bench.machine import Machine
 from peqa_kernels.bench.timing import GraphReplay
-from peqa_kernels.bench.weights import Shape, channel_bank, random_weight, task_rows
+from peqa_kernels.bench.weights import Shape, channel_bank, offered, random_weight, task_rows
 from peqa_kernels.quant_matmul import prepare
 
 GPU_PLAN = gpu.GpuPlan(
@@ -29,6 +31,20 @@ GPU_PLAN = gpu.GpuPlan(
     group_tasks=32,
     span=1,
 )
+GPU_NAMES = [
+    "gpu/decode/96x256/int4-channel/1-rows/of-floor",
+    "gpu/decode/96x256/int4-channel/1-rows/vs-linear-bf16",
+    "gpu/decode/96x256/int4-channel/1-rows/vs-int4pack",
+    "gpu/decode/96x256/int4-channel/64-rows/vs-linear-bf16",
+    "gpu/decode/96x256/int4-channel/64-rows/vs-int4pack",
+    "gpu/tasks/96x256/int4-channel/64-tasks/vs-1-task",
+    "gpu/tasks/96x256/int4-channel/32-tasks/vs-lora-r16",
+    "gpu/tasks/96x256/int4-g128/32-group-sets/vs-bytes",
+    "gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16",
+    "gpu/equal-bits/96x256/int4-channel/8-rows/cost",
+    "gpu/decode/96x256/int3-channel/1-rows/of-floor",
+    "gpu/decode/96x256/int3-channel/16-rows/of-floor",
+]
 
 
 def test_the_bar_at_32_rows_is_the_lower_one() -> None:
@@ -71,20 +87,7 @@ def test_gpu_rows_have_their_names_and_bars() -> None:
     timer = FakeTimer(ours=1e-3, linear_bf16=2e-3, int4pack=0.5e-3, linear=0.9e-3, one=1e-3, mixed=1.1e-3)
     timer.seconds |= {"lora_gathered": 1.6e-3, "plain": 1e-3, "invariant": 1.2e-3}
     rows = run(gpu.cases(GPU_PLAN), timer)
-    assert list(rows) == [
-        "gpu/decode/96x256/int4-channel/1-rows/of-floor",
-        "gpu/decode/96x256/int4-channel/1-rows/vs-linear-bf16",
-        "gpu/decode/96x256/int4-channel/1-rows/vs-int4pack",
-        "gpu/decode/96x256/int4-channel/64-rows/vs-linear-bf16",
-        "gpu/decode/96x256/int4-channel/64-rows/vs-int4pack",
-        "gpu/tasks/96x256/int4-channel/64-tasks/vs-1-task",
-        "gpu/tasks/96x256/int4-channel/32-tasks/vs-lora-r16",
-        "gpu/tasks/96x256/int4-g128/32-group-sets/vs-bytes",
-        "gpu/prefill/96x256/int4-channel/80-rows/vs-linear-bf16",
-        "gpu/equal-bits/96x256/int4-channel/8-rows/cost",
-        "gpu/decode/96x256/int3-channel/1-rows/of-floor",
-        "gpu/decode/96x256/int3-channel/16-rows/of-floor",
-    ]
+    assert list(rows) == GPU_NAMES
     assert [name for name, row in rows.items() if row.bar is None] == [*rows][-3:]
     assert rows["gpu/equal-bits/96x256/int4-channel/8-rows/cost"].value == pytest.approx(1.2)
     assert rows["gpu/decode/96x256/int4-channel/1-rows/of-floor"].bar == 0.8
@@ -142,6 +145,43 @@ def test_torch_computes_the_same_attention(counts: tuple[int, int, int]) -> None
     in_order = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
     got = plain[0].func(q, keys, values, in_order, *rest, **plain[0].keywords)
     torch.testing.assert_close(got, torch_calls[0]().transpose(1, 2).reshape(got.shape), rtol=0.05, atol=0.02)
+
+
+def test_torch_is_probed_for_attention_over_blocks() -> None:
+    """A CPU has none: the calls are made, as far as this torch offers them, and refused when one is tried."""
+    plain = attention.calls(ATTENTION[0], CPU, 30_000)[0]
+    attend = attention.paged_varlen()
+    if attend is not None:
+        call = attention.over_blocks(ATTENTION[0], plain)[0]
+        assert call.func is attend
+        inspect.signature(attend).bind(*call.args, **call.keywords)
+    with attention.flash_attention_of(CPU), pytest.warns(RuntimeWarning, match="varlen_attn is left out"):
+        assert offered("varlen_attn", partial(attention.over_blocks, ATTENTION[0], plain)) == []
+
+
+def test_an_older_torch_has_no_attention_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "paged_varlen", lambda: None)
+    with pytest.warns(RuntimeWarning, match="has no varlen_attn with a block table"):
+        assert offered("varlen_attn", partial(attention.over_blocks, ATTENTION[0], [])) == []
+
+
+@pytest.mark.parametrize("op", ["_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm"])
+def test_a_peer_that_does_not_run_costs_its_own_rows_only(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise NotImplementedError("not on this machine")
+
+    monkeypatch.setattr(torch.ops.aten, op, unsupported)
+    with pytest.warns(RuntimeWarning, match="is left out: NotImplementedError: not on this machine"):
+        rows = run([*cpu.cases(CPU_PLAN), *gpu.cases(GPU_PLAN)[:1]], FakeTimer())
+    names = [*CPU_NAMES, *GPU_NAMES[:5]]
+    assert list(rows) == [name for name in names if "int4pack" not in name or op == "_weight_int8pack_mm"]
+
+
+def test_prefill_walks_through_as_many_weights_as_decode() -> None:
+    timer = FakeTimer()
+    run(gpu.cases(replace(GPU_PLAN, span=60_000))[3:4], timer)
+    assert timer.calls["ours"] == -(-60_000 // GPU_PLAN.shapes[0].weight_bytes)
+    assert timer.calls["linear"] == 2
 
 
 def test_the_large_shapes_have_the_higher_bar() -> None:
