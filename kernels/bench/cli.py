@@ -13,7 +13,7 @@ import torch
 
 from peqa_kernels.bench import attention, cpu, gpu
 from peqa_kernels.bench.case import Case
-from peqa_kernels.bench.machine import measure_machine
+from peqa_kernels.bench.machine import PROBES, measure_machine
 from peqa_kernels.bench.report import Progress, print_table, write_json
 from peqa_kernels.bench.row import Row
 from peqa_kernels.bench.timing import Clock, GraphReplay, Timer
@@ -80,10 +80,13 @@ def _measure(
         timer = Clock(seconds, show=progress.detail)
     machine = measure_machine(device, timer)
     facts = {"device": machine.name}
+    linear = {**facts, "rows": PROBES[device.type].rows}
     rows += [
         Row(f"{device.type}/machine/read-rate", machine.read_rate / 1e9, "GB/s", ">=", None, facts),
         Row(f"{device.type}/machine/copy-rate", machine.copy_rate / 1e9, "GB/s", ">=", None, facts),
-        Row(f"{device.type}/machine/linear-bf16-rate", machine.bf16_rate / 1e9, "GFLOP/s", ">=", None, facts),
+        Row(
+            f"{device.type}/machine/linear-bf16-rate", machine.bf16_rate / 1e9, "GFLOP/s", ">=", None, linear
+        ),
     ]
     for case in cases:
         progress.case(case.name)

@@ -63,6 +63,7 @@ class Machine:
             "of_floor": floor / seconds,
             "gflops": flops / seconds / 1e9,
             "ceiling_gflops": self.bf16_rate / 1e9,
+            "ceiling_gbytes": self.memory_rate / 1e9,
         }
 
 

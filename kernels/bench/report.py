@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from peqa_kernels.bench.row import Row
 
-COLUMNS = ("", "value", "bar", "", "time µs", "peer µs", "bytes µs", "flops µs", "of floor")
+COLUMNS = ("", "value", "bar", "", "time µs", "peer µs", "floor µs", "ceiling", "of floor")
+NAME_WIDTH = 72  # a longer name has a line of its own
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
@@ -27,15 +28,20 @@ def print_table(rows: Sequence[Row], out: TextIO) -> None:
     cells = [COLUMNS, *map(_cells, rows)]
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(line[i] for line in cells[1:])]
     cells = [tuple(line[i] for i in used) for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        out.write("  ".join([line[0].ljust(len(first)), *rest]).rstrip() + "\n")
+    names, *columns = zip(*cells, strict=True)
+    first = max(len(name) for name in names if len(name) <= NAME_WIDTH)
+    widths = [max(map(len, column)) for column in columns]
+    for name, *line in cells:
+        if len(name) > NAME_WIDTH:
+            out.write(f"{name}\n")
+            name = ""
+        rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        out.write("  ".join([name.ljust(first), *rest]).rstrip() + "\n")
     judged = [row for row in rows if row.bar is not None]
     if COLUMNS[-1] in cells[0]:
         out.write(
-            "\nbytes µs: bytes that must be read, at this run's memory rate. flops µs: at this run's bf16 matmul rate. "
-            "of floor: the larger of the two over the time.\n"
+            "\nfloor µs: bytes that must be moved at this run's memory rate, or operations at its bf16 matmul rate, "
+            "whichever take longer.\nceiling: that rate. of floor: the floor over the time.\n"
         )
     out.write(f"{sum(bool(row.ok) for row in judged)} of {len(judged)} bars met\n")
 
@@ -46,7 +52,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.bar is not None and full is not None and full != row.bar:
         bar += f" (of {full:.3g})"
     verdict = {None: "", True: "ok", False: "missed"}[row.ok]
-    times = (_micro(row.facts.get(key)) for key in ("time_us", "peer_us", "bytes_floor_us", "flops_floor_us"))
+    times = (_micro(row.facts.get(key)) for key in ("time_us", "peer_us", "floor_us"))
     share = row.facts.get("of_floor")
     return (
         row.name,
@@ -54,8 +60,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         bar,
         verdict,
         *times,
+        _ceiling(row.facts),
         "" if share is None else f"{share:.2f}",
     )
+
+
+def _ceiling(facts: dict[str, Any]) -> str:
+    """The rate that the floor rests on."""
+    if "ceiling_gbytes" not in facts:
+        return ""
+    if facts["bytes_floor_us"] >= facts["flops_floor_us"]:
+        return f"{facts['ceiling_gbytes']:.0f} GB/s"
+    return f"{facts['ceiling_gflops']:.0f} GF/s"
 
 
 def _micro(value: float | None) -> str:

@@ -41,6 +41,7 @@ def test_json_holds_what_programs_read(tmp_path: Path) -> None:
         "bar": 2.0,
         "ok": True,
         "rows": 8,
+        **dict.fromkeys(("device", "tasks", "time_us", "floor_us")),
     }
     assert (second["bar"], second["ok"]) == (None, None)
     assert [entry.name for entry in file.parent.iterdir()] == ["rows.json"]
@@ -48,14 +49,33 @@ def test_json_holds_what_programs_read(tmp_path: Path) -> None:
 
 def test_table_prints_both_bars_and_the_count() -> None:
     out = io.StringIO()
-    facts = {"full_bar": 2.0, "time_us": 12.34, "peer_us": 20.0, "of_floor": 0.5}
+    facts = {"full_bar": 2.0, "time_us": 12.34, "peer_us": 20.0}
+    facts |= {"floor_us": 6.17, "bytes_floor_us": 6.17, "flops_floor_us": 3.0, "of_floor": 0.5}
+    facts |= {"ceiling_gbytes": 4312.0, "ceiling_gflops": 788e3}
     rows = [Row("a", 1.7, "x", ">=", 1.6, facts), Row("b", 0.5, "x", ">=", 1.0), Row("c", 7.0, "GB/s", ">=")]
     print_table(rows, out)
     lines = out.getvalue().splitlines()
     assert ">= 1.6 (of 2)" in lines[1]
-    assert lines[1].split()[-3:] == ["12.3", "20.0", "0.50"]
+    assert lines[1].split()[-6:] == ["12.3", "20.0", "6.2", "4312", "GB/s", "0.50"]
     assert "missed" in lines[2]
     assert "1 of 2 bars met" in out.getvalue()
+    bound_by_products = Row("d", 1.0, "x", ">=", None, facts | {"flops_floor_us": 7.0})
+    print_table([bound_by_products], out)
+    assert "788000 GF/s" in out.getvalue()
+
+
+def test_table_has_150_columns_whatever_a_row_is_called() -> None:
+    facts = dict.fromkeys(("time_us", "peer_us", "floor_us", "bytes_floor_us"), 99999.0)
+    facts |= {"flops_floor_us": 0.0, "ceiling_gbytes": 4312.0, "of_floor": 0.5, "full_bar": 2.0}
+    out = io.StringIO()
+    print_table(
+        [Row("n" * 72, 999.0, "x", ">=", 1.73, facts), Row("m" * 90, 1.0, "x", "<=", 1.0, facts)], out
+    )
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines[:4])) <= 150
+    assert lines[2] == "m" * 90
+    assert lines[3].startswith(" " * 72)
+    assert len(lines[1]) == len(lines[3])
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +89,20 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["name"] for row in rows[3:]] == CPU_NAMES
     assert all(row["name"] in out.getvalue() for row in rows)
     for row in rows:
-        assert row.keys() >= {"name", "value", "unit", "op", "bar", "ok", "device"}
+        assert row.keys() >= {
+            "name",
+            "value",
+            "unit",
+            "op",
+            "bar",
+            "ok",
+            "device",
+            "rows",
+            "tasks",
+            "time_us",
+            "floor_us",
+        }
+        assert row["device"]
         assert row["value"] > 0
     assert f"[{1 + len(cpu.cases(CPU_PLAN))}/" in err.getvalue()
 
