@@ -2,7 +2,8 @@
 
 Not measured on a GPU: chosen by the registers and shared memory that the compiled kernels take (a test compiles each
 shape for sm_80 and sm_90 and finds no spill), by Hopper's wgmma, which wants 64 rows, and by the bytes in flight that a
-decode step needs. Only fp32 caches with heads wider than 128 spill some registers: tf32x3 holds each operand twice.
+decode step needs. Only fp32 caches with heads wider than 128 spill, 2 to 22 registers of the least tile that there is:
+tf32x3 holds each operand twice.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def prefill_tile(d: int, dtype: torch.dtype, *, invariant: bool, wgmma: bool) ->
         return Tile(LEAST_ROWS, 32 if d <= 128 else 16, 8, 2)
     keys = 64 if (d <= 64 and not invariant) or (wgmma and d <= 128) else 32
     if invariant:  # the accumulator stands twice in the registers: this split's, and all splits' so far
-        return Tile(64 if d <= 128 else 32, keys, 8, 3 if wgmma and d <= 128 else 5)
+        return Tile(64 if d <= 128 or wgmma else 32, keys, 8, 3 if wgmma else 5)
     return Tile(128 if d <= 64 or (wgmma and d <= 128) else 64, keys, 8, 3 if wgmma else 5)
 
 

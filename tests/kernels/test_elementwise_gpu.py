@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import assert_no_spill, compile_for, machine_code
 
 pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("elementwise_triton_checks.py")
@@ -21,25 +22,14 @@ KERNELS = ("norm_kernel", "silu_mul_kernel", "rotate_kernel")
 
 def compile_kernel(kernel: Any, chosen: dict, arch: int, dtype: str) -> Any:
     """A kernel's machine code for a GPU that need not be there, launched as on that GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     chosen = chosen | ({"EARLY": True, "launch_pdl": True} if arch == 90 else {"EARLY": False})
     constants = {name: value for name, value in chosen.items() if name in kernel.arg_names}
     options = {name: value for name, value in chosen.items() if name not in constants}
-    signature, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("position_ptr", "slot_ptr"):
-            signature[name] = "*i64"
-        else:
-            signature[name] = f"*{dtype}" if name.endswith("_ptr") else "fp32"
-            if name.endswith("_ptr"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    types = dict.fromkeys(kernel.arg_names, "fp32")
+    types |= dict.fromkeys((name for name in types if name.endswith("_ptr")), f"*{dtype}")
+    types |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
+    unaligned = ("position_ptr", "slot_ptr", *(name for name in types if not name.endswith("_ptr")))
+    return compile_for(arch, kernel, constants, types, options, unaligned)
 
 
 def cases(name: str, *, all_sizes: bool) -> list[dict[str, Any]]:
@@ -55,42 +45,28 @@ def cases(name: str, *, all_sizes: bool) -> list[dict[str, Any]]:
     return found if all_sizes else found[:1]
 
 
-def tool(name: str, *arguments: str | Path) -> str:
-    """What one of Triton's own binary tools prints."""
-    import triton.backends.nvidia
-
-    program = Path(triton.backends.nvidia.__file__).parent / "bin" / name
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles_without_spills(name: str, arch: int, tmp_path: Path) -> None:
-    check_compiled(name, cases(name, all_sizes=False)[0], arch, "bf16", tmp_path)
+def test_compiles_without_spills(name: str, arch: int) -> None:
+    check_compiled(name, cases(name, all_sizes=False)[0], arch, "bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
-def test_all_sizes_compile_without_spills(name: str, arch: int, dtype: str, tmp_path: Path) -> None:
+def test_all_sizes_compile_without_spills(name: str, arch: int, dtype: str) -> None:
     for chosen in cases(name, all_sizes=True):
-        check_compiled(name, chosen, arch, dtype, tmp_path)
+        check_compiled(name, chosen, arch, dtype)
 
 
-def check_compiled(name: str, chosen: dict[str, Any], arch: int, dtype: str, folder: Path) -> None:
+def check_compiled(name: str, chosen: dict[str, Any], arch: int, dtype: str) -> None:
     """Rounded where torch's operations store their results, nothing fused, no memory touched before the wait."""
     from peqa_kernels.elementwise import gpu_kernel
 
     compiled = compile_kernel(getattr(gpu_kernel, name), chosen, arch, dtype)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage, sass, ptx = (
-        tool("cuobjdump", "-res-usage", cubin),
-        tool("nvdisasm", "-c", cubin),
-        compiled.asm["ptx"],
-    )
-    assert "STACK:0 " in usage, (chosen, usage)
+    assert_no_spill(compiled, arch, chosen)
+    sass, ptx = machine_code(compiled), compiled.asm["ptx"]
     assert "fma.rn.f32" not in ptx, chosen
     half = dtype.replace("fp", "f")
     if name == "rotate_kernel" and not chosen["HAS_NORMS"] and dtype != "fp32":
