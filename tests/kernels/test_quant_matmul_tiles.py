@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from peqa_kernels.quant_matmul.gpu_layout import Layout, layout_of, padded_outpu
 from peqa_kernels.quant_matmul.tile_rule import Gpu, cost, may_split, tile_for
 from peqa_kernels.quant_matmul.tuning import (
     BUCKETS,
+    TABLES,
     Measured,
     Scales,
     Tile,
@@ -307,6 +310,14 @@ def test_tuning_on_the_gpu(tmp_path: Path) -> None:
     assert TileTable.load(torch.cuda.get_device_name(), tmp_path).lines[0]["us"] > 0
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"),
+    [("3.8.1", "2.4.0", True), ("3.8.1", "1.26.4", False), ("3.10.0", "2.5", False)],
+)
+def test_versions_are_compared_as_numbers(triton: str, numpy: str, fails: bool) -> None:
+    assert interpreter.fails(triton, numpy) == fails
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"tiles": [{"bits": 4}]}', '{"tiles": 3}'])
 def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     table_path("x", tmp_path).write_text(text)
@@ -332,8 +343,40 @@ def test_a_tile_that_computes_wrongly_is_replaced_with_a_warning() -> None:
         device.proven("other", tile, lambda one: False)
 
 
-def test_shipped_tables_can_be_read() -> None:
-    from peqa_kernels.quant_matmul.tuning import TABLES
+def faults(folder: Path) -> list[str]:
+    """What is wrong with the tables of a folder: files that no GPU's name leads to, tiles that no launch can have."""
+    found = []
+    for path in folder.glob("*.json"):
+        name = json.loads(path.read_text())["gpu"]
+        if table_path(name, folder) != path:
+            found.append(f"{path.name} is not where {name} looks")
+        table = TileTable.load(path.stem, folder)
+        if not table.lines:
+            found.append(f"{path.name} is empty")
+        device = GpuDevice(replace(H200, name=name), table, assembly=True)
+        for line in table.lines:
+            cut = layout(line["n"], line["k"], line["bits"], line["group"])
+            dtype = getattr(torch, line["dtype"])
+            if device.choose(cut, line["rows"], dtype, line["scales"]) != Tile(*line["tile"]):
+                found.append(f"{path.name}: {line}")
+    return found
 
-    for path in TABLES.glob("*.json"):
-        assert TileTable.load(path.stem).lines, path
+
+def test_shipped_tables_can_be_used() -> None:
+    assert faults(TABLES) == []
+
+
+def test_faults_of_tables_are_found(tmp_path: Path) -> None:
+    cut = layout(12288, 4096, 4, 128)
+    good = line_of(cut, 64, torch.bfloat16, "channel", Tile(32, 128, 4, 3, 2, ahead=4), 9.0)
+    path = TileTable([good]).save(H200.name, tmp_path)
+    assert faults(tmp_path) == []
+    for tile in (Tile(32, 512, 8, 3), Tile(32, 128, 4, 3, splits=33)):
+        bad = good | {"tile": list(tile)}
+        TileTable([good, bad | {"rows": 16}]).save(H200.name, tmp_path)
+        assert faults(tmp_path) == [f"{path.name}: {bad | {'rows': 16}}"]
+    TileTable([]).save(H200.name, tmp_path)
+    assert faults(tmp_path) == [f"{path.name} is empty"]
+    TileTable([good]).save(H200.name, tmp_path)
+    path.rename(tmp_path / "h200.json")
+    assert faults(tmp_path) == ["h200.json is not where NVIDIA H200 looks"]
