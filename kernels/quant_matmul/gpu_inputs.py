@@ -62,15 +62,20 @@ def group_totals(x: Tensor, groups: int) -> Tensor:
     Asked for once per call: in the loop over K every tile would sum them again, at twice its own instructions.
     """
     rows, inputs = x.shape
-    size = inputs // groups
     totals = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
-    block = min(_BLOCK, triton.next_power_of_2(size))
-    many = _BLOCK // block
+    constants = total_constants(inputs, groups)
     with launching_on(x.device):
-        total_kernel[(rows, triton.cdiv(groups, many))](
-            x, totals, x.stride(0), GROUPS=groups, SIZE=size, MANY=many, BLOCK=block, enable_fp_fusion=True
+        total_kernel[(rows, triton.cdiv(groups, constants["MANY"]))](
+            x, totals, x.stride(0), **constants, enable_fp_fusion=True
         )
     return totals
+
+
+def total_constants(inputs: int, groups: int) -> dict[str, int]:
+    """What `total_kernel` is compiled for."""
+    size = inputs // groups
+    block = min(_BLOCK, triton.next_power_of_2(size))
+    return {"GROUPS": groups, "SIZE": size, "MANY": _BLOCK // block, "BLOCK": block}
 
 
 def scaled_inputs(x: Tensor, in_scale: Tensor, row: Tensor) -> Tensor:

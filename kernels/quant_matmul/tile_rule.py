@@ -48,29 +48,48 @@ def tile_for(
     invariant: bool = False,
     fractional: bool = False,
 ) -> Tile:
-    """The untuned tile for a batch of `rows`; a test compiles each for sm_80 and sm_90 without spills.
+    """The untuned tile for a batch of `rows`: the cheapest of `choices`, and of the splits of K that each may have.
 
     `fractional`: zero points are no integers, which takes a few registers more where there are groups.
     `invariant`: the same tile and the same splits whatever the number of rows and the kind of scales, so that a row's
     bits do not depend on the batch. Large batches then do the splits one after the other.
     """
     rows = bucket(rows)
-    ahead = 4 if gpu.early_launch and rows <= 64 and dtype != torch.float32 else 0
+    tiles = choices(layout, rows, dtype, scales, gpu, invariant=invariant, fractional=fractional)
+    if tiles[0].dense or tiles[0].taskwise:
+        return tiles[0]
+    if invariant:
+        splits = _best([tiles[0]._replace(ahead=0)], layout, tiles[0].rows, gpu).splits
+        return tiles[0]._replace(splits=splits, in_turn=splits > 1 and rows > 64)
+    return _best(tiles, layout, rows, gpu)
+
+
+def choices(
+    layout: Layout,
+    rows: int,
+    dtype: torch.dtype,
+    scales: Scales,
+    gpu: Gpu,
+    *,
+    invariant: bool = False,
+    fractional: bool = False,
+) -> list[Tile]:
+    """All tiles that `tile_for` chooses from, before splits; a test compiles them for sm_80 and sm_90 without spills.
+
+    `rows` is a bucket; the other arguments are `tile_for`'s.
+    """
     if dtype == torch.float32:
         tiles = [Tile(16, 64, 4, 2)]  # two products for each
     elif invariant:
         tiles = [_invariant_tile(layout, gpu)]
     elif rows <= 64:
-        tiles = list(decode_tiles(layout, rows, scales, gpu, fractional=fractional))
+        tiles = list(_decode_tiles(layout, rows, scales, gpu, fractional=fractional))
     elif rows >= DENSE_ROWS and scales != "group":
-        return _prefill_tile(layout, scales, gpu)._replace(dense=True)
+        return [_prefill_tile(layout, scales, gpu)._replace(dense=True)]
     else:
         tiles = [_prefill_tile(layout, scales, gpu, fractional=fractional)]
-    if invariant:
-        splits = _best([tiles[0]], layout, tiles[0].rows, gpu).splits
-        return tiles[0]._replace(splits=splits, in_turn=splits > 1 and rows > 64, ahead=ahead)
-    tiles = [tile._replace(ahead=ahead) for tile in tiles]
-    return tiles[0] if tiles[0].taskwise else _best(tiles, layout, rows, gpu)
+    early = gpu.early_launch and rows <= 64 and dtype != torch.float32
+    return [tile._replace(ahead=4) for tile in tiles] if early else tiles
 
 
 def safe(tile: Tile) -> Tile:
@@ -118,13 +137,10 @@ def programs_per_processor(tile: Tile, layout: Layout, gpu: Gpu) -> int:
     return max(1, min(fit, gpu.shared // taken))
 
 
-def decode_tiles(
+def _decode_tiles(
     layout: Layout, rows: int, scales: Scales, gpu: Gpu, *, fractional: bool = False
 ) -> Iterator[Tile]:
-    """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales.
-
-    All that the rule chooses from, before splits and an early launch; `rows` is a bucket.
-    """
+    """1 to 64 activations: one tile of them, except where registers do not suffice for their sums and scales."""
     odd = layout.bits in (2, 3)
     many = layout.groups_per_tile > 2 and (odd or fractional or rows > 8)
     if scales == "group" and (many or (layout.bits != 4 and layout.groups > 1 and not gpu.register_products)):
