@@ -12,14 +12,26 @@ from typing import Any, TextIO
 from peqa_kernels.bench.row import Row
 
 COLUMNS = ("", "value", "bar", "", "time µs", "peer µs", "floor µs", "ceiling", "of floor")
+ALWAYS = (
+    "device",
+    "rows",
+    "tasks",
+    "time_us",
+    "floor_us",
+)  # keys of every JSON row; null where one does not apply
 NAME_WIDTH = 72  # a longer name has a line of its own
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON array of rows; the file is whole or not there. OSError when it cannot be written."""
+    """Write one JSON array of rows, each with ALWAYS; the file is whole or not there.
+
+    OSError when it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps([dict.fromkeys(ALWAYS) | row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
+    )
     partial.replace(path)
 
 

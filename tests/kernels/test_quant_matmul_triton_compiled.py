@@ -76,7 +76,8 @@ def chosen(arch: int) -> list[Launch]:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_whatever_ships_compiles_without_spills(arch: int, bits: int) -> None:
     """Every tile and every pair of what launches differ in; `shipped_launches.py` as a command compiles all."""
-    assert not [fault for one in chosen(arch) if one.case.bits == bits and (fault := fault_of(one))]
+    faults = [fault for one in chosen(arch) if one.case.bits == bits and (fault := fault_of(one))]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
