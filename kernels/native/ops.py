@@ -17,7 +17,7 @@ from peqa_kernels.native.isa import Isa
 from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.packed import PackedWeight
 from peqa_kernels.native.pool import Pool
-from peqa_kernels.quant_matmul.checks import check_range
+from peqa_kernels.quant_matmul.checks import check_panel, check_range, check_task_scales
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
 ABI = 12  # peqa_abi() of the C sources; raised with every change of a signature or of a layout
@@ -323,13 +323,14 @@ class NativeOps:
         in_scale: Tensor | None = None,  # float32 [K]
         group_scale: Tensor | None = None,  # float32 [G, N]
     ) -> None:
-        """Fill `panel`, whose first element is weight element [row, column], with s0 * (q - z) under the scales."""
+        """Fill `panel`, whose first element is weight element [row, column], with s0 * (q - z) under the scales.
+
+        Raises QuantMatmulInputError for a panel that does not lie within the weight, and for scales of other shapes.
+        """
+        check_panel(weight, panel, row, column)
+        check_task_scales(weight, panel.device, out_scale, in_scale, group_scale)
         tensors = (weight.qweight, weight.scales, weight.zeros, out_scale, in_scale, group_scale)
         held = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-        assert all(tensor is None or tensor.dtype == torch.float32 for tensor in held[1:]), held
-        assert panel.is_contiguous()
-        assert panel.dtype in (torch.float32, torch.bfloat16), panel.dtype
-        assert column % 8 == 0, column
         threads = torch.get_num_threads()
         self._dequantize(
             self._pool.at_least(threads),

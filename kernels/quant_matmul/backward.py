@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peqa_kernels.native.training import native_training
 from peqa_kernels.products import matmul
+from peqa_kernels.quant_matmul.checks import check_scaled
 from peqa_kernels.quant_matmul.dense import Scales, column_step, dequantize_panel
 from peqa_kernels.quant_matmul.weight import QuantizedWeight
 
@@ -41,7 +42,7 @@ _PANEL_CPU = 1 << 25
 def scaled_linear(
     x: Tensor,  # [..., K], float32, bfloat16 or float16
     prepared: PreparedWeight,
-    bias: Tensor | None = None,  # [N]
+    bias: Tensor | None = None,  # [N], float32, bfloat16 or float16
     out_scale: Tensor | None = None,  # float32 [N], no element zero
     in_scale: Tensor | None = None,  # float32 [K]
     group_scale: Tensor | None = None,  # float32 [G, N]
@@ -49,11 +50,11 @@ def scaled_linear(
     """Multiply by the frozen weight under one task's trainable scales; [..., N] in x.dtype.
 
     Gradients reach x and the scales; a missing scale means ones. Matrix products run in x.dtype, scales and their
-    gradients stay fp32. Fused siblings with unlike input scales are to be called one by one.
+    gradients stay fp32. Fused siblings with unlike input scales are to be called one by one. Raises
+    QuantMatmulInputError for arguments that do not fit, RuntimeError when the weight's codes were freed for serving.
     """
-    assert x.shape[-1] == prepared.in_features, (x.shape, prepared.in_features)
+    check_scaled(x, prepared, bias, out_scale, in_scale, group_scale)
     weight = prepared.weight.present()
-    assert group_scale is None or group_scale.shape == (weight.groups, weight.out_features), group_scale.shape
     y = _ScaledLinear.apply(x.reshape(-1, weight.in_features), weight, bias, out_scale, in_scale, group_scale)
     return y.view(*x.shape[:-1], weight.out_features)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peqa_kernels.quant_matmul.weight import LinearBank
+from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 if TYPE_CHECKING:
     from peqa_kernels.quant_matmul import PreparedWeight
@@ -66,6 +66,71 @@ def _check_bank(bank: LinearBank, prepared: PreparedWeight) -> None:
     ):
         if scales is not None:
             _check_scales(name, scales, shape, dtype, prepared.device)
+
+
+def check_scaled(
+    x: Tensor,
+    prepared: PreparedWeight,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    in_scale: Tensor | None,
+    group_scale: Tensor | None,
+) -> None:
+    """Check what `scaled_linear` is given; raises QuantMatmulInputError."""
+    n, k = prepared.out_features, prepared.in_features
+    if x.dim() == 0 or x.shape[-1] != k:
+        _refuse(f"x must be [..., {k}], not {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        _refuse(f"x must be float32, bfloat16 or float16, not {x.dtype}")
+    if x.device != prepared.device:
+        _refuse(f"x is on {x.device}, the weight on {prepared.device}")
+    if bias is not None:
+        if bias.shape != (n,) or bias.dtype not in DTYPES:
+            _refuse(
+                f"bias must be float32, bfloat16 or float16 [{n}], not {bias.dtype} of shape {list(bias.shape)}"
+            )
+        if bias.device != x.device:
+            _refuse(f"bias is on {bias.device}, x on {x.device}")
+    check_task_scales(prepared.weight, prepared.device, out_scale, in_scale, group_scale)
+
+
+def check_task_scales(
+    weight: QuantizedWeight,
+    device: torch.device,
+    out_scale: Tensor | None,
+    in_scale: Tensor | None,
+    group_scale: Tensor | None,
+) -> None:
+    """Check a task's scales, float32 [N], [K] and [G, N] on `device`, of any strides; raises QuantMatmulInputError."""
+    n, k = weight.out_features, weight.in_features
+    for name, scales, shape in (
+        ("out_scale", out_scale, (n,)),
+        ("in_scale", in_scale, (k,)),
+        ("group_scale", group_scale, (weight.groups, n)),
+    ):
+        if scales is None:
+            continue
+        if scales.shape != shape or scales.dtype != torch.float32:
+            _refuse(f"{name} must be float32 {list(shape)}, not {scales.dtype} of shape {list(scales.shape)}")
+        if scales.device != device:
+            _refuse(f"{name} is on {scales.device}, the weight on {device}")
+
+
+def check_panel(weight: QuantizedWeight, panel: Tensor, row: int, column: int) -> None:
+    """Check that codes in host memory can fill `panel` from [row, column] on; raises QuantMatmulInputError."""
+    if weight.qweight.device.type != "cpu" or panel.device.type != "cpu":
+        _refuse(f"weight and panel must be on the CPU, not on {weight.qweight.device} and {panel.device}")
+    if panel.dim() != 2 or not panel.is_contiguous() or panel.dtype not in (torch.float32, torch.bfloat16):
+        _refuse(
+            "the panel must be float32 or bfloat16 [rows, columns], contiguous, not "
+            f"{panel.dtype} of shape {list(panel.shape)}"
+        )
+    n, k = weight.out_features, weight.in_features
+    if row < 0 or column < 0 or column % 8 or row + panel.shape[0] > n or column + panel.shape[1] > k:
+        _refuse(
+            f"a panel {list(panel.shape)} from [{row}, {column}] on must lie within the weight's [{n}, {k}] and begin "
+            "at a multiple of 8 columns"
+        )
 
 
 def check_rows_exist(bank: LinearBank, row: Tensor | None, group_row: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from peqa_kernels.packing import pack_codes
 from peqa_kernels.quant_matmul import (
     PreparedWeight,
     QuantizedWeight,
+    QuantMatmulInputError,
     backward,
     dequantize,
     prepare,
@@ -176,6 +177,75 @@ def test_the_compiled_panels_have_the_bits_of_the_torch_ones(bits: int, dtype: t
                 dequantize_panel_torch(weight, scales, row, column, want)
                 assert torch.equal(got, want), (n, k, groups, row, column)
     assert torch.equal(dequantize_panel(weight, dtype), dequantize(weight).to(dtype))
+
+
+def change(given: dict[str, torch.Tensor], name: str, how: Any) -> dict[str, torch.Tensor]:
+    return {**given, name: how(given[name])}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "sentence"),
+    [
+        ("x", lambda t: t[:, :-1], r"x must be \[\.\.\., 64\], not \[5, 63\]"),
+        ("x", lambda t: t[0, 0], r"x must be \[\.\.\., 64\], not \[\]"),
+        ("x", lambda t: t.double(), "x must be float32, bfloat16 or float16, not torch.float64"),
+        ("x", lambda t: t.to("meta"), "x is on meta, the weight on cpu"),
+        ("bias", lambda t: t[:1], r"bias must be .* \[40\], not torch.float32 of shape \[1\]"),
+        ("bias", lambda t: t.int(), r"bias must be float32, bfloat16 or float16 \[40\], not torch.int32"),
+        ("bias", lambda t: t.to("meta"), "bias is on meta, x on cpu"),
+        ("out", lambda t: t[:39], r"out_scale must be float32 \[40\], not torch.float32 of shape \[39\]"),
+        ("out", lambda t: t[:, None], r"out_scale must be float32 \[40\]"),
+        ("out", lambda t: t.double(), r"out_scale must be float32 \[40\], not torch.float64"),
+        ("out", lambda t: t.to("meta"), "out_scale is on meta, the weight on cpu"),
+        ("in", lambda t: t[:1], r"in_scale must be float32 \[64\], not torch.float32 of shape \[1\]"),
+        ("in", lambda t: t.bfloat16(), r"in_scale must be float32 \[64\], not torch.bfloat16"),
+        (
+            "group",
+            lambda t: t.t(),
+            r"group_scale must be float32 \[2, 40\], not torch.float32 of shape \[40, 2\]",
+        ),
+        ("group", lambda t: t.half(), r"group_scale must be float32 \[2, 40\], not torch.float16"),
+    ],
+)
+def test_refuses_what_does_not_fit(name: str, how: Any, sentence: str) -> None:
+    prepared = make_prepared(40, 64, 2)
+    given = change(make_inputs(prepared, "all", torch.float32, 5, 1.0), name, how)
+    with pytest.raises(QuantMatmulInputError, match=sentence):
+        scaled_linear(given["x"], prepared, given["bias"], given["out"], given["in"], given["group"])
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "sentence"),
+    [
+        ("out", lambda t: t[:39], r"out_scale must be float32 \[40\]"),
+        ("in", lambda t: t[:63], r"in_scale must be float32 \[64\]"),
+        ("group", lambda t: t[:1], r"group_scale must be float32 \[2, 40\]"),
+        ("out", lambda t: t.to("meta"), "out_scale is on meta"),
+        ("panel", lambda t: t.half(), "panel must be float32 or bfloat16"),
+        ("panel", lambda t: t.t(), "contiguous"),
+        (
+            "panel",
+            lambda t: torch.zeros(31, 32),
+            r"\[31, 32\] from \[10, 32\] on must lie within the weight's \[40, 64\]",
+        ),
+        ("panel", lambda t: torch.zeros(30, 33), "must lie within"),
+        ("panel", lambda t: t.to("meta"), "must be on the CPU, not on cpu and meta"),
+        ("row", lambda row: -1, "must lie within"),
+        ("column", lambda column: 4, "multiple of 8 columns"),
+        ("weight", lambda weight: weight.shapes(), "must be on the CPU, not on meta and cpu"),
+    ],
+)
+def test_the_compiled_panels_refuse_what_would_be_read_out_of_bounds(
+    name: str, how: Any, sentence: str
+) -> None:
+    ops = native.load()
+    assert ops is not None, "the compiled kernels are not there"
+    prepared = make_prepared(40, 64, 2)
+    given: dict[str, Any] = {"weight": prepared.weight, "panel": torch.zeros(30, 32), "row": 10, "column": 32}
+    given |= make_inputs(prepared, "all", torch.float32, 5, 0.0)
+    given = change(given, name, how)
+    with pytest.raises(QuantMatmulInputError, match=sentence):
+        ops.dequantize(*(given[key] for key in ("weight", "panel", "row", "column", "out", "in", "group")))
 
 
 def test_tuning_keeps_no_floats_of_the_weight() -> None:
