@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peqa_kernels.quant_matmul.backward import scaled_linear
-from peqa_kernels.quant_matmul.checks import QuantMatmulInputError, check_inputs
+from peqa_kernels.quant_matmul.checks import QuantMatmulInputError, check_inputs, check_segments
 from peqa_kernels.quant_matmul.compiled import Handle, quant_matmul_op
 from peqa_kernels.quant_matmul.cpu import NativeCpu, TorchCpu
 from peqa_kernels.quant_matmul.dense import DenseCopies
@@ -171,11 +171,11 @@ def prepare(
 
     `segments` are the output sizes of fused siblings (q/k/v), which may have different input scales; their sum is N.
     `backend` is one of BACKENDS; None chooses: Triton on a CUDA device, on the CPU the compiled kernels if they were
-    built and torch alone if not. Raises RuntimeError when a named backend is not to be had, ValueError for another
-    name.
+    built and torch alone if not. Raises QuantMatmulInputError for segments that do not fit, RuntimeError when a named
+    backend is not to be had, ValueError for another name.
     """
     segments = (weight.out_features,) if segments is None else tuple(segments)
-    assert sum(segments) == weight.out_features, (segments, weight.out_features)
+    check_segments(segments, weight.out_features)
     if backend is None:
         if weight.scales.device.type == "cuda":
             backend = "gpu"

@@ -7,16 +7,53 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
+from peqa_kernels.packing import BITS, packed_width
 
 if TYPE_CHECKING:
     from peqa_kernels.quant_matmul import PreparedWeight
+    from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantMatmulInputError(ValueError):
     """Arguments that do not fit the weight or each other."""
+
+
+def check_weight(weight: QuantizedWeight) -> None:
+    """Check shapes, dtypes and devices of a weight's tensors; raises QuantMatmulInputError."""
+    qweight, scales, zeros, k = weight.qweight, weight.scales, weight.zeros, weight.in_features
+    if weight.bits not in BITS:
+        _refuse(f"bits must be one of {BITS}, not {weight.bits}")
+    if scales.dim() != 2 or scales.dtype != torch.float32 or not scales.shape[1]:
+        _refuse(
+            f"scales must be float32 [N, G] with one group at least, not {scales.dtype} of shape {list(scales.shape)}"
+        )
+    if zeros.shape != scales.shape or zeros.dtype != torch.float32:
+        _refuse(
+            f"zeros must be float32 {list(scales.shape)} as the scales, not {zeros.dtype} of shape {list(zeros.shape)}"
+        )
+    n, groups = scales.shape
+    if k < 1 or k % groups:
+        _refuse(f"in_features must be a multiple of the {groups} groups, not {k}")
+    shape = (n, packed_width(k, weight.bits))
+    if qweight.shape != shape or qweight.dtype != torch.uint8:
+        _refuse(
+            f"qweight must be uint8 {list(shape)}, {n} rows of {k} codes of {weight.bits} bits, not {qweight.dtype} of "
+            f"shape {list(qweight.shape)}"
+        )
+    if not qweight.device == scales.device == zeros.device:
+        _refuse(
+            f"a weight's tensors must be on one device, not on {qweight.device}, {scales.device} and {zeros.device}"
+        )
+
+
+def check_segments(segments: tuple[int, ...], out_features: int) -> None:
+    """Check the output sizes of fused siblings; raises QuantMatmulInputError."""
+    if sum(segments) != out_features or min(segments, default=0) < 1:
+        _refuse(
+            f"segments must be sizes of 1 at least whose sum is the weight's {out_features} outputs, not {segments}"
+        )
 
 
 def check_inputs(

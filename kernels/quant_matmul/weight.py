@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from peqa_kernels.quant_matmul.checks import check_weight
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -21,11 +23,8 @@ class QuantizedWeight:
     in_features: int  # K
 
     def __post_init__(self) -> None:
-        """Check shapes; a mismatch is a bug of the caller."""
-        assert self.bits in (2, 3, 4, 8), self.bits
-        assert self.qweight.shape == (self.out_features, (self.in_features * self.bits + 7) // 8)
-        assert self.zeros.shape == self.scales.shape
-        assert self.in_features % self.groups == 0, "the group size divides the input features"
+        """Raise QuantMatmulInputError for tensors that are not what the fields above say."""
+        check_weight(self)
 
     @property
     def out_features(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -342,6 +343,37 @@ def test_activations_need_not_be_contiguous(backend: str) -> None:
     prepared, x = prepare(weight, backend=available(backend)), make_x(64, 5).t()
     assert not x.is_contiguous()
     assert torch.equal(quant_matmul(x, prepared), quant_matmul(x.contiguous(), prepared))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bits": 5}, r"bits must be one of \(2, 3, 4, 8\), not 5"),
+        ({"bits": 8}, r"qweight must be uint8 \[16, 64\], 16 rows of 64 codes of 8 bits, not .* \[16, 32\]"),
+        ({"qweight": torch.zeros(16, 31, dtype=torch.uint8)}, r"qweight must be uint8 \[16, 32\]"),
+        ({"qweight": torch.zeros(17, 32, dtype=torch.uint8)}, r"not torch.uint8 of shape \[17, 32\]"),
+        ({"qweight": torch.zeros(16, 32, dtype=torch.int32)}, "qweight must be uint8 .* not torch.int32"),
+        ({"qweight": torch.zeros(16, 32, dtype=torch.int8)}, "qweight must be uint8 .* not torch.int8"),
+        ({"scales": torch.ones(16)}, r"scales must be float32 \[N, G\] .* not torch.float32 of shape \[16\]"),
+        ({"scales": torch.ones(16, 0)}, "with one group at least"),
+        ({"scales": torch.ones(16, 2).half()}, "scales must be float32 .* not torch.float16"),
+        ({"scales": torch.ones(16, 2, dtype=torch.int32)}, "scales must be float32 .* not torch.int32"),
+        ({"zeros": torch.ones(16, 1)}, r"zeros must be float32 \[16, 2\] as the scales, not .* \[16, 1\]"),
+        ({"zeros": torch.ones(16, 2, dtype=torch.uint8)}, "zeros must be float32 .* not torch.uint8"),
+        ({"scales": torch.ones(16, 3), "zeros": torch.ones(16, 3)}, "a multiple of the 3 groups, not 64"),
+        ({"in_features": 0}, "in_features must be a multiple of the 2 groups, not 0"),
+        ({"zeros": torch.ones(16, 2, device="meta")}, "on one device, not on cpu, cpu and meta"),
+    ],
+)
+def test_a_weight_whose_tensors_do_not_fit_is_refused(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(QuantMatmulInputError, match=sentence):
+        replace(make_weight(16, 64, 2, 4), **change)
+
+
+@pytest.mark.parametrize("segments", [(), (8,), (8, 9), (16, 0), (20, -4)])
+def test_segments_that_do_not_fit_are_refused(segments: tuple[int, ...]) -> None:
+    with pytest.raises(QuantMatmulInputError, match="whose sum is the weight's 16 outputs, not"):
+        prepare(make_weight(16, 32, 2, 4), segments=segments)
 
 
 def test_refuses_unknown_backends() -> None:
