@@ -13,7 +13,7 @@ from torch import Tensor
 from peqa_kernels.native.kv_layout import layout_of
 from peqa_kernels.native.ops import NativeOps
 from peqa_kernels.native.packed import PackedWeight
-from peqa_kernels.paged_attention.checks import AttentionInputError
+from peqa_kernels.paged_attention.checks import refuse_sequence
 from peqa_kernels.quant_matmul.checks import check_range
 from peqa_kernels.quant_matmul.weight import LinearBank, QuantizedWeight
 
@@ -300,11 +300,7 @@ class NativeDecoder:
             *(table_width, decoder.block_size, decoder.blocks, step.tokens, self._window),
         )
         if sequence >= 0:
-            raise AttentionInputError(
-                f"sequence {sequence} does not fit: query starts must rise from 0 to the {step.tokens} tokens, and "
-                f"each block of its keys must be one of the cache's {decoder.blocks} and stand in its table of "
-                f"{table_width}"
-            )
+            refuse_sequence(sequence, step.tokens, decoder.blocks, table_width)
 
 
 def _rows(embedding: Tensor | QuantizedWeight) -> int:

@@ -274,13 +274,9 @@ class NativeOps:
         )
         if misfit >= 0:
             # Imported here, since that package imports this one.
-            from peqa_kernels.paged_attention.checks import AttentionInputError
+            from peqa_kernels.paged_attention.checks import refuse_sequence
 
-            raise AttentionInputError(
-                f"sequence {misfit} does not fit: query starts must rise from 0 to the {tokens} tokens, a sequence has "
-                "at least as many keys as new tokens, and each block of its keys must be one of the "
-                f"{key_cache.shape[0]} in the cache and stand in its table of {block_tables.shape[1]}"
-            )
+            refuse_sequence(misfit, tokens, key_cache.shape[0], block_tables.shape[1])
         threads = torch.get_num_threads()
         self._attention(
             self._pool.at_least(threads),

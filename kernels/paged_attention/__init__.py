@@ -110,7 +110,8 @@ def paged_attention(
         plan: what the host knows of the step, for launches on a GPU.
 
     Raises AttentionInputError, before anything is computed, for shapes, dtypes, devices, layouts or query starts that
-    do not fit (on a GPU query starts are read, which waits for the device, where no plan is given).
+    do not fit (on a GPU query starts are read, which waits for the device, where no plan is given), and on a CPU for
+    lengths and needed table entries that point outside of the tensors.
     """
     check_attention(
         q, key_cache, value_cache, block_tables, query_starts, seq_lens, sliding_window, softcap, sinks, plan
@@ -137,7 +138,8 @@ def write_kv(
         value_cache: [blocks, block_size, kv_heads, d_v], likewise.
         slot_mapping: int64 [tokens], block * block_size + offset; -1 skips the token. No slot twice.
 
-    Raises AttentionInputError for shapes, dtypes, devices or layouts that do not fit.
+    Raises AttentionInputError for shapes, dtypes, devices or layouts that do not fit, and on a CPU, before anything is
+    written, for slots that the caches do not have (a GPU is not asked).
     """
     check_write(key, value, key_cache, value_cache, slot_mapping)
     if torch.compiler.is_compiling():

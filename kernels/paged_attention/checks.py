@@ -7,6 +7,7 @@ step that the host has planned never does.
 from __future__ import annotations
 
 import itertools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -89,6 +90,49 @@ def check_starts(starts: list[int], tokens: int) -> None:
     )
 
 
+def check_tables(
+    block_tables: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    key_cache: Tensor,
+    tokens: int,
+    sliding_window: int | None,
+) -> None:
+    """Read them as `peqa_attention_misfit` in C does; raises AttentionInputError for what points outside."""
+    blocks, block_size = key_cache.shape[:2]
+    width = block_tables.shape[1]
+    length, new = seq_lens.long(), query_starts.long().diff()
+    oldest = torch.zeros_like(length) if sliding_window is None else length - new - sliding_window + 1
+    first = oldest.clamp(min=0) // block_size
+    column = torch.arange(width)
+    read = (column >= first[:, None]) & (column * block_size < length[:, None])
+    outside = (read & ((block_tables < 0) | (block_tables >= blocks))).any(1)
+    wrong = (new < 0) | (new > length) | ((new > 0) & (outside | (length > width * block_size)))
+    if bool(wrong.any()):
+        refuse_sequence(int(wrong.nonzero()[0]), tokens, blocks, width)
+
+
+def refuse_sequence(sequence: int, tokens: int, blocks: int, width: int) -> NoReturn:
+    """Raise AttentionInputError for a sequence whose query starts, length or table of `width` blocks do not fit."""
+    _refuse(
+        f"sequence {sequence} does not fit: query starts must rise from 0 to the {tokens} tokens, a sequence has at "
+        f"least as many keys as new tokens, and each block of its keys must be one of the {blocks} in the cache and "
+        f"stand in its table of {width}"
+    )
+
+
+def check_slots(slot_mapping: Tensor, key_cache: Tensor) -> None:
+    """Read slots on the CPU; raises AttentionInputError for one that is neither -1 nor in the cache."""
+    slots = key_cache.shape[0] * key_cache.shape[1]
+    wrong = (slot_mapping < -1) | (slot_mapping >= slots)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        _refuse(
+            f"slot_mapping[{at}] is {int(slot_mapping[at])}, but the caches have slots 0 to {slots - 1}, and -1 is for "
+            "a token that is not written"
+        )
+
+
 def check_write(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
@@ -138,7 +182,7 @@ def _same_device(name: str, tensor: Tensor, cache: Tensor) -> None:
         _refuse(f"{name} is on {tensor.device} and the key cache on {cache.device}")
 
 
-def _refuse(sentence: str) -> None:
+def _refuse(sentence: str) -> NoReturn:
     raise AttentionInputError(sentence)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peqa_kernels.paged_attention.checks import check_slots, check_tables
 from peqa_kernels.paged_attention.reference import to_cache
 
 # Chosen by time on two busy cores (9 heads, 3 of keys, d = 64) among query tiles of 4, 8, 16 and steps of 4, 8 tiles: a
@@ -37,8 +38,10 @@ def paged_attention_cpu(
 ) -> Tensor:
     """Attend from packed queries to each sequence's own blocks; arguments and result as `paged_attention`.
 
-    Computes in float32 whatever the dtype of q and the caches.
+    Computes in float32 whatever the dtype of q and the caches. Raises AttentionInputError for block tables, lengths or
+    query starts that point outside of the tensors.
     """
+    check_tables(block_tables, query_starts, seq_lens, key_cache, q.shape[0], sliding_window)
     out = q.new_zeros(q.shape[0], q.shape[1], value_cache.shape[-1])
     tiles = _query_tiles(query_starts.tolist(), seq_lens.tolist())
     for first in range(0, len(tiles), TILES_PER_STEP):
@@ -54,7 +57,11 @@ def paged_attention_cpu(
 def write_kv_cpu(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Copy each token's key and value to its slot, rounded as `to_cache` does; in place; arguments as `write_kv`."""
+    """Copy each token's key and value to its slot, rounded as `to_cache` does; in place; arguments as `write_kv`.
+
+    Raises AttentionInputError for slots that the caches do not have.
+    """
+    check_slots(slot_mapping, key_cache)
     keep = slot_mapping >= 0
     if not bool(keep.all()):
         key, value, slot_mapping = key[keep], value[keep], slot_mapping[keep]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -355,12 +356,44 @@ def test_what_does_not_fit_is_named(name: str, change, sentence: str) -> None:
         (5, lambda t: t[0].fill_(4000)),  # more keys than the table has room for
     ],
 )
-def test_tables_that_point_outside_are_named_on_the_cpu(index: int, change) -> None:
-    case = make_case(MIX)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("library", [True, False], ids=["library", "no library"])
+def test_tables_that_point_outside_are_named_on_the_cpu(
+    index: int, change, dtype: torch.dtype, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(op.native, "load", lambda: None)
+    case = make_case(MIX, dtype=dtype)
     op.paged_attention(*case.args, scaling=1.0)
     change(case.args[index])
     with pytest.raises(op.AttentionInputError, match=r"sequence \d does not fit"):
         op.paged_attention(*case.args, scaling=1.0)
+
+
+def test_both_paths_find_the_same_misfit() -> None:
+    ops = op.native.load()
+    assert ops is not None, "the compiled kernels are not there"
+    found = []
+    for window, (index, place, value) in itertools.product(
+        (None, 9),
+        (
+            *((3, (s, column), entry) for s in range(6) for column in range(12) for entry in (-1, 24)),
+            *((5, (s,), length) for s in range(6) for length in (0, 3, 12 * BLOCK_SIZE, 12 * BLOCK_SIZE + 1)),
+        ),
+    ):
+        case = make_case(MIX, heads=2, d=8, poison=False)
+        assert case.block_tables.shape == (6, 12)
+        case.args[index][place] = value
+        named = []
+        for path in (ops.paged_attention, paged_attention_cpu):
+            try:
+                path(*case.args, 1.0, window)
+                named.append("")
+            except op.AttentionInputError as error:
+                named.append(str(error))
+        assert named[0] == named[1], (window, index, place, value)
+        found.append(bool(named[0]))
+    assert 0.1 < sum(found) / len(found) < 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -401,13 +434,14 @@ def test_on_a_gpu_query_starts_are_read_where_no_plan_says_that_the_host_knows_t
         assert not _may_read(there, None)
 
 
-def test_entries_that_are_not_read_may_hold_anything() -> None:
+@pytest.mark.parametrize("path", [op.paged_attention, paged_attention_cpu], ids=["op", "torch"])
+def test_entries_that_are_not_read_may_hold_anything(path) -> None:
     case = make_case([(1, 100), (3, 100), (0, 40)])
-    want = op.paged_attention(*case.args, scaling=0.125, sliding_window=20)
+    want = path(*case.args, scaling=0.125, sliding_window=20)
     case.block_tables[:2, :4] = -7  # behind the window
     case.block_tables[:2, 7:] = 10_000
     case.block_tables[2] = -1  # a sequence without new tokens
-    assert torch.equal(op.paged_attention(*case.args, scaling=0.125, sliding_window=20), want)
+    assert torch.equal(path(*case.args, scaling=0.125, sliding_window=20), want)
 
 
 @pytest.mark.parametrize(
@@ -424,3 +458,18 @@ def test_writes_that_do_not_fit_are_named(index: int, change, sentence: str) -> 
     arguments[index] = change(arguments[index])
     with pytest.raises(op.AttentionInputError, match=sentence):
         op.write_kv(*arguments)
+
+
+@pytest.mark.parametrize("write", [op.write_kv, write_kv_cpu], ids=["op", "torch"])
+@pytest.mark.parametrize("slot", [-2, -(2**40), 3 * BLOCK_SIZE, 2**40])
+def test_slots_that_the_caches_do_not_have_are_named_and_nothing_is_written(write, slot: int) -> None:
+    caches = torch.zeros(2, 3, BLOCK_SIZE, 2, 64)
+    x = torch.ones(4, 2, 64)
+    with pytest.raises(
+        op.AttentionInputError, match=rf"slot_mapping\[2\] is {slot}, .* slots 0 to 47, and -1"
+    ):
+        write(x, x, *caches, torch.tensor([0, -1, slot, 47]))
+    assert not caches.any()
+    write(x, x, *caches, torch.tensor([0, -1, -1, 47]))
+    write(x[:0], x[:0], *caches, torch.tensor([], dtype=torch.int64))
+    assert caches.any(-1).any(-1).sum(-1).tolist() == [[1, 0, 1]] * 2
