@@ -125,6 +125,38 @@ def test_bits_do_not_depend_on_the_number_of_threads(ops: NativeOps) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (8, 128), (2, 64)])
+def test_rows_of_several_passes_have_the_bits_of_each_row_alone(
+    ops: NativeOps, bits: int, group: int, activation_bits: int
+) -> None:
+    """One pass takes 64 or 192 rows, and 576 are packed before they are multiplied."""
+    torch.manual_seed(6)
+    segments, rows = (40, 33, 70), 1200
+    weight = make_weight(143, 128, bits, group)
+    packed, bank = ops.pack(weight, segments), make_bank(weight, segments)
+    packed.set_activation_bits(activation_bits)
+    x, bias, row, group_row = torch.randn(rows, 128), torch.randn(143), rows_of(rows), rows_of(rows)
+    before = torch.get_num_threads()
+    for own, groups in (
+        (LinearBank(segments, bank.out_scale), None),
+        (LinearBank(segments, bank.out_scale, bank.in_scale), None),
+        (LinearBank(segments, bank.out_scale, None, bank.group_scale), group_row),
+    ):
+
+        def of(first: int, last: int, own: LinearBank = own, groups: Tensor | None = groups) -> Tensor:
+            some = slice(first, last)
+            return run(ops, x[some], packed, bias, own, row[some], None if groups is None else groups[some])
+
+        alone = torch.cat([of(i, i + 1) for i in range(rows)])
+        torch.set_num_threads(3)
+        try:
+            for first, last in ((0, 577), (600, 1200), (0, 1200)):
+                assert torch.equal(of(first, last), alone[first:last]), (first, last)
+        finally:
+            torch.set_num_threads(before)
+
+
 def test_many_rows_and_a_row_stride(ops: NativeOps) -> None:
     torch.manual_seed(4)
     weight = make_weight(96, 128, 4, 32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_cases import make_bank, make_weight, rows_of, run
+from torch import Tensor
 
 from peqa_kernels import native
 from peqa_kernels.native import NativeOps, compile
@@ -89,6 +90,38 @@ def test_a_row_alone_and_in_any_batch(tiles: NativeOps) -> None:
     for size, begin in itertools.product((3, 5, 15, 16, 18, 39), (0, 1)):
         pick = torch.randperm(40)[begin : begin + size]
         assert torch.equal(run(tiles, x[pick], packed, None, bare, row[pick], None), alone[pick])
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_rows_of_several_passes(tiles: NativeOps, plain: NativeOps, activation_bits: int) -> None:
+    """A pass takes 192 rows, and 576 are packed before they are multiplied."""
+    torch.manual_seed(2)
+    segments = (40, 33)
+    weight = make_weight(73, 64, 4, 32)
+    packed = [ops.pack(weight, segments) for ops in (tiles, plain)]
+    bank = make_bank(weight, segments)
+    x, bias, row, group_row = torch.randn(700, 64), torch.randn(73), rows_of(700), rows_of(700)
+    for p in packed:
+        p.set_activation_bits(activation_bits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for own, groups in ((LinearBank(segments, bank.out_scale), None), (bank, group_row)):
+
+            def of(
+                which: int, first: int, last: int, own: LinearBank = own, groups: Tensor | None = groups
+            ) -> Tensor:
+                some = slice(first, last)
+                group = None if groups is None else groups[some]
+                return run((tiles, plain)[which], x[some], packed[which], bias, own, row[some], group)
+
+            alone = torch.cat([of(0, i, i + 1) for i in range(700)])
+            for rows in (193, 400, 577, 700):
+                got = of(0, 0, rows)
+                assert torch.equal(got, of(1, 0, rows)), rows
+                assert torch.equal(got, alone[:rows]), rows
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_check_at_load(tiles: NativeOps, plain: NativeOps, monkeypatch: pytest.MonkeyPatch) -> None:
