@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +44,132 @@ def test_only_builds_whose_every_feature_is_listed_are_usable(
     machine: str, flags: frozenset[str], names: list[str]
 ) -> None:
     assert [build.name for build in usable(machine, flags)] == names
+
+
+ON_OLDER_CPUS = """
+from pathlib import Path
+
+import torch
+from native_cases import make_weight, rows_of
+
+from peqa_kernels import native
+from peqa_kernels.native import isa
+from peqa_kernels.quant_matmul import LinearBank, prepare, quant_matmul, quant_matmul_reference
+
+def powers(*shape):
+    scales = 2.0 ** torch.randint(-1, 2, shape)
+    scales[0] = 1.0
+    return scales
+
+def multiply(bits, rows):
+    weight = make_weight(70, 96, bits, 32, whole_zeros=True)
+    weight.scales[:] = 2.0 ** torch.randint(-2, 2, weight.scales.shape)
+    prepared = prepare(weight, segments=(30, 40))
+    assert prepared.backend == "native", prepared.backend
+    bank = LinearBank((30, 40), powers(5, 70), powers(5, 2, 96), powers(5, 3, 70))
+    x, row, group_row = torch.randint(-8, 9, (rows, 96)).float(), rows_of(rows), rows_of(rows)
+    got = quant_matmul(x, prepared, bank=bank, row=row, group_row=group_row)
+    assert torch.equal(got, quant_matmul_reference(x, weight, None, bank, row, group_row)), (bits, rows)
+
+here, seen = isa.cpu_flags(), set()
+masks = {
+    "generic": ("amx", "avx", "fma", "f16c"),
+    "avx2": ("amx", "avx512"),
+    "avx512": ("amx", "avx512_vnni"),
+    "avx512vnni": ("amx",),
+}
+for name, missing in masks.items():
+    if name not in {build.name for build in isa.usable(flags=here)}:
+        continue
+    isa.cpu_flags = lambda: frozenset(flag for flag in here if not flag.startswith(missing))
+    native.load.cache_clear()
+    assert native.load().isa.name == name, (native.load().isa.name, name)
+    for bits in (2, 3, 4, 8):
+        for rows in (1, 9, 200):
+            multiply(bits, rows)
+    seen.add(name)
+    maps = Path("/proc/self/maps").read_text()
+    assert {build.name for build in isa.builds() if build.file_name in maps} == seen, (maps, seen)
+print(*seen)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has builds for several kinds of CPU")
+def test_where_features_are_masked_off_a_build_without_them_is_loaded_and_computes() -> None:
+    """The whole op, from the oldest CPU up, in a process of its own: no other build is even mapped into it."""
+    found = subprocess.run(
+        [sys.executable, "-c", ON_OLDER_CPUS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert found.returncode == 0, found.stderr
+    assert "generic" in found.stdout.split()
+
+
+PREFIXES = {"26", "2e", "36", "3e", "64", "65", "66", "67", "f0", "f2", "f3", *(f"4{i:x}" for i in range(16))}
+SSE3 = re.compile("addsubp|haddp|hsubp|lddqu|movddup|movs[hl]dup")
+COUNTS = {"lzcnt", "popcnt", "tzcnt"}
+BMI = re.compile("andn$|bextr|bls|bzhi|mulx$|pdep|pext|rorx|sarx|sh[lr]x")
+
+
+def features_of(library: Path) -> dict[str, str]:
+    """Instruction set extensions that a library has instructions of, each with one of them, disassembled.
+
+    In 64-bit code a first byte 62 is EVEX (AVX-512), C4 or C5 is VEX (AVX, AVX2, FMA, F16C and some more).
+    """
+    listing = subprocess.run(
+        ["objdump", "-d", "-w", library], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, str] = {}
+    for line in listing.splitlines():
+        _, _, rest = line.partition(":\t")
+        codes, _, text = rest.partition("\t")
+        octets = codes.split()
+        name = next((word for word in text.split() if "{" not in word), "")
+        while octets and octets[0] in PREFIXES:
+            octets.pop(0)
+        if not text or not octets:
+            continue
+        if name.startswith("vpdp"):
+            found.setdefault("vnni", line)
+        if name.startswith(("tdp", "tile", "ldtilecfg")):
+            found.setdefault("amx", line)
+        if octets[0] == "62" or "%zmm" in text:
+            found.setdefault("avx512", line)
+        elif octets[0] in ("c4", "c5"):
+            found.setdefault("avx", line)
+            if re.search(r"%k[0-7]", text):
+                found.setdefault("avx512", line)
+            if BMI.match(name):
+                found.setdefault("bmi", line)
+        elif octets[0] == "d5":
+            found.setdefault("apx", line)
+        elif octets[:2] in (["0f", "38"], ["0f", "3a"]) or SSE3.match(name):
+            found.setdefault("sse3 to sse4", line)
+        elif name in COUNTS:
+            found.setdefault("popcnt", line)
+    return found
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has builds for several kinds of CPU")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+@pytest.mark.parametrize(
+    ("name", "has", "may_have"),
+    [
+        ("generic", set(), set()),
+        ("avx2", {"avx"}, {"sse3 to sse4", "popcnt"}),
+        ("avx512", {"avx", "avx512"}, {"sse3 to sse4", "popcnt"}),
+        ("avx512vnni", {"avx", "avx512", "vnni"}, {"sse3 to sse4", "popcnt"}),
+    ],
+)
+def test_a_build_has_no_instructions_but_those_it_is_chosen_for(
+    name: str, has: set[str], may_have: set[str]
+) -> None:
+    found = features_of(Path(native.__file__).parent / f"_peqa_{name}.so")
+    assert {feature: line for feature, line in found.items() if feature not in has | may_have} == {}
+    assert has <= set(found)
 
 
 def test_a_feature_counts_only_if_every_core_has_it(tmp_path: Path) -> None:
