@@ -71,8 +71,9 @@ typedef struct {
     size_t slots, floats; /* parts in work at once, and what each has for its own arrays */
 } division;
 
-/* Rows of a part, at most: their gates and inputs stay in the second cache level. Where codes are unpacked to memory, once
- * for each part, more are quicker all the same. */
+/* Rows of a part, at most: few, whose gates and inputs stay in the second cache level. Where codes are unpacked to memory,
+ * once for each part, more are quicker all the same, and most on matrix tiles. Each part reads all weights: with many
+ * threads as many rows are allowed as make them work apart. */
 static size_t part_rows(const peqa_decoder *m, size_t threads)
 {
     if (TILES)

@@ -8,8 +8,8 @@
 #include "many_rows.h"
 #include "tile_rows.h"
 
-/* Bytes of codes that all stripes of rows take before the next ones: they stay in the second cache level, and reading
- * them from memory is spread over all stripes' work. */
+/* Bytes of codes that all stripes of rows take before the next ones, but two panels at least: they stay in the second
+ * cache level, and reading them from memory is spread over all stripes' work. */
 #define CODES_AT_ONCE ((size_t)40 << 10)
 #define ROWS_AT_ONCE 576 /* packed before they are multiplied: whole passes */
 #define SHARES 256       /* threads, at most */

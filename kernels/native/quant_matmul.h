@@ -77,7 +77,8 @@ INLINE size_t chain_length(const cuts *c, size_t chain)
 #define FEW_ON_TILES 4 /* up to so many rows are not worth a matrix tile */
 
 /* Up to this many rows take codes as they are; more of them earn back the unpacking of codes to memory. Where products
- * of pairs are summed in one instruction, unpacking on the way costs it nothing: other units do that. */
+ * of pairs are summed in one instruction, unpacking on the way costs it nothing, since other units do that: there it is
+ * what a pass has at most (pass_rows_of). */
 INLINE size_t few_rows_of(const peqa_weight *w)
 {
     if (TILES)

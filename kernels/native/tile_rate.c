@@ -1,5 +1,6 @@
-/* How fast a register tile of many rows goes when all that it reads lies in the first cache level: no product of many
- * rows goes faster. */
+/* How fast a register tile goes that reads unpacked codes, when all that it reads lies in the first cache level: no
+ * product that unpacks codes to memory goes faster. With VNNI those of 16-bit activations unpack them in registers
+ * (few_tile): as many multiplications, another tile. */
 #include "many_rows.h"
 
 #if !TILES
