@@ -29,7 +29,7 @@ from peqa_runtime.engine.token_masks import TokenMasks
 from peqa_runtime.engine.token_report import TokenReport
 from peqa_runtime.engine.token_rules import NOTHING_LEFT, RuleBook, RuledRow
 
-_NOTHING = StepResult()  # of a sequence whose end the step did not reach
+_NOTHING = StepResult()  # of a sequence that gets no token in this step
 
 
 def uniform(seed: int, position: int, attempt: int = 0) -> float:
@@ -61,8 +61,6 @@ class Sampler:
         logits: float32 [rows, vocab] in the order of `logit_positions` over `batch.scheduled`; it may be changed.
         """
         layout = LogitRows(batch)
-        if layout.num_rows == 0:
-            return [_NOTHING] * len(batch.scheduled)
         assert logits.shape[0] == layout.num_rows, (logits.shape, layout.num_rows)
         report = TokenReport(layout, logits) if layout.reports else None
         ruled = self._rules.rows(layout, logits) if layout.ruled else []
@@ -194,12 +192,12 @@ def _results(
     if report is not None:
         return report.results(finite, choices)
     return [
-        _NOTHING
-        if not rows
-        else StepResult(choices[rows[0]])
-        if finite[rows[0]]
-        else StepResult(finite=False)
-        for rows in layout.rows
+        StepResult(finite=False)
+        if not all(finite[row] for row in rows)
+        else _NOTHING
+        if chosen is None
+        else StepResult(choices[chosen])
+        for rows, chosen in zip(layout.rows, layout.chosen, strict=True)
     ]
 
 

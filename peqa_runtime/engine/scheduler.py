@@ -219,8 +219,7 @@ class Scheduler:
         if plan.tokens == 0:
             return "no room"
         found = self.blocks.find(sequence)
-        soon = self.blocks.found_soon(sequence, found, computing)
-        if soon >= max(_WORTH_WAITING, (sequence.num_tokens - len(found) * self.blocks.block_size) // 2):
+        if self.blocks.found_soon(sequence, found, computing) >= _WORTH_WAITING:
             return "not now"
         victims = self._way.victims(sequence, found)
         if victims is None:

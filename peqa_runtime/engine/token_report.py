@@ -25,13 +25,13 @@ class TokenReport:
         self._untouched: dict[int, Tensor] = {}
         rows: list[int] = []
         width = 0
-        for item, prompt, all_rows in zip(layout.items, layout.prompt, layout.rows, strict=True):
+        for item, prompt, chosen in zip(layout.items, layout.prompt, layout.chosen, strict=True):
             params = item.sequence.request.params
             if prompt:
                 rows += prompt
                 width = max(width, params.prompt_logprobs or 0)
-            if params.logprobs is not None and len(all_rows) > len(prompt):
-                rows.append(all_rows[-1])
+            if params.logprobs is not None and chosen is not None:
+                rows.append(chosen)
                 width = max(width, params.logprobs)
         self._place = {row: i for i, row in enumerate(rows)}
         found = likeliest(logits, rows, min(width, logits.shape[-1]))
@@ -53,13 +53,13 @@ class TokenReport:
         """One result per scheduled sequence, of the token chosen for each row."""
         layout = self._layout
         wanted: list[tuple[int, int]] = []  # (row, token) in the order in which they are read below
-        for item, prompt, rows in zip(layout.items, layout.prompt, layout.rows, strict=True):
+        for item, prompt, chosen in zip(layout.items, layout.prompt, layout.chosen, strict=True):
             start = item.prompt_logprob_positions.start + 1
             wanted += [(row, item.sequence.token_ids[start + i]) for i, row in enumerate(prompt)]
             params = item.sequence.request.params
-            if params.logprobs is not None and len(rows) > len(prompt):
-                wanted.append((rows[-1], choices[rows[-1]]))
-                wanted += [(rows[-1], token) for token in params.logprob_token_ids]
+            if params.logprobs is not None and chosen is not None:
+                wanted.append((chosen, choices[chosen]))
+                wanted += [(chosen, token) for token in params.logprob_token_ids]
         entries = iter(zip(wanted, self._logits_of(wanted), strict=True))
 
         def entry(width: int) -> TokenLogprobs:
@@ -71,17 +71,20 @@ class TokenReport:
             return token, self._value(row, logit)
 
         results = []
-        for item, prompt, rows in zip(layout.items, layout.prompt, layout.rows, strict=True):
+        for item, prompt, rows, chosen in zip(
+            layout.items, layout.prompt, layout.rows, layout.chosen, strict=True
+        ):
             params = item.sequence.request.params
             prompt_logprobs = self._ranked(prompt, [entry(params.prompt_logprobs or 0) for _ in prompt])
-            sampled = len(rows) > len(prompt)
-            logprobs = entry(params.logprobs) if sampled and params.logprobs is not None else None
+            wants = chosen is not None and params.logprobs is not None
+            logprobs = entry(params.logprobs) if wants else None
             if logprobs is not None and params.logprob_token_ids:
                 logprobs = replace(logprobs, asked=tuple(asked() for _ in params.logprob_token_ids))
             if not all(finite[row] for row in rows):
                 results.append(StepResult(finite=False))
             else:
-                results.append(StepResult(choices[rows[-1]] if sampled else None, logprobs, prompt_logprobs))
+                token = None if chosen is None else choices[chosen]
+                results.append(StepResult(token, logprobs, prompt_logprobs))
         return results
 
     def _logits_of(self, wanted: list[tuple[int, int]]) -> list[float]:

@@ -15,12 +15,11 @@ from functools import partial
 from torch import Tensor, nn
 
 from peqa_runtime.model.float_linear import SteadyLinear, in_parts
-from peqa_runtime.model.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from peqa_runtime.model.own_products import modules_with_own_products
 
 PART = 64
 """Rows of a product: one tile of the kernels that GPUs have for it, so fewer rows cost no less."""
 _PART_VALUES = 1 << 17  # of a norm's part: 1024 heads of 128, or 64 hidden states of 2048
-_COVERED = (SteadyLinear, QuantizedLinear, QuantizedEmbedding, nn.Embedding)
 
 
 def set_equal_bits(model: nn.Module) -> list[str]:
@@ -34,13 +33,8 @@ def set_equal_bits(model: nn.Module) -> list[str]:
             module.part = PART
         elif name.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
             module.forward = partial(_norm, module.forward)
-    return [name for name, module in model.named_modules() if _multiplies_floats(module)]
+    return list(modules_with_own_products(model))
 
 
 def _norm(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return in_parts(compute, x, max(PART, _PART_VALUES // x.shape[-1]))
-
-
-def _multiplies_floats(module: nn.Module) -> bool:
-    own = module.parameters(recurse=False)
-    return not isinstance(module, _COVERED) and any(p.dim() > 1 and p.is_floating_point() for p in own)

@@ -24,6 +24,7 @@ from peqa_runtime.model.forward_context import ForwardContext
 from peqa_runtime.model.fused_decoder import FusedDecoder, fused_decoder
 from peqa_runtime.model.fusion import LinearSpec, fuse_siblings
 from peqa_runtime.model.lean_decoder import LeanDecoder, lean_decoder
+from peqa_runtime.model.own_products import steady_own_products
 from peqa_runtime.model.quantized_linear import QuantizedLinear, StepRows, TiedHead
 from peqa_runtime.model.self_check import self_check
 from peqa_runtime.model.threads import one_thread
@@ -125,6 +126,8 @@ def _load(folder: Path, device: str, dtype: str, fuse: bool, paged: bool, verify
     _check_names(folder, model, manifest)
     linears = fuse_siblings(model, manifest.linears, fuse=fuse)
     steady_linears(model)
+    if paged and place.type == "cpu":
+        steady_own_products(model)
     _prepare(model, linears, serving=paged)
     step = StepContext()
     layers = place_layers(model, step) if paged else []

@@ -120,6 +120,25 @@ def test_blocks_of_a_request_that_ended_with_nan_are_not_found_again(fake_engine
     assert drain(engine)["third"][0].num_cached_tokens == 8, "what a good request computed is found"
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_nan_in_a_part_of_a_prompt_is_seen_before_its_blocks_can_be_found(
+    fake_engine: MakeEngine, scored: bool
+) -> None:
+    """Nothing is sampled of the part, nor where a prompt is only read in."""
+    engine = fake_engine(model={"poison": BAD}, max_batch_tokens=8)
+    some = prompts(1)[0]
+    shared = [1, 2, 3, 4, 5, 6, 7, BAD]
+    add(engine, "spoiled", shared if scored else shared * 3, max_tokens=0 if scored else 6)
+    (only,) = engine.step()
+    assert (only.request_id, only.error_code) == ("spoiled", "numerical_error")
+    model: Any = engine.model
+    model.poison = None
+    add(engine, "after", [*shared, *some])
+    got = drain(engine)["after"]
+    assert got[0].num_cached_tokens == 0
+    assert_right(engine, got, [*shared, *some], 1.0)
+
+
 def test_a_set_that_cannot_be_written_ends_the_requests_of_its_task(fake_engine: MakeEngine) -> None:
     engine = fake_engine(tasks={"good": 1.5, "corrupt": 0.5})
     corrupt = engine.tasks.registry.current("corrupt")

@@ -113,10 +113,15 @@ def test_logits_at_picks_tokens(loaded: LoadedModel) -> None:
 def test_bits_of_a_token_do_not_depend_on_its_batch(
     folder: str, lean: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Alone, in company and in other chunks: equal bits on the CPU, with and without the lean decoder."""
+    """On the CPU, with and without the lean decoder."""
     loaded = load(request.getfixturevalue(folder), device="cpu")
     assert loaded.lean is not None
     loaded.lean = loaded.lean if lean else None
+    check_bits_of_a_token(loaded)
+
+
+def check_bits_of_a_token(loaded: LoadedModel) -> None:
+    """Alone, in company and in other chunks: equal bits."""
     a, others = random_ids(3, 14), [random_ids(seed, 3 + 2 * seed) for seed in range(4, 11)]
     bind(loaded, 40)
     alone = torch.cat([step(loaded, [(a[i : i + 1], i, [0, 1])]) for i in range(14)])
@@ -248,6 +253,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
 
 
@@ -263,6 +269,11 @@ def test_architectures(name: str, architecture_base: ArchitectureBase) -> None:
         expected = loaded.model(input_ids=ids[None], use_cache=False).logits[0]
     loaded.model.set_attn_implementation(attention_module.ATTENTION)
     torch.testing.assert_close(packed_logits(loaded, ids), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bits_of_a_token_of_any_architecture(name: str, architecture_base: ArchitectureBase) -> None:
+    check_bits_of_a_token(load(architecture_base(name, **ARCHITECTURES[name]), device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])

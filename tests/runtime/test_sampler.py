@@ -64,13 +64,11 @@ def test_greedy_takes_the_best() -> None:
 def test_only_rows_that_are_needed_are_asked_for() -> None:
     prompt = (1, 2, 3, 4)
     assert list(logit_positions(share(sequence(prompt=prompt), 0))) == [3]
-    assert list(logit_positions(ScheduledSequence(sequence(prompt=prompt), 0, 2))) == []
-    assert list(logit_positions(share(sequence(prompt=prompt, max_tokens=0), 0))) == []
-    assert list(logit_positions(share(sequence(prompt=prompt, max_tokens=0, prompt_logprobs=0), 0))) == [
-        0,
-        1,
-        2,
-    ]
+    assert list(logit_positions(ScheduledSequence(sequence(prompt=prompt), 0, 2))) == [1], "is it finite?"
+    assert list(logit_positions(share(sequence(prompt=prompt, max_tokens=0), 0))) == [3]
+    scored = sequence(prompt=prompt, max_tokens=0, prompt_logprobs=0)
+    assert list(logit_positions(share(scored, 0))) == [0, 1, 2, 3]
+    assert list(logit_positions(ScheduledSequence(scored, 0, 2))) == [0, 1]
     assert list(logit_positions(share(sequence(prompt=prompt, prompt_logprobs=0), 1))) == [1, 2, 3]
 
 

@@ -363,15 +363,16 @@ def test_a_better_priority_goes_before_a_prompt_that_is_begun() -> None:
     assert step(s)[0] == {"urgent": 8}
 
 
-def test_a_beginning_shared_by_many_is_computed_once() -> None:
-    """All come at once: those who share wait for the one that computes the beginning."""
-    s = caching(blocks=400, max_batch_tokens=64)
+@pytest.mark.parametrize("own", [2, 300])
+def test_a_beginning_shared_by_many_is_computed_once(own: int) -> None:
+    """All come at once: those who share wait for the one that computes the beginning, however much is their own."""
+    s = caching(blocks=800, max_batch_tokens=64)
     for i in range(6):
-        s.add(ids(f"r{i}", [*range(1, 193), 900 + i, 800 + i]))
+        s.add(ids(f"r{i}", [*range(1, 193), *range(1000 + 500 * i, 1000 + 500 * i + own)]))
     total: Counter[str] = Counter()
     while s.has_work:
         total.update(step(s)[0])
-    assert [total[f"r{i}"] - 3 for i in range(6)] == [194, 2, 2, 2, 2, 2]  # 3 to decode
+    assert [total[f"r{i}"] - 3 for i in range(6)] == [192 + own] + 5 * [own]  # 3 to decode
 
 
 def test_who_shares_nothing_does_not_wait_for_a_beginning() -> None:
