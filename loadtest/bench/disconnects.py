@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from statistics import median
 
 import httpx
 
@@ -13,27 +14,36 @@ from peqa_loadtest.client import LoadTestError
 from peqa_loadtest.swap import remember_task, restore_task
 
 AT_ONCE = 16
-LATEST_SECONDS = (
-    1.5  # hanging up happens at a random moment up to here: in the queue, in the prompt, in the answer
-)
+LATEST = 1.2  # times a whole answer's time: hanging up happens at a random moment up to here
+WHOLE_SHARE = 0.25  # of the requests ask for the answer in one piece
+CHOICES_SHARE = 0.25  # … for two choices
 SETTLE_SECONDS = 30.0
 
 
 async def disconnects(session: Session, tasks: list[str], count: int) -> list[Figure]:
-    """Hang up `count` times, wait until the server is idle, and count what it still holds."""
+    """Hang up `count` times before the answer ends, wait until the server is idle, and count what it still holds."""
     rng = random.Random("disconnects")
-    prompts = iter(session.prompts(count))
-    rude = [(prompt, rng.choice(tasks), rng.uniform(0.0, LATEST_SECONDS)) for prompt in prompts]
-    turn = iter(rude)
-    cut = 0
+    whole = await session.load(tasks, AT_ONCE, AT_ONCE)
+    latest = LATEST * median(answer.finished - answer.sent for answer in whole)
+    cut = finished = begun = 0
 
     async def work() -> None:
-        nonlocal cut
-        for prompt, task, seconds in turn:
-            body = session.client.body(task, prompt, session.output_tokens)
-            cut += await _hang_up(session.server.url, body, seconds)
+        nonlocal cut, finished, begun
+        while cut + begun < count:
+            (prompt,) = session.prompts(1)
+            body = session.client.body(rng.choice(tasks), prompt, session.output_tokens)
+            if rng.random() < WHOLE_SHARE:
+                body = {name: value for name, value in body.items() if not name.startswith("stream")}
+            if rng.random() < CHOICES_SHARE:
+                body["n"] = 2
+            begun += 1
+            hung_up = await _hang_up(session.server.url, body, rng.uniform(0.0, latest))
+            begun -= 1
+            cut += hung_up
+            finished += not hung_up
 
-    await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+    while cut < count:  # those that had finished before are made up for
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
     await _settle(session)
     server = session.server
     blocks = server.metric("peqa_kv_blocks_used")
@@ -43,7 +53,7 @@ async def disconnects(session: Session, tasks: list[str], count: int) -> list[Fi
     rows = server.metric("peqa_task_rows_used")
     for task, data in sets.items():
         await restore_task(session.client, task, data)
-    facts = {"disconnects": cut, "finished_before": count - cut}
+    facts = {"disconnects": cut, "finished_before": finished}
     return [
         figure("served/disconnects/leaked-blocks", blocks, "blocks", "<=", 0, **facts),
         figure("served/disconnects/leaked-rows", rows, "rows", "<=", 0, **facts),

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from peqa_loadtest.bench.figure import Figure, figure
 from peqa_loadtest.bench.fresh_updates import variant
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import Session, failures, open_session, rate
-from peqa_loadtest.client import LoadTestError
+from peqa_loadtest.client import Answer, LoadTestError
 from peqa_loadtest.report import percentile
 from peqa_loadtest.swap import put_set
 
@@ -24,6 +25,8 @@ ROUNDS = 7
 RESIDENT_SHARE = 0.97  # "no slowdown", within what two halves of one run differ by
 COLD_EXTRA_MS = 100.0
 PROBE_TOKENS = 4
+PROBES_IN_TURN = 5  # of cold tasks, then of warm ones
+BESIDE_SHARE = 0.95  # of the tokens/s that the traffic makes beside probes of warm tasks
 
 
 async def many_tasks(
@@ -64,7 +67,7 @@ async def many_tasks(
                     raise LoadTestError("requests of the resident traffic failed")
                 rates.append(rate(answers))
         _leave_page_cache(work / "many")
-        cold, warm = await _first_tokens(session, names, count, probes)
+        cold, warm, beside = await _first_tokens(session, names, count, probes)
         for one in (session, small):
             await one.close()
         start_seconds = server.start_seconds
@@ -83,6 +86,7 @@ async def many_tasks(
             RESIDENT_SHARE,
             **facts,
         ),
+        figure("served/many-tasks/traffic-beside-cold-loads", beside, "x", ">=", BESIDE_SHARE, **facts),
         figure(
             "served/many-tasks/cold-first-token-p99-extra",
             extra,
@@ -121,27 +125,48 @@ async def _register(session: Session, data: bytes, count: int) -> None:
 
 async def _first_tokens(
     session: Session, resident: list[str], count: int, probes: int
-) -> tuple[list[float], list[float]]:
-    """Seconds to the first token of tasks never asked for and of resident ones, in turn, beside resident traffic."""
-    cold: list[float] = []
-    warm: list[float] = []
+) -> tuple[list[float], list[float], float]:
+    """Seconds to the first token of tasks never asked for and of resident ones, in turn, beside resident traffic.
+
+    Last: the traffic's tokens/s while cold tasks were probed, over those while warm ones were.
+    """
+    times: dict[str, list[float]] = {"cold": [], "warm": []}
+    spans: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+    answers: list[Answer] = []
     done = asyncio.Event()
 
     async def traffic() -> None:
         while not done.is_set():
-            await session.load(resident, 2, 4)
+            answers.extend(await session.load(resident, 2, 4))
 
     beside = asyncio.create_task(traffic())
     numbers = random.Random("cold").sample(range(count - RESIDENT), min(probes, count - RESIDENT))
     try:
-        for i, number in enumerate(numbers):
-            for task, times in ((f"many-{number}", cold), (resident[i % RESIDENT], warm)):
-                (prompt,) = session.prompts(1)
-                answer = await session.client.complete(task, prompt, PROBE_TOKENS)
-                if answer.failure is not None or not answer.text_times:
-                    raise LoadTestError(f"no first token of task {task}: {answer.failure}")
-                times.append(answer.text_times[0] - answer.started)
+        for first in range(0, len(numbers), PROBES_IN_TURN):
+            turn = range(first, min(first + PROBES_IN_TURN, len(numbers)))
+            for kind, tasks in (
+                ("cold", [f"many-{numbers[i]}" for i in turn]),
+                ("warm", [resident[i % RESIDENT] for i in turn]),
+            ):
+                begin = time.perf_counter()
+                times[kind] += [await _first_token(session, task) for task in tasks]
+                spans[kind].append((begin, time.perf_counter()))
     finally:
         done.set()
         await beside
-    return cold, warm
+    return times["cold"], times["warm"], _rate_in(answers, spans["cold"]) / _rate_in(answers, spans["warm"])
+
+
+async def _first_token(session: Session, task: str) -> float:
+    (prompt,) = session.prompts(1)
+    answer = await session.client.complete(task, prompt, PROBE_TOKENS)
+    if answer.failure is not None or not answer.text_times:
+        raise LoadTestError(f"no first token of task {task}: {answer.failure}")
+    return answer.text_times[0] - answer.started
+
+
+def _rate_in(answers: list[Answer], spans: list[tuple[float, float]]) -> float:
+    """Tokens/s that came within the spans of time."""
+    moments = sorted(moment for answer in answers for moment in answer.text_times)
+    came = sum(bisect_left(moments, end) - bisect_left(moments, begin) for begin, end in spans)
+    return came / sum(end - begin for begin, end in spans)

@@ -15,7 +15,8 @@ from peqa_loadtest.bench.session import Session, open_session
 from peqa_loadtest.client import Answer
 
 STREAMS = 4
-ANSWER_TOKENS = 256  # long enough to be still running when the signals come
+ANSWER_TOKENS = 256  # long enough to be still running when the signal comes
+LONG_ANSWER_TOKENS = 4096  # takes longer than AT_ONCE_SECONDS wherever it runs
 AT_ONCE_SECONDS = 2.0
 DRAIN_SECONDS = 60.0
 
@@ -24,7 +25,7 @@ async def shutdown(start: Callable[[], ServerProcess], prompt_tokens: int) -> li
     """Two servers of their own: one gets one signal, the other two."""
     with start() as server:
         session = await open_session(server, prompt_tokens, ANSWER_TOKENS)
-        running = await _begin_streams(session)
+        running = await _begin_streams(session, ANSWER_TOKENS)
         server.signal(signal.SIGTERM)
         refused = await _refusal(server.url)
         answers = await asyncio.gather(*running)
@@ -32,15 +33,17 @@ async def shutdown(start: Callable[[], ServerProcess], prompt_tokens: int) -> li
         status = await asyncio.to_thread(server.exit_status, DRAIN_SECONDS)
         finished = sum(answer.failure is None for answer in answers) / STREAMS
     with start() as server:
-        session = await open_session(server, prompt_tokens, ANSWER_TOKENS)
-        running = await _begin_streams(session)
+        room = max(entry["max_model_len"] for entry in httpx.get(f"{server.url}/v1/models").json()["data"])
+        tokens = min(LONG_ANSWER_TOKENS, room - 2 * prompt_tokens)
+        session = await open_session(server, prompt_tokens, tokens)
+        running = await _begin_streams(session, tokens)
         server.signal(signal.SIGTERM)
         await asyncio.sleep(0.3)
         server.signal(signal.SIGTERM)
         begin = time.monotonic()
         await asyncio.to_thread(server.exit_status, DRAIN_SECONDS)
         seconds = time.monotonic() - begin
-        await asyncio.gather(*running)
+        cut = sum(answer.failure is not None for answer in await asyncio.gather(*running)) / STREAMS
         await session.close()
     return [
         figure("served/sigterm/new-request-refused", float(refused), "yes", ">=", 1),
@@ -53,15 +56,16 @@ async def shutdown(start: Callable[[], ServerProcess], prompt_tokens: int) -> li
             1,
             status="still running" if status is None else status,
         ),
-        figure("served/sigterm/second-signal", seconds, "s", "<=", AT_ONCE_SECONDS),
+        figure("served/sigterm/second-signal", seconds, "s", "<=", AT_ONCE_SECONDS, tokens=tokens),
+        figure("served/sigterm/second-signal-cuts", cut, "share", ">=", 1.0, streams=STREAMS),
     ]
 
 
-async def _begin_streams(session: Session) -> list[asyncio.Task[Answer]]:
+async def _begin_streams(session: Session, tokens: int) -> list[asyncio.Task[Answer]]:
     """Streams that have begun: the server has told of tokens."""
     before = session.server.metric("peqa_engine_generation_tokens_total")
     running = [
-        asyncio.create_task(session.client.complete("base", prompt, ANSWER_TOKENS))
+        asyncio.create_task(session.client.complete("base", prompt, tokens))
         for prompt in session.prompts(STREAMS)
     ]
     while (

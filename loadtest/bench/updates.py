@@ -9,7 +9,7 @@ import asyncio
 from pathlib import Path
 
 from peqa_loadtest.bench.figure import Figure, figure
-from peqa_loadtest.bench.fresh_updates import FreshUpdates, prepare_fresh
+from peqa_loadtest.bench.fresh_updates import ContentCheck, FreshUpdates, prepare_fresh
 from peqa_loadtest.bench.session import Session, failures, gaps
 from peqa_loadtest.client import Answer
 from peqa_loadtest.report import percentile
@@ -21,10 +21,11 @@ POOL = 8  # prompts of the changing task, whose answers are known
 QUIET_SHARE = 0.3  # of the time with updates: as long the same load runs without, in as many pieces
 SEGMENTS = 4
 P99_RATIO = 1.10
+CONTENTS = 32  # answers of the task with ever new sets that are asked for again
 KEPT_PACE = (
     0.95  # of PER_SECOND: an upload that is under way when a piece of the load ends counts for the next
 )
-SMALLEST_PIECE = 2 * STREAMS  # requests
+SMALLEST_PIECE = 4 * STREAMS  # requests: the streams end at different moments, once in each piece
 
 
 async def updates(session: Session, tasks: list[str], files: list[Path], count: int) -> list[Figure]:
@@ -51,7 +52,8 @@ async def updates(session: Session, tasks: list[str], files: list[Path], count: 
             loud_seconds += loop.time() - begin
             stop.set()
             await asyncio.gather(*changes)
-    return _judge(check, fresh, quiet, loud, loud_seconds)
+    contents = await fresh.check_contents(session.client, loud, session.output_tokens, CONTENTS)
+    return _judge(check, fresh, quiet, loud, loud_seconds, contents)
 
 
 async def _load_for(
@@ -67,21 +69,32 @@ async def _load_for(
 
 
 def _judge(
-    check: SwapCheck, fresh: FreshUpdates, quiet: list[Answer], loud: list[Answer], loud_seconds: float
+    check: SwapCheck,
+    fresh: FreshUpdates,
+    quiet: list[Answer],
+    loud: list[Answer],
+    loud_seconds: float,
+    contents: ContentCheck,
 ) -> list[Figure]:
-    """Failed: without an answer. Stale: of a revision that was replaced before. Mixed: any other wrong answer."""
+    """Failed: without an answer. Stale: of a revision that was replaced before. Mixed: any other wrong answer.
+
+    Of the task with ever new sets, that is one which the content it names does not give when asked again.
+    """
     answers = quiet + loud
     mine = [a for a in answers if a.task == check.task and a.failure is None]
     wrong = [a for a in mine if check.violation(a) is not None]
     stale = sum(len(a.revisions) == 1 and not a.revisions <= check.history.allowed(a) for a in wrong)
     report = check.report(mine)
     refused = len(report.violations) - len(wrong)  # uploads that failed or came back as another revision
+    mixed = len(wrong) - stale + fresh.mixed(answers) + contents.wrong
     before, during = percentile(gaps(quiet), 99), percentile(gaps(loud), 99)
     pace = 2 * min(report.uploads, fresh.history.changes) / loud_seconds
     facts = {
         "updates": report.uploads + fresh.history.changes,
         "fresh_updates": fresh.history.changes,
         "answers_of_the_task": len(mine),
+        "fresh_answers_checked": contents.checked,
+        "of_those_sharp": contents.sharp,
         "streams": STREAMS,
     }
     return [
@@ -94,9 +107,7 @@ def _judge(
             0,
             **facts,
         ),
-        figure(
-            "served/updates/mixed", len(wrong) - stale + fresh.mixed(answers), "answers", "<=", 0, **facts
-        ),
+        figure("served/updates/mixed", mixed, "answers", "<=", 0, **facts),
         figure("served/updates/stale", stale + fresh.stale(answers), "answers", "<=", 0, **facts),
         figure(
             "served/updates/inter-token-p99-ratio",

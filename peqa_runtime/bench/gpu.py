@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from peqa_kernels.bench.row import Row
 from peqa_runtime.bench.decode_steps import decode_steps
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed
+from peqa_runtime.core import Request
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.engine.engine import Engine
 
@@ -26,8 +28,9 @@ SHARES = {1: 0.6, 32: 0.7}  # of the floor, at least
 RESIDENT = 1000
 COMPARED = 16  # prompts whose answers the CPU and the GPU both give
 EQUAL_SHARE = 1.0
+PROMPT_STEPS = 8
 MOST_FOR_EQUAL_BITS = 1.03
-"""Times the plain step, for the mode to be worth its being on by default."""
+"""Times the plain step, of decodes and of prompts, for the mode to be worth its being on by default."""
 
 
 def random_base_steps(
@@ -40,6 +43,7 @@ def random_base_steps(
         config = EngineConfig(task_rows=RESIDENT + 1, max_sequences=max(SEQUENCES))
         with engine_with_tasks(base, load.task_names, config, machine.device.type) as engine:
             rows = steps_against_floor(engine, machine, load, Prompts(shape.vocab, seed))
+            whole = statistics.median(prompt_steps(engine, load, Prompts(shape.vocab, seed + 1)))
         del engine
         gc.collect()  # the device has no room for two
         config = replace(config, row_invariant=True)
@@ -47,7 +51,9 @@ def random_base_steps(
             plain = {
                 row.facts["sequences"]: row.facts["time_us"] / 1e6 for row in rows if "sequences" in row.facts
             }
-            return rows + cost_of_equal_bits(engine, plain, load, Prompts(shape.vocab, seed))
+            costs = cost_of_equal_bits(engine, plain, load, Prompts(shape.vocab, seed))
+            own = statistics.median(prompt_steps(engine, load, Prompts(shape.vocab, seed + 1)))
+            return [*rows, *costs, cost_of_prompts(own, whole, config.max_batch_tokens)]
 
 
 def steps_against_floor(engine: Engine, machine: Machine, load: Load, prompts: Prompts) -> list[Row]:
@@ -105,6 +111,31 @@ def cost_of_equal_bits(engine: Engine, plain: dict[int, float], load: Load, prom
         name = f"engine/gpu/random-7b/{count}-sequences/cost-of-equal-bits"
         rows.append(Row(name, own / seconds, "x", "<=", MOST_FOR_EQUAL_BITS, facts))
     return rows
+
+
+def cost_of_prompts(own: float, plain: float, tokens: int) -> Row:
+    """A step of `tokens` tokens of prompts, in seconds, of an engine that is row-invariant over one that is not."""
+    facts = {"time_us": own * 1e6, "plain_us": plain * 1e6, "prompt_tokens": tokens}
+    return Row(
+        "engine/gpu/random-7b/prompts/cost-of-equal-bits", own / plain, "x", "<=", MOST_FOR_EQUAL_BITS, facts
+    )
+
+
+def prompt_steps(engine: Engine, load: Load, prompts: Prompts) -> list[float]:
+    """Seconds of PROMPT_STEPS steps, each filled by one prompt; a first one, which may compile, is not counted."""
+    seconds = []
+    params = replace(load.params, max_tokens=1)
+    tokens = min(engine.config.max_batch_tokens, engine.max_model_len - 1)
+    for number in range(PROMPT_STEPS + 1):
+        lease = engine.tasks.acquire(load.task_names[number % load.tasks])
+        prompt = prompts.write(tokens)
+        request = Request(f"prompt-{number}", prompt, params, lease.task, lease.revision, lease.kind)
+        engine.add_request(request, lease)
+        begin = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
 
 
 def answers_of_both(base: Path, device: str, load: Load, seed: int) -> Row:

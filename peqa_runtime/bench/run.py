@@ -8,31 +8,36 @@ from pathlib import Path
 
 import torch
 
-from peqa_kernels.bench.machine import measure_machine
+from peqa_kernels.bench.machine import PROBES, linear_rate, measure_machine
 from peqa_kernels.bench.report import Progress
 from peqa_kernels.bench.row import Row
-from peqa_kernels.bench.timing import Clock, GraphReplay
+from peqa_kernels.bench.timing import Clock, GraphReplay, Timer
 from peqa_runtime.bench.equality import (
     SMALL_BLOCKS,
+    WIDE_BLOCKS,
+    WIDE_EVERY,
+    Batches,
     answers_alone,
     little_memory,
     load_cases,
     random_batches,
     random_cases,
-    run_together,
 )
 from peqa_runtime.bench.gpu import answers_of_both, random_base_steps
+from peqa_runtime.bench.load_profile import load_profile
 from peqa_runtime.bench.machine import speed_of_the_day
 from peqa_runtime.bench.profile import SEQUENCES, step_profile
 from peqa_runtime.bench.random_base import LlamaShape
 from peqa_runtime.bench.throughput import STREAMS, many_streams, mixed_against_base
 from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks
 from peqa_runtime.engine.config import EngineConfig
+from peqa_runtime.engine.engine import Engine
 
 PARTS = ("machine", "mixed", "profile", "streams", "equality", "gpu")
 LITTLE_MEMORY_REQUESTS = 24
 LITTLE_MEMORY_BLOCKS = 96  # eight of the twelve-block requests at once
 GPU_TASKS = 64
+GPU_BATCHES = 50  # random mixed batches
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
                 yield mixed_against_base(engine, load, prompts, timer)
             if "profile" in options.parts:
                 progress.case(f"profile of a step of {SEQUENCES} sequences")
-                yield step_profile(engine, load)
+                yield _profiles(engine, load, prompts, timer)
             if "streams" in options.parts:
                 progress.case(f"{STREAMS} streams offline")
                 yield [many_streams(engine, load, prompts)]
@@ -79,6 +84,26 @@ def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
         if has_weights(options.base):
             progress.detail("the answers of CPU and GPU")
             yield [answers_of_both(options.base, "cuda", load, seed)]
+            there = replace(options, device="cuda", batches=min(options.batches, GPU_BATCHES))
+            for rows in rows_on(there, progress.detail):
+                yield [replace(row, name=row.name.replace("engine/", "engine/gpu/", 1)) for row in rows]
+
+
+def rows_on(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:
+    """Where the time goes, and whether answers stay the same, on the device of the options."""
+    config = EngineConfig(max_sequences=STREAMS)
+    with engine_with_tasks(options.base, options.load.task_names, config, options.device) as engine:
+        show(f"profile on {options.device}")
+        prompts = Prompts(engine.model.vocab_size, options.seed)
+        yield _profiles(engine, options.load, prompts, Clock(options.seconds, least_rounds=5, show=show))
+    yield from _equality(options, show)
+
+
+def _profiles(engine: Engine, load: Load, prompts: Prompts, timer: Timer) -> list[Row]:
+    device = engine.model.device
+    probe = PROBES[device.type]
+    rate = linear_rate(device, timer, probe.shape, probe.rows, probe.weights)
+    return step_profile(engine, load) + load_profile(engine, load, prompts, rate)
 
 
 def has_weights(base: Path) -> bool:
@@ -87,7 +112,7 @@ def has_weights(base: Path) -> bool:
 
 
 def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]]:
-    """References from an engine with ample memory and no prefix cache, then both loads in small ones."""
+    """References from an engine with ample memory and no prefix cache, then the loads in small ones."""
     load, seed = options.load, options.seed
     ample = EngineConfig(prefix_cache=False, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, ample, options.device) as engine:
@@ -95,10 +120,17 @@ def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Ro
         show("each request alone")
         alone = answers_alone(engine, cases)
         heavy = load_cases(load, engine.model.vocab_size, seed, LITTLE_MEMORY_REQUESTS)
-        want = run_together(engine, [(case, 0) for case in heavy])
-    small = EngineConfig(num_blocks=SMALL_BLOCKS, row_invariant=True)
-    with engine_with_tasks(options.base, load.task_names, small, options.device) as engine:
-        yield random_batches(engine, cases, alone, options.batches, seed, show)
+        want = answers_alone(engine, heavy)
+    found = Batches()
+    wide_ones = options.batches // WIDE_EVERY
+    for blocks, batches, wide in (
+        (SMALL_BLOCKS, options.batches - wide_ones, False),
+        (WIDE_BLOCKS, wide_ones, True),
+    ):
+        config = EngineConfig(num_blocks=blocks, row_invariant=True)
+        with engine_with_tasks(options.base, load.task_names, config, options.device) as engine:
+            random_batches(engine, cases, alone, batches, seed, show, found, wide=wide)
+    yield found.rows()
     few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, few, options.device) as engine:
         show("a load that needs more KV memory than there is")

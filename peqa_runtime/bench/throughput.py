@@ -26,8 +26,8 @@ def mixed_against_base(engine: Engine, load: Load, prompts: Prompts, timer: Time
             Way(
                 "mixed",
                 [
-                    _generation(engine, load, prompts, mixed(load.task_names[turn:], count))
-                    for turn in range(0, min(turns, load.tasks))
+                    _generation(engine, load, prompts, mixed(load.task_names[turn * count :], count))
+                    for turn in range(turns)
                 ],
             ),
         )
@@ -52,6 +52,7 @@ def many_streams(engine: Engine, load: Load, prompts: Prompts, *, repeats: int =
     count = STREAMS * ROUNDS_OF_STREAMS
     tasks = mixed(load.task_names, count)
     rates = []
+    _generation(engine, load, prompts, tasks[:STREAMS])()  # warm-up: rows and the cache's memory written
     for _ in range(repeats):
         work = [prompts.write(load.prompt_tokens) for _ in range(count)]
         begin = time.perf_counter()

@@ -76,8 +76,8 @@ class TokenReport:
         ):
             params = item.sequence.request.params
             prompt_logprobs = self._ranked(prompt, [entry(params.prompt_logprobs or 0) for _ in prompt])
-            wants = chosen is not None and params.logprobs is not None
-            logprobs = entry(params.logprobs) if wants else None
+            wanted_width = None if chosen is None else params.logprobs
+            logprobs = None if wanted_width is None else entry(wanted_width)
             if logprobs is not None and params.logprob_token_ids:
                 logprobs = replace(logprobs, asked=tuple(asked() for _ in params.logprob_token_ids))
             if not all(finite[row] for row in rows):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from peqa_loadtest.bench import cli, updates
 from peqa_loadtest.bench.endurance import slope
 from peqa_loadtest.bench.figure import Figure, figure, write_figures
-from peqa_loadtest.bench.fresh_updates import FreshUpdates, prepare_fresh, variant
+from peqa_loadtest.bench.fresh_updates import ContentCheck, FreshUpdates, prepare_fresh, variant
 from peqa_loadtest.bench.offline import OfflineBench, value_of
 from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import failures, gaps, rate
@@ -77,11 +78,12 @@ def test_slope_is_that_of_the_line() -> None:
 
 
 def test_variants_of_a_set_differ_in_their_last_scales() -> None:
-    data = b"header" + struct.pack("<4e", 1.0, 1.0, 1.0, 1.0)
+    data = b"header" + struct.pack("<70e", *(70 * [1.0]))
     made = {variant(data, number) for number in range(1000)}
     assert len(made) == 1000
-    assert all(one[:-4] == data[:-4] for one in made)
-    assert all(1.0 <= scale < 2.0 for scale in struct.unpack("<2e", variant(data, 999)[-4:]))
+    assert all(one[:-128] == data[:-128] for one in made)
+    assert all(1.0 <= scale < 2.0 for scale in struct.unpack("<64e", variant(data, 999)[-128:]))
+    assert len({one[-128:-4] for one in made}) == 1000, "not only by its last two"
 
 
 def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
@@ -96,8 +98,10 @@ def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
     failed = answer([1.0, 2.0], failed=True)
     fresh = FreshUpdates("renewed", b"", Upload("f1", -2.0, -1.0))
 
+    contents = ContentCheck(8, 0, 8)
+
     def rows_of(loud: list[Answer]) -> dict[str, Figure]:
-        rows = updates._judge(check, fresh, [good], loud, 2.0)
+        rows = updates._judge(check, fresh, [good], loud, 2.0, contents)
         return {row["name"].rpartition("/")[2]: row for row in rows}
 
     rows = rows_of([stale, mixed, good])
@@ -106,6 +110,9 @@ def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
     assert not rows["stale"]["ok"]
     assert rows["failed"]["value"] == 1, "no update fell into the run: that is a failure too"
     assert not rows["per-second"]["ok"], "nor is that five a second"
+    contents.wrong = 2
+    assert rows_of([good])["mixed"]["value"] == 2, "a content that it did not have"
+    contents.wrong = 0
     rows = rows_of([failed, good])
     assert rows["failed"]["value"] == 2
     assert rows["inter-token-p99-ratio"]["value"] == pytest.approx(1.0)
@@ -113,7 +120,7 @@ def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
 
 def test_answers_of_a_task_with_ever_new_sets_are_judged_by_what_they_name() -> None:
     fresh = FreshUpdates("task", b"", Upload("f1", -2.0, -1.0))
-    fresh._digests.add("f2")
+    fresh._digests["f2"] = 1
     fresh.history.add(Upload("f2", 1.5, 1.6))
     good = answer([2.0, 3.0], revision="f1")  # began before the upload
     early = replace(
@@ -144,7 +151,7 @@ class TakesAnything:
 
 def test_every_update_brings_a_new_content() -> None:
     async def main(server: TakesAnything) -> FreshUpdates:
-        fresh = await prepare_fresh(server, "task", b"header" + bytes(4))
+        fresh = await prepare_fresh(server, "task", b"header" + bytes(128))
         stop = asyncio.Event()
         work = asyncio.create_task(fresh.keep_updating(server, 0.001, stop))
         while len(server.contents) < 20:
@@ -158,6 +165,47 @@ def test_every_update_brings_a_new_content() -> None:
     assert len(set(server.contents)) == len(server.contents) == fresh.history.changes + 1
     assert fresh.failed == 0
     assert asyncio.run(main(TakesAnything(refuses=(3, 5)))).failed == 2
+
+
+class AnswersByContent:
+    """A client of a server whose answer to a prompt follows from the content of the task."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
+
+    async def call(self, method: str, path: str, data: bytes = b"") -> httpx.Response:
+        task = path.rpartition("/")[2]
+        if method == "DELETE":
+            self.contents.pop(task, None)
+            return httpx.Response(200)
+        self.contents[task] = data
+        return httpx.Response(200, json={"revision": hashlib.sha256(data).hexdigest()})
+
+    async def complete(self, task: str, prompt: str, max_tokens: int) -> Answer:
+        data = self.contents[task]
+        text = hashlib.sha256(data + prompt.encode()).hexdigest()[:max_tokens]
+        revision = hashlib.sha256(data).hexdigest()
+        return Answer(task, prompt, 0.0, text_times=[1.0], text=text, revisions={revision})
+
+
+def test_answers_are_held_against_the_content_that_they_name() -> None:
+    async def main() -> None:
+        client: Any = AnswersByContent()
+        fresh = await prepare_fresh(client, "task", b"header" + bytes(128))
+        stop = asyncio.Event()
+        work = asyncio.create_task(fresh.keep_updating(client, 0.001, stop))
+        answers = []
+        while len(answers) < 12:
+            answers.append(await client.complete("task", f"prompt {len(answers)}", 16))
+            await asyncio.sleep(0.002)
+        stop.set()
+        await work
+        assert await fresh.check_contents(client, answers, 16, 8) == ContentCheck(8, 0, 8)
+        stale = [replace(one, text="of another content") for one in answers]
+        assert (await fresh.check_contents(client, stale, 16, 8)).wrong == 8
+        assert list(client.contents) == ["task"]
+
+    asyncio.run(main())
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:
@@ -202,10 +250,27 @@ NAMES = [
             "step-profile/rest",
             "step-profile/overhead",
             "step-profile/overhead-sampled",
+            *(
+                f"load-profile/{streams}-streams/{row}"
+                for streams in (1, 8, 32)
+                for row in (
+                    "matmul",
+                    "attention",
+                    "elementwise",
+                    "head",
+                    "call",
+                    "scheduling",
+                    "inputs",
+                    "sampling",
+                    "rest",
+                    "linear-bf16-ceiling",
+                    "of-ceiling",
+                )
+            ),
             "random-batches/equal-to-alone",
             "random-batches/preemptions",
             "random-batches/prefix-hit-tokens",
-            "little-kv-memory/equal-to-ample",
+            "little-kv-memory/equal-to-alone",
             "little-kv-memory/errors",
             "little-kv-memory/preemptions",
             "machine/linear-bf16-4096x4096-8-rows",
@@ -238,11 +303,13 @@ NAMES = [
             "sigterm/running-finished",
             "sigterm/exit-status-0",
             "sigterm/second-signal",
+            "sigterm/second-signal-cuts",
             "many-tasks/memory",
             "many-tasks/memory-after-uploads",
             "many-tasks/upload",
             "many-tasks/start",
             "many-tasks/resident-traffic",
+            "many-tasks/traffic-beside-cold-loads",
             "many-tasks/cold-first-token-p99-extra",
         )
     ),
@@ -281,6 +348,15 @@ def test_all_of_it_on_a_tiny_base(tiny_base: Path, tmp_path: Path) -> None:
             "lost",
         ):
             assert rows[name]["ok"], rows[name]
-    assert rows["engine/random-batches/equal-to-alone"]["ok"]
-    assert rows["served/sigterm/exit-status-0"]["ok"]
+    for name in (
+        "engine/random-batches/equal-to-alone",
+        "engine/little-kv-memory/equal-to-alone",
+        "served/sigterm/new-request-refused",
+        "served/sigterm/running-finished",
+        "served/sigterm/exit-status-0",
+        "served/sigterm/second-signal",
+    ):
+        assert rows[name]["ok"], rows[name]
+    assert rows["served/disconnects/leaked-blocks"]["disconnects"] == 20
+    assert rows["served/updates/mixed"]["of_those_sharp"] > 0, "another content answers otherwise"
     assert not list(tmp_path.glob("peqa-bench-*")), "its files are gone"

@@ -15,24 +15,28 @@ from peqa_kernels.bench.timing import Timing, Way
 from peqa_kernels.quant_matmul import bank_dtype
 from peqa_runtime.bench import cli, run
 from peqa_runtime.bench.equality import (
+    Batches,
     answers_alone,
     little_memory,
     load_cases,
     random_batches,
     random_cases,
-    run_together,
 )
 from peqa_runtime.bench.gpu import (
     answers_of_both,
     cost_of_equal_bits,
+    cost_of_prompts,
     eager_steps,
     memory_rows,
+    prompt_steps,
     steps_against_floor,
 )
+from peqa_runtime.bench.load_profile import load_profile, request_flops
 from peqa_runtime.bench.profile import step_profile
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
 from peqa_runtime.bench.throughput import mixed_against_base
 from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed, random_set
+from peqa_runtime.core import Blend
 from peqa_runtime.engine.config import EngineConfig
 from peqa_runtime.model.base_checkpoint import read_manifest
 from peqa_runtime.scales.scale_set import ScaleSet
@@ -104,32 +108,39 @@ def test_batches_equal_each_request_alone_and_a_difference_shows(tiny_base: Path
     def shown(_: str) -> None: ...
 
     with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(prefix_cache=False), "cpu") as engine:
-        cases = random_cases(LOAD, engine.model.vocab_size, seed=3, count=10)
+        cases = random_cases(LOAD, engine.model.vocab_size, seed=3, count=12)
         alone = answers_alone(engine, cases)
-        assert len({case.task for case in cases}) > 1
+        assert len({case.task for case in cases}) > 2
+        assert any(isinstance(case.task, Blend) for case in cases)
         assert len(set(alone)) > 5
+    wrong = [alone[1], alone[0], *alone[2:]]
+    found, broken = Batches(), Batches()
     with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(num_blocks=16), "cpu") as engine:
-        rows = random_batches(engine, cases, alone, batches=12, seed=0, show=shown)
-        wrong = [alone[1], alone[0], *alone[2:]]
-        broken = random_batches(engine, cases, wrong, batches=12, seed=0, show=shown)
+        random_batches(engine, cases, alone, 12, 0, shown, found)
+        random_batches(engine, cases, wrong, 12, 0, shown, broken)
+    with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(num_blocks=128), "cpu") as engine:
+        random_batches(engine, cases, alone, 3, 0, shown, found, wide=True)
+    rows = found.rows()
     assert [row.name for row in rows] == [
         "engine/random-batches/equal-to-alone",
         "engine/random-batches/preemptions",
         "engine/random-batches/prefix-hit-tokens",
     ]
     assert all(row.ok for row in rows), [(row.name, row.value) for row in rows]
-    assert broken[0].value < 1
-    assert not broken[0].ok
+    assert (found.count, found.wide) == (15, 3)
+    assert found.requests > 12 * 2 + 3 * 20
+    assert broken.equal < broken.count
+    assert not broken.rows()[0].ok
 
 
 def test_little_memory_gives_the_same_answers(tiny_base: Path) -> None:
     load = Load(prompt_tokens=40, output_tokens=40, tasks=3)
     with engine_with_tasks(tiny_base, load.task_names, EngineConfig(), "cpu") as engine:
         cases = load_cases(load, engine.model.vocab_size, 0, 8)
-        want = run_together(engine, [(case, 0) for case in cases])
+        want = answers_alone(engine, cases)
     with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=11), "cpu") as engine:
         rows = little_memory(engine, want, cases)
-    assert [row.name.rpartition("/")[2] for row in rows] == ["equal-to-ample", "errors", "preemptions"]
+    assert [row.name.rpartition("/")[2] for row in rows] == ["equal-to-alone", "errors", "preemptions"]
     assert all(row.ok for row in rows), [(row.name, row.value) for row in rows]
 
 
@@ -181,13 +192,16 @@ def test_a_tokenizer_is_all_that_the_steps_on_a_gpu_need(
     monkeypatch.setattr(run, "measure_machine", lambda *_: None)
     monkeypatch.setattr(run, "random_base_steps", steps)
     monkeypatch.setattr(run, "answers_of_both", lambda *_: answers)
+    monkeypatch.setattr(run, "rows_on", lambda *_: [[Row("engine/of-a-base", 1.0, "x", ">=")]])
     assert cli.main([str(tmp_path), "--only", "gpu"]) == 0
     said = capsys.readouterr()
     assert "1 rows" in said.out
     assert "has a tokenizer only" in said.err
     shutil.rmtree(tmp_path / "random")
     assert cli.main([str(tiny_base), "--only", "gpu"]) == 0
-    assert "2 rows" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "3 rows" in said.out
+    assert "engine/gpu/of-a-base" in said.out
 
 
 class NoGraph:
@@ -215,11 +229,45 @@ def test_graphs_and_equal_bits_are_compared(tiny_base: Path) -> None:
         assert engine.runner.graphs is graphs
         assert graphs.asked > 0
         (cost,) = cost_of_equal_bits(engine, {8: 2.0}, load, prompts)
+        assert len(prompt_steps(engine, load, prompts)) == 8
+        assert not engine.has_work
     assert len(compared) == 4
     for row in compared:
         assert row.value == pytest.approx(row.facts["eager_us"] / row.facts["graph_us"])
     assert (cost.name, cost.bar) == ("engine/gpu/random-7b/8-sequences/cost-of-equal-bits", 1.03)
     assert cost.value == pytest.approx(cost.facts["time_us"] / 2e6)
+    assert not cost_of_prompts(2.1, 2.0, 512).ok
+
+
+def test_a_load_is_taken_apart(tiny_base: Path) -> None:
+    load = Load(prompt_tokens=20, output_tokens=6, tasks=3)
+    with engine_with_tasks(tiny_base, load.task_names, EngineConfig(num_blocks=256), "cpu") as engine:
+        rows = {
+            row.name: row
+            for row in load_profile(engine, load, Prompts(engine.model.vocab_size, 0), flops_per_second=1e12)
+        }
+        assert not engine.has_work
+        weights = sum(linear.out_features * linear.in_features for linear in engine.model.linears)
+        head = engine.model.vocab_size * 64
+        assert request_flops(engine, load) == 2 * (25 * weights + 6 * head)
+        assert engine.tasks.registry.counts().leases == 0
+        assert "schedule" not in vars(engine.scheduler), "its watches are gone"
+    for streams in (1, 8, 32):
+        name = f"engine/load-profile/{streams}-streams"
+        parts = [*MODEL_PARTS, "scheduling", "inputs", "sampling", "rest"]
+        assert sum(rows[f"{name}/{part}"].value for part in parts) == pytest.approx(1.0)
+        assert all(rows[f"{name}/{part}"].value >= 0 for part in parts)
+        whole, share = rows[f"{name}/linear-bf16-ceiling"], rows[f"{name}/of-ceiling"]
+        assert whole.value == pytest.approx(1e12 / (2 * (25 * weights + 6 * head)) * 6)
+        assert share.value == pytest.approx(share.facts["tokens_per_s"] / whole.value)
+
+
+def test_a_device_is_measured_whole(tiny_base: Path) -> None:
+    options = run.Options(tiny_base, (), "cpu", 0.0, 5, 0, LOAD)
+    names = [row.name for rows in run.rows_on(options, lambda _: None) for row in rows]
+    assert "engine/step-profile/overhead" in names
+    assert "engine/load-profile/32-streams/of-ceiling" in names
+    assert "engine/random-batches/equal-to-alone" in names
 
 
 def test_answers_of_two_devices_are_compared(tiny_base: Path) -> None:
