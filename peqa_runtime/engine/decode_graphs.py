@@ -25,7 +25,6 @@ from torch import Tensor
 
 from peqa_runtime.engine.batch import Batch
 from peqa_runtime.engine.graph_plan import Bucket, GraphPlan
-from peqa_runtime.engine.logit_rows import logit_positions
 from peqa_runtime.engine.static_inputs import StaticInputs
 from peqa_runtime.engine.step_inputs import StepInputs
 
@@ -137,9 +136,9 @@ class DecodeGraphs:
         return self._logits[:rows]
 
     def _bucket(self, batch: Batch) -> Bucket | None:
-        """The graph for a step in which each sequence computes one token and needs its logits; None for another."""
+        """The graph for a step in which each sequence computes one token; None for another."""
         items = batch.scheduled
-        if any(item.num_tokens != 1 or len(logit_positions(item)) != 1 for item in items):
+        if any(item.num_tokens != 1 for item in items):
             return None
         longest = max(item.start for item in items) + 1
         return self.plan.find(len(items), longest, grouped=any(item.sequence.group_row for item in items))
