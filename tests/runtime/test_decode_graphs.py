@@ -261,9 +261,7 @@ def test_other_architectures_ask_the_device_for_nothing(
     changes: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        loader, "steady_own_products", lambda model: None
-    )  # of CPUs alone; experts one by one wait for the device
+    monkeypatch.setattr(loader, "steady_own_products", lambda model: None)  # for CPUs alone
     engine = eager_engine(architecture_base(name, **changes), kinds=("channel",))
     graphs = with_graphs(engine, StandIn())
     assert engine.runner.graphs is graphs
