@@ -232,7 +232,7 @@ def options(tile: Tile) -> dict[str, Any]:
         made["launch_pdl"] = True
     if tile.warps == 8 and (tile.rows <= 16 or (tile.rows == 32 and tile.outputs == 256)):
         made["maxnreg"] = 128  # two such programs a processor; left alone it takes 164, which allows one
-    elif tile.outputs == 64 or (tile.warps == 8 and tile.splits > 1):
+    elif tile.outputs == 64 or tile.in_turn or (tile.warps == 8 and tile.splits > 1):
         made["maxnreg"] = 255  # left alone it takes 128 for some of them, or 80, and spills a few
     return made
 

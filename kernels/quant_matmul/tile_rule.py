@@ -172,7 +172,7 @@ def _prefill_tile(layout: Layout, scales: Scales, gpu: Gpu, *, fractional: bool 
     crowded = layout.groups_per_tile > 1 or (fractional and layout.groups > 1)
     if warps == 4 or not gpu.register_products or crowded or taskwise:
         size = 64 if gpu.register_products or layout.bits != 8 else 32
-        if taskwise and layout.groups_per_tile > 1:
+        if layout.groups_per_tile > 1 and (taskwise or fractional):
             size = 32
         return Tile(size, layout.panel, warps, 3, taskwise=taskwise)
     return Tile(128, layout.panel, warps, 3)
