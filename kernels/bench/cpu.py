@@ -26,6 +26,7 @@ from peqa_kernels.bench.weights import (
     channel_bank,
     dense,
     dense_rotation,
+    group_bank,
     offered,
     ours,
     random_weight,
@@ -111,6 +112,8 @@ def _linear(
         times = timer.compare(f"{count} rows", *ways)
         rows += _decode(what, sizes, count, rate, times, machine)
     rows += _mixed(what, sizes, run, machine, timer)
+    if shape.group_size:
+        rows.append(_group_tasks(what, shape, weights, machine, timer))
     rows += _coarse(what, sizes, plan.rows, weights, run, linear, machine, timer)
     return rows if barred else [Row(r.name, r.value, r.unit, r.op, None, r.facts) for r in rows]
 
@@ -236,6 +239,30 @@ def _mixed(
     facts["peer_us"] = times["one"].median * 1e6
     ratio = times["mixed"].median / times["one"].median
     return [Row(f"cpu/tasks/{what}/{count}-tasks/vs-1-task", ratio, "x", "<=", MIXED_COST, facts)]
+
+
+def _group_tasks(
+    what: str, shape: Shape, weights: list[PreparedWeight], machine: Machine, timer: Timer
+) -> Row:
+    """Every row of another task with group scales of its own, against all of one: codes are read once, scales by all.
+
+    The extra scales are most of what is read; the floor counts them.
+    """
+    count = MIXED_TASKS
+    banks = [group_bank(shape, count, CPU) for _ in weights]
+    x = torch.randn(count, shape.in_features)
+    none = torch.zeros(count, dtype=torch.int32)
+    ways = [
+        Way(name, ours(x, weights, banks, row=none, group_row=task_rows(count, tasks, CPU)))
+        for name, tasks in (("one", 1), ("mixed", count))
+    ]
+    times = timer.compare(f"{count} tasks with group scales", *ways)
+    moved = shape.step_bytes(count, count, activation=FP32, group_sets=True)
+    facts = machine.facts(times["mixed"].median, moved, shape.flops(count))
+    facts |= {"rows": count, "tasks": count, "peer_us": times["one"].median * 1e6}
+    facts["samples"] = times["mixed"].samples
+    ratio = times["mixed"].median / times["one"].median
+    return Row(f"cpu/group-tasks/{what}/{count}-tasks/vs-1-task", ratio, "x", "<=", None, facts)
 
 
 def _coarse(

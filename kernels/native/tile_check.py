@@ -26,9 +26,12 @@ def tiles_agree(ops: NativeOps, other: NativeOps | None) -> bool:
         zeros = torch.rand(shape, generator=generator) * (1 << bits)
         weight = QuantizedWeight(pack_codes(codes, bits), scales, zeros, bits, INPUTS)
         x = torch.randn(ROWS, INPUTS, generator=generator)
-        results = [
-            o.quant_matmul(x, o.pack(weight), None, None, None, None, None, None) for o in (ops, other)
-        ]
-        if not torch.equal(*results):
-            return False
+        packed = [o.pack(weight) for o in (ops, other)]
+        for activation_bits in (16, 8):
+            results = []
+            for o, p in zip((ops, other), packed, strict=True):
+                p.set_activation_bits(activation_bits)
+                results.append(o.quant_matmul(x, p, None, None, None, None, None, None))
+            if not torch.equal(*results):
+                return False
     return True

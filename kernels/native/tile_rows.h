@@ -1,5 +1,6 @@
 /* Many rows on matrix tiles: a block of a panel's codes is unpacked once to bytes, a stripe's activations come as their
- * low and their high bytes, and the two sums of products are put together again: the very integers that pairs give. */
+ * low and their high bytes, and the two sums of products are put together again: the very integers that pairs give.
+ * Activations of 8 bits are their low bytes, with a sign: half of the products. */
 #ifndef PEQA_TILE_ROWS_H
 #define PEQA_TILE_ROWS_H
 
@@ -57,7 +58,25 @@ static void unpack_quads(const job *j, size_t panel, size_t k0, size_t length, q
     }
 }
 
-/* The byte sums of one chain of `length` inputs. */
+/* The sums of one chain of `length` inputs of 8 bits, [row][lane]. */
+INLINE void chain_of_bytes(tiles *t, const int32_t *quad, const uint8_t *x, size_t length, size_t slab,
+                           size_t padded_rows, int32_t (*sums)[PANEL])
+{
+    (void)t;
+    tile_zero(t, SUM_LOW_0);
+    tile_zero(t, SUM_LOW_1);
+    for (size_t k = 0; k < length; k += slab, quad += slab / 4 * PANEL, x += 2 * slab * padded_rows) {
+        tile_load(t, X_LOW, x, slab);
+        tile_load(t, CODES_0, quad, sizeof(int32_t[PANEL]));
+        tile_products_signed(t, SUM_LOW_0, X_LOW, CODES_0);
+        tile_load(t, CODES_1, quad + 16, sizeof(int32_t[PANEL]));
+        tile_products_signed(t, SUM_LOW_1, X_LOW, CODES_1);
+    }
+    tile_store(t, SUM_LOW_0, sums, sizeof *sums);
+    tile_store(t, SUM_LOW_1, sums[0] + 16, sizeof *sums);
+}
+
+/* The byte sums of one chain of `length` inputs of 16 bits. */
 INLINE void chain_of_quads(tiles *t, const int32_t *quad, const uint8_t *x, size_t length, size_t slab,
                            size_t padded_rows, int32_t (*low)[PANEL], int32_t (*high)[PANEL])
 {
@@ -69,12 +88,12 @@ INLINE void chain_of_quads(tiles *t, const int32_t *quad, const uint8_t *x, size
     for (size_t k = 0; k < length; k += slab, quad += slab / 4 * PANEL, x += 2 * slab * padded_rows) {
         tile_load(t, X_LOW, x, slab);
         tile_load(t, CODES_0, quad, sizeof(int32_t[PANEL]));
-        tile_products_low(t, SUM_LOW_0, X_LOW, CODES_0);
+        tile_products_unsigned(t, SUM_LOW_0, X_LOW, CODES_0);
         tile_load(t, X_HIGH, x + slab * padded_rows, slab);
         tile_load(t, CODES_1, quad + 16, sizeof(int32_t[PANEL]));
-        tile_products_high(t, SUM_HIGH_0, X_HIGH, CODES_0);
-        tile_products_low(t, SUM_LOW_1, X_LOW, CODES_1);
-        tile_products_high(t, SUM_HIGH_1, X_HIGH, CODES_1);
+        tile_products_signed(t, SUM_HIGH_0, X_HIGH, CODES_0);
+        tile_products_unsigned(t, SUM_LOW_1, X_LOW, CODES_1);
+        tile_products_signed(t, SUM_HIGH_1, X_HIGH, CODES_1);
     }
     tile_store(t, SUM_LOW_0, low, sizeof *low);
     tile_store(t, SUM_HIGH_0, high, sizeof *high);
@@ -82,7 +101,8 @@ INLINE void chain_of_quads(tiles *t, const int32_t *quad, const uint8_t *x, size
     tile_store(t, SUM_HIGH_1, high[0] + 16, sizeof *high);
 }
 
-/* end_chain() and end_block() in one, of one vector of lanes of all rows: `alone` where the block is this chain. */
+/* end_chain() and end_block() in one, of one vector of lanes of all rows: `alone` where the block is this chain; `high`
+ * is null where `low` are the sums. */
 INLINE void end_tile_chain(const int alone, const job *j, const stripe_place *s, size_t panel, size_t group, size_t lane,
                            const int32_t *counts, const float *steps, int32_t (*low)[PANEL], int32_t (*high)[PANEL],
                            float (*sum)[PANEL], tile_totals *total)
@@ -90,7 +110,7 @@ INLINE void end_tile_chain(const int alone, const job *j, const stripe_place *s,
     const vf scale = base_load(j, j->w->scales, panel, group, lane);
     const vf offset = j->w->offsets ? base_load(j, j->w->offsets, panel, group, lane) : vset(0.0f);
     for (size_t r = 0; r < s->rows; r++) {
-        const vi part = iload(low[r] + lane) + ileft(iload(high[r] + lane), 8);
+        const vi part = high ? iload(low[r] + lane) + ileft(iload(high[r] + lane), 8) : iload(low[r] + lane);
         if (scale_at_end(j->w)) {
             vstore(total->lanes[r] + lane, vfma(ifloat(part), vset(steps[r]), vload(total->lanes[r] + lane)));
             continue;
@@ -118,18 +138,21 @@ static void add_tile_block(tiles *t, const job *j, const quads *codes, size_t pa
     const int32_t *counts = s->counts + b->chain * s->rows;
     const float *steps = s->steps + b->block * s->rows;
     const uint8_t *x = (const uint8_t *)s->x + b->k0 * 2 * padded;
-    const int alone = b->chains == 1;
+    const int alone = b->chains == 1, bytes = j->w->activation_bits == 8;
     if (!alone)
         for (size_t r = 0; r < s->rows; r++)
             for (size_t lane = 0; lane < PANEL; lane += VL)
                 vstore(sum[r] + lane, vset(0.0f));
     for (size_t i = 0; i < b->chains; i++, counts += s->rows, x += length * 2 * padded) {
-        chain_of_quads(t, codes->quad[i * length / 4], x, length, slab, padded, low, high);
+        if (bytes)
+            chain_of_bytes(t, codes->quad[i * length / 4], x, length, slab, padded, low);
+        else
+            chain_of_quads(t, codes->quad[i * length / 4], x, length, slab, padded, low, high);
         for (size_t lane = 0; lane < PANEL; lane += VL)
             if (alone)
-                end_tile_chain(1, j, s, panel, b->group + i, lane, counts, steps, low, high, sum, total);
+                end_tile_chain(1, j, s, panel, b->group + i, lane, counts, steps, low, bytes ? 0 : high, sum, total);
             else
-                end_tile_chain(0, j, s, panel, b->group + i, lane, counts, steps, low, high, sum, total);
+                end_tile_chain(0, j, s, panel, b->group + i, lane, counts, steps, low, bytes ? 0 : high, sum, total);
     }
     if (!alone)
         for (size_t r = 0; r < s->rows; r++)

@@ -86,8 +86,8 @@ INLINE void tile_products(tiles *t, const int sum, const int x, const int codes,
             __builtin_memcpy(&t->byte[sum][r][4 * n], &total, 4);
         }
 }
-#define tile_products_low(t, sum, x, codes) tile_products(t, sum, x, codes, 0)
-#define tile_products_high(t, sum, x, codes) tile_products(t, sum, x, codes, 1)
+#define tile_products_unsigned(t, sum, x, codes) tile_products(t, sum, x, codes, 0)
+#define tile_products_signed(t, sum, x, codes) tile_products(t, sum, x, codes, 1)
 #else
 typedef struct {
     int unused; /* the tiles are the thread's registers */
@@ -109,8 +109,8 @@ typedef struct {
         _tile_loadd(to, from, stride);                                                                                 \
     } while (0)
 #define tile_store(t, from, to, stride) _tile_stored(from, to, stride)
-#define tile_products_low(t, sum, x, codes) _tile_dpbuud(sum, x, codes)
-#define tile_products_high(t, sum, x, codes) _tile_dpbsud(sum, x, codes)
+#define tile_products_unsigned(t, sum, x, codes) _tile_dpbuud(sum, x, codes)
+#define tile_products_signed(t, sum, x, codes) _tile_dpbsud(sum, x, codes)
 #endif
 
 #endif /* TILES */

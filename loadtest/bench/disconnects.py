@@ -9,7 +9,7 @@ from statistics import median
 import httpx
 
 from peqa_loadtest.bench.figure import Figure, figure
-from peqa_loadtest.bench.session import Session
+from peqa_loadtest.bench.session import Session, failures
 from peqa_loadtest.client import LoadTestError
 from peqa_loadtest.swap import remember_task, restore_task
 
@@ -24,6 +24,8 @@ async def disconnects(session: Session, tasks: list[str], count: int) -> list[Fi
     """Hang up `count` times before the answer ends, wait until the server is idle, and count what it still holds."""
     rng = random.Random("disconnects")
     whole = await session.load(tasks, AT_ONCE, AT_ONCE)
+    if failures(whole):
+        raise LoadTestError(f"{failures(whole)} requests failed before anybody hung up")
     latest = LATEST * median(answer.finished - answer.sent for answer in whole)
     cut = finished = begun = 0
 
@@ -61,11 +63,18 @@ async def disconnects(session: Session, tasks: list[str], count: int) -> list[Fi
 
 
 async def _hang_up(url: str, body: dict[str, object], seconds: float) -> bool:
-    """Read a stream for `seconds`, then close the connection; False when the answer had ended before."""
+    """Read an answer for `seconds`, then close the connection; False when it had ended before.
+
+    Raises LoadTestError when the request is refused.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
 
         async def read() -> None:
             async with client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise LoadTestError(
+                        f"a request that was to be hung up on got HTTP {response.status_code}"
+                    )
                 async for _ in response.aiter_bytes():
                     pass
 

@@ -8,6 +8,7 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +27,7 @@ RESIDENT_SHARE = 0.97  # "no slowdown", within what two halves of one run differ
 COLD_EXTRA_MS = 100.0
 PROBE_TOKENS = 4
 PROBES_IN_TURN = 5  # of cold tasks, then of warm ones
+PROBE_EVERY = 0.4  # seconds
 BESIDE_SHARE = 0.95  # of the tokens/s that the traffic makes beside probes of warm tasks
 
 
@@ -149,12 +151,18 @@ async def _first_tokens(
                 ("warm", [resident[i % RESIDENT] for i in turn]),
             ):
                 begin = time.perf_counter()
-                times[kind] += [await _first_token(session, task) for task in tasks]
+                for i, task in enumerate(tasks, start=1):
+                    times[kind].append(await _first_token(session, task))
+                    # At one pace: a wait for a load leaves the traffic no more of the engine than it had.
+                    await asyncio.sleep(max(0.0, begin + i * PROBE_EVERY - time.perf_counter()))
                 spans[kind].append((begin, time.perf_counter()))
     finally:
         done.set()
         await beside
-    return times["cold"], times["warm"], _rate_in(answers, spans["cold"]) / _rate_in(answers, spans["warm"])
+    if failures(answers) or not answers:
+        raise LoadTestError(f"{failures(answers)} of {len(answers)} requests beside the probes failed")
+    usual = _rate_in(answers, spans["warm"]) or nan
+    return times["cold"], times["warm"], _rate_in(answers, spans["cold"]) / usual
 
 
 async def _first_token(session: Session, task: str) -> float:
@@ -169,4 +177,4 @@ def _rate_in(answers: list[Answer], spans: list[tuple[float, float]]) -> float:
     """Tokens/s that came within the spans of time."""
     moments = sorted(moment for answer in answers for moment in answer.text_times)
     came = sum(bisect_left(moments, end) - bisect_left(moments, begin) for begin, end in spans)
-    return came / sum(end - begin for begin, end in spans)
+    return came / sum(end - begin for begin, end in spans) if spans else nan

@@ -108,6 +108,7 @@ def _judge(
             **facts,
         ),
         figure("served/updates/mixed", mixed, "answers", "<=", 0, **facts),
+        figure("served/updates/told-apart", contents.sharp, "answers", ">=", 1, **facts),
         figure("served/updates/stale", stale + fresh.stale(answers), "answers", "<=", 0, **facts),
         figure(
             "served/updates/inter-token-p99-ratio",

@@ -6,7 +6,11 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from peqa_kernels.bench.row import Row
 from peqa_kernels.native.decoder import KINDS
@@ -95,6 +99,14 @@ def _measure(
     return parts | {"rest": seconds - sum(parts.values())}, seconds
 
 
+def _computed(compute: Callable[[], Tensor]) -> Tensor:
+    """What is computed, not only launched."""
+    logits = compute()
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+    return logits
+
+
 @contextmanager
 def _stopwatches(engine: Engine) -> Iterator[dict[str, float]]:
     """Seconds that the parts of the engine's steps take, as long as the context lasts."""
@@ -117,7 +129,7 @@ def _stopwatches(engine: Engine) -> Iterator[dict[str, float]]:
     watched = (
         (scheduler, "schedule", timed("scheduling", scheduler.schedule)),
         (scheduler, "update", timed("scheduling", scheduler.update)),
-        (runner, "prepare", lambda batch: timed("model", prepared(batch))),
+        (runner, "prepare", lambda batch: timed("model", partial(_computed, prepared(batch)))),
         (runner.sampler, "sample", timed("sampling", runner.sampler.sample)),
     )
     for owner, name, call in watched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,12 +97,16 @@ def rows_on(options: Options, show: Callable[[str], None]) -> Iterator[list[Row]
         show(f"profile on {options.device}")
         prompts = Prompts(engine.model.vocab_size, options.seed)
         yield _profiles(engine, options.load, prompts, Clock(options.seconds, least_rounds=5, show=show))
+    del engine
+    gc.collect()  # a device may have no room for two
     yield from _equality(options, show)
 
 
 def _profiles(engine: Engine, load: Load, prompts: Prompts, timer: Timer) -> list[Row]:
     device = engine.model.device
     probe = PROBES[device.type]
+    if device.type == "cuda":
+        timer = GraphReplay()  # a clock sees launches
     rate = linear_rate(device, timer, probe.shape, probe.rows, probe.weights)
     return step_profile(engine, load) + load_profile(engine, load, prompts, rate)
 
@@ -121,6 +126,8 @@ def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Ro
         alone = answers_alone(engine, cases)
         heavy = load_cases(load, engine.model.vocab_size, seed, LITTLE_MEMORY_REQUESTS)
         want = answers_alone(engine, heavy)
+    del engine
+    gc.collect()
     found = Batches()
     wide_ones = options.batches // WIDE_EVERY
     for blocks, batches, wide in (
@@ -130,6 +137,8 @@ def _equality(options: Options, show: Callable[[str], None]) -> Iterator[list[Ro
         config = EngineConfig(num_blocks=blocks, row_invariant=True)
         with engine_with_tasks(options.base, load.task_names, config, options.device) as engine:
             random_batches(engine, cases, alone, batches, seed, show, found, wide=wide)
+        del engine
+        gc.collect()
     yield found.rows()
     few = EngineConfig(num_blocks=LITTLE_MEMORY_BLOCKS, row_invariant=True)
     with engine_with_tasks(options.base, load.task_names, few, options.device) as engine:

@@ -10,7 +10,8 @@ def logit_positions(item: ScheduledSequence) -> range:
     """Positions of the sequence whose logits the step needs: for prompt log-probabilities, and always the share's last.
 
     The last one tells whether what the share writes is finite, also where nothing is sampled: a token's NaN is in the
-    keys and values of its layers, and so in every later position.
+    keys and values of its layers, and so in every later position that attends to it (sliding windows of all layers
+    together end somewhere).
     """
     end = item.start + item.num_tokens
     positions = item.prompt_logprob_positions

@@ -219,7 +219,10 @@ class Scheduler:
         if plan.tokens == 0:
             return "no room"
         found = self.blocks.find(sequence)
-        if self.blocks.found_soon(sequence, found, computing) >= _WORTH_WAITING:
+        no_worse = (
+            s for s in computing if s.priority <= sequence.priority
+        )  # others may have to wait themselves
+        if self.blocks.found_soon(sequence, found, no_worse) >= _WORTH_WAITING:
             return "not now"
         victims = self._way.victims(sequence, found)
         if victims is None:

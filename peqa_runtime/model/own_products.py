@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -17,16 +17,11 @@ from peqa_runtime.model.float_linear import SteadyLinear
 from peqa_runtime.model.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 _COVERED = (SteadyLinear, QuantizedLinear, QuantizedEmbedding, nn.Embedding)
-_PRODUCTS = {
-    F.linear,
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    torch.mm,
-    Tensor.mm,
-    torch.bmm,
-    Tensor.bmm,
-}
+_PRODUCTS = dict.fromkeys(
+    (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), 0
+)
+"""Functions that multiply, with the place of the rows among their arguments; the matrix comes after them."""
+_PRODUCTS[torch.addmm] = 1  # of transformers' Conv1D, whose first is the bias
 
 
 def modules_with_own_products(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,16 +35,17 @@ def _multiplies_floats(module: nn.Module) -> bool:
 
 
 def steady_own_products(model: PreTrainedModel) -> None:
-    """On a CPU: have these modules give a row the bits that it has alone, however many an expert gets, in place.
+    """On a CPU: have a model with such modules give a row the bits that it has alone, however many an expert gets.
 
     Experts then run one after the other. Their other implementations hand all of them to one function, which takes
     other kernels for another number of rows.
     """
-    modules = modules_with_own_products(model)
-    if modules and model._can_set_experts_implementation():
+    if not modules_with_own_products(model):
+        return
+    if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
-    for module in modules.values():
-        module.forward = partial(_steadily, module.forward)
+    layers = model.base_model  # all of it: a module may multiply by another one's matrix
+    layers.forward = update_wrapper(partial(_steadily, layers.forward), layers.forward)
 
 
 def _steadily(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -68,8 +64,9 @@ class _WholeMultiples(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = kwargs or {}
-        if func not in _PRODUCTS or len(args) < 2 or min(args[0].dim(), args[1].dim()) < 2:
+        first = _PRODUCTS.get(func)
+        if first is None or [x.dim() > 1 for x in args[: first + 2]] != [False] * first + [True, True]:
             return func(*args, **options)
-        x = args[0]
-        rows = x.shape[-2]
-        return func(F.pad(x, (0, 0, 0, -rows % ROW_MULTIPLE)), *args[1:], **options)[..., :rows, :]
+        rows = args[first].shape[-2]
+        x = F.pad(args[first], (0, 0, 0, -rows % ROW_MULTIPLE))
+        return func(*args[:first], x, *args[first + 1 :], **options)[..., :rows, :]

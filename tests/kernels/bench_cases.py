@@ -75,6 +75,7 @@ CPU_NAMES = [
                 for peer in ("linear-bf16", "int4pack")
             ),
             f"tasks/{what}/32-tasks/vs-1-task",
+            *((f"group-tasks/{what}/32-tasks/vs-1-task",) if "g64" in what else ()),
             *(f"int8-activations/{what}/{rows}-rows/vs-linear-bf16" for rows in (1, 8, 32, 512)),
         )
     )

@@ -375,6 +375,20 @@ def test_a_beginning_shared_by_many_is_computed_once(own: int) -> None:
     assert [total[f"r{i}"] - 3 for i in range(6)] == [192 + own] + 5 * [own]  # 3 to decode
 
 
+def test_a_better_priority_does_not_wait_for_a_beginning_of_a_worse_one() -> None:
+    """The worse one gets nothing as long as better ones fill the steps."""
+    s = caching(blocks=400, max_batch_tokens=64)
+    s.add(ids("worse", [*range(1, 193), 900], priority=5))
+    assert step(s)[0] == {"worse": 64}
+    for i in range(3):
+        s.add(ids(f"other{i}", [*range(2000 + 100 * i, 2064 + 100 * i)], "x", priority=0))
+    s.add(ids("better", [*range(1, 193), 901], priority=0))
+    waited = 0
+    while "better" not in step(s)[0]:
+        waited += 1
+    assert waited <= 4, "it had its turn among its equals"
+
+
 def test_who_shares_nothing_does_not_wait_for_a_beginning() -> None:
     s = caching(blocks=400, max_batch_tokens=256)
     for i in range(2):
