@@ -67,7 +67,7 @@ def measure(options: Options, progress: Progress) -> Iterator[list[Row]]:
             prompts = Prompts(engine.model.vocab_size, seed)
             if "mixed" in options.parts:
                 progress.case("mixed tasks against the base")
-                yield mixed_against_base(engine, load, prompts, timer)
+                yield mixed_against_base(engine, load, prompts, options.seconds, progress.detail)
             if "profile" in options.parts:
                 progress.case(f"profile of a step of {SEQUENCES} sequences")
                 yield _profiles(engine, load, prompts, timer)

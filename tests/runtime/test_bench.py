@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ import torch
 
 from peqa_kernels.bench.machine import Machine
 from peqa_kernels.bench.row import Row
-from peqa_kernels.bench.timing import Timing, Way
+from peqa_kernels.bench.timing import Call
 from peqa_kernels.quant_matmul import bank_dtype
-from peqa_runtime.bench import cli, run
+from peqa_runtime.bench import cli, run, throughput
 from peqa_runtime.bench.equality import (
     Batches,
     answers_alone,
@@ -34,7 +36,7 @@ from peqa_runtime.bench.gpu import (
 from peqa_runtime.bench.load_profile import load_profile, request_flops
 from peqa_runtime.bench.profile import step_profile
 from peqa_runtime.bench.random_base import LlamaShape, write_random_base
-from peqa_runtime.bench.throughput import mixed_against_base
+from peqa_runtime.bench.throughput import Pairs, in_pairs, mixed_against_base
 from peqa_runtime.bench.workload import Load, Prompts, engine_with_tasks, mixed, random_set
 from peqa_runtime.core import Blend
 from peqa_runtime.engine.config import EngineConfig
@@ -43,19 +45,6 @@ from peqa_runtime.scales.scale_set import ScaleSet
 
 MODEL_PARTS = ["matmul", "attention", "elementwise", "head", "call"]
 LOAD = Load(prompt_tokens=20, output_tokens=6, tasks=3)
-
-
-class FakeTimer:
-    """Makes every call once; each way takes what it was told."""
-
-    def __init__(self, **seconds: float) -> None:
-        self.seconds = seconds
-
-    def compare(self, label: str, *ways: Way) -> dict[str, Timing]:
-        for way in ways:
-            for call in way.calls:
-                call()
-        return {way.name: Timing(self.seconds[way.name], self.seconds[way.name], 5) for way in ways}
 
 
 def test_no_two_prompts_begin_alike() -> None:
@@ -77,13 +66,38 @@ def test_tasks_take_turns() -> None:
     assert mixed([], 2) == ["base", "base"]
 
 
-def test_mixed_tasks_are_held_against_the_base(tiny_base: Path) -> None:
+def test_mixed_tasks_are_held_against_the_base(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_with_tasks(tiny_base, LOAD.task_names, EngineConfig(num_blocks=64), "cpu") as engine:
         prompts = Prompts(engine.model.vocab_size, 0)
-        rows = mixed_against_base(engine, LOAD, prompts, FakeTimer(base=0.96, mixed=1.0))
+        served: list[tuple[int, int]] = []
+
+        def pairs(one: list[Call], other: list[Call], seconds: float, show: object) -> Pairs:
+            served.append((len(one), len(other)))
+            for call in (*one, *other):
+                call()
+            return Pairs(0.96, 0.96, 1.0, 9)
+
+        monkeypatch.setattr(throughput, "in_pairs", pairs)
+        rows = mixed_against_base(engine, LOAD, prompts, 0.0, lambda _: None)
+    assert served == [(1, 3), (1, 1), (1, 1)], "every task has its turn"
     assert [row.name for row in rows] == [f"engine/mixed-tasks/{n}-sequences/vs-base" for n in (1, 8, 32)]
     assert [(row.value, row.bar, row.ok) for row in rows] == [(0.96, 0.97, False)] * 3
     assert rows[1].facts["tokens_per_s"] == pytest.approx(8 * 6)
+
+
+def test_two_ways_are_compared_round_by_round() -> None:
+    slow = itertools.count(1)
+
+    def first() -> None:
+        time.sleep(0.002 * next(slow))  # the machine gets slower
+
+    def second() -> None:
+        time.sleep(0.001)
+
+    found = in_pairs([first], [second], 0.0, lambda _: None)
+    assert found.rounds == 9
+    assert found.one > 2 * found.other
+    assert found.ratio > 2
 
 
 @pytest.mark.alone
