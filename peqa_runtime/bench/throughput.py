@@ -15,7 +15,7 @@ from peqa_runtime.bench.workload import Load, Prompts, mixed
 from peqa_runtime.engine.engine import Engine
 
 MIXED_SHARE = 0.97
-LEAST_ROUNDS = 9
+LEAST_ROUNDS = 15
 CONCURRENT = (1, 8, 32)
 STREAMS = 64
 ROUNDS_OF_STREAMS = 2  # requests of each stream, so that starts and ends overlap as they do in a server

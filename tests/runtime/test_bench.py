@@ -95,7 +95,7 @@ def test_two_ways_are_compared_round_by_round() -> None:
         time.sleep(0.001)
 
     found = in_pairs([first], [second], 0.0, lambda _: None)
-    assert found.rounds == 9
+    assert found.rounds == 15
     assert found.one > 2 * found.other
     assert found.ratio > 2
 
