@@ -15,7 +15,7 @@ from peqa_loadtest.client import Answer, CompletionClient, LoadTestError
 from peqa_loadtest.swap import Upload, UploadHistory, put_set, ticks
 
 HALF_ONE = 0x3C00  # fp16 1.0; the next 1023 patterns lie between 1 and 2
-CHANGED = 64  # scales, the last of a file: enough to change what the set answers
+CHANGED = 512  # scales, the last of a file: enough to change what the set answers
 MOST_VARIANTS = 1 << 16
 AT_ONCE = 8  # tasks that contents are put on to be asked again
 

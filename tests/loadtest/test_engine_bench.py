@@ -78,12 +78,12 @@ def test_slope_is_that_of_the_line() -> None:
 
 
 def test_variants_of_a_set_differ_in_their_last_scales() -> None:
-    data = b"header" + struct.pack("<70e", *(70 * [1.0]))
+    data = b"header" + struct.pack("<520e", *(520 * [1.0]))
     made = {variant(data, number) for number in range(1000)}
     assert len(made) == 1000
-    assert all(one[:-128] == data[:-128] for one in made)
-    assert all(1.0 <= scale < 2.0 for scale in struct.unpack("<64e", variant(data, 999)[-128:]))
-    assert len({one[-128:-4] for one in made}) == 1000, "not only by its last two"
+    assert all(one[:-1024] == data[:-1024] for one in made)
+    assert all(1.0 <= scale < 2.0 for scale in struct.unpack("<512e", variant(data, 999)[-1024:]))
+    assert len({one[-1024:-4] for one in made}) == 1000, "not only by its last two"
 
 
 def test_answers_under_updates_are_sorted_into_mixed_and_stale() -> None:
@@ -151,7 +151,7 @@ class TakesAnything:
 
 def test_every_update_brings_a_new_content() -> None:
     async def main(server: TakesAnything) -> FreshUpdates:
-        fresh = await prepare_fresh(server, "task", b"header" + bytes(128))
+        fresh = await prepare_fresh(server, "task", b"header" + bytes(1024))
         stop = asyncio.Event()
         work = asyncio.create_task(fresh.keep_updating(server, 0.001, stop))
         while len(server.contents) < 20:
@@ -191,7 +191,7 @@ class AnswersByContent:
 def test_answers_are_held_against_the_content_that_they_name() -> None:
     async def main() -> None:
         client: Any = AnswersByContent()
-        fresh = await prepare_fresh(client, "task", b"header" + bytes(128))
+        fresh = await prepare_fresh(client, "task", b"header" + bytes(1024))
         stop = asyncio.Event()
         work = asyncio.create_task(fresh.keep_updating(client, 0.001, stop))
         answers = []
